@@ -1,0 +1,969 @@
+"""Sa2VA: a vision-language model and SAM 2, joined by the token `[SEG]` (arXiv 2501.04001).
+
+* backbones      InternViT (transformers' InternVL) + projector, any causal language model, SAM 2 (`sam2_decoder`)
+* `forward`      losses: text, and masks of every `[SEG]` (`Sa2VATrainingOutput`)
+* `generate`     tokens from pictures and words
+* `predict_forward`, `predict_stream`   from a user's image or video and question to text and masks
+
+The language model writes text; the state of every `[SEG]` it writes goes through `text_hidden_fcs` and prompts SAM 2.
+Checkpoints keep the released module and key names; `InternViT`'s fused layout is converted when loading and saving.
+"""
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+from transformers.utils import ModelOutput, logging
+
+from .configuration_sa2va import Sa2VAChatConfig, Sa2VAVisionConfig
+from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle
+from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model
+
+logger = logging.get_logger(__name__)
+
+IGNORE_INDEX = -100
+OUTPUT_FORMATS = ("numpy", "torch", "rle")
+MASK_SIZES = ("first", "own")
+_PROCESSOR_LOADING = threading.Lock()
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+@dataclass
+class Sa2VAOutput(ModelOutput):
+    """Answer to one question.
+
+    Attributes:
+        prediction: the answer with its special tokens, as released: `Sure, it is [SEG].<|im_end|>`.
+        prediction_masks: one entry per `[SEG]`, `[]` if none: np.bool_ [frames, h, w] at the user's size (an image has
+            one frame); float32 probabilities with `return_raw_masks`; tensors or COCO RLE dicts by `output_format`.
+        past_text: the whole conversation; pass it back as `past_text` to ask on.
+        phrases: the words each `[SEG]` belongs to: its `<p>` phrase, else its sentence.
+        mask_scores: for each `[SEG]` a dict of float32 arrays [frames] in 0..1: "iou", the IoU SAM 2 expects of its
+            mask, and "object", the probability that the object is in the frame.
+        mask_logits: float32 [frames, h, w] for each `[SEG]`; only with `return_mask_logits`.
+    """
+
+    prediction: str | None = None
+    prediction_masks: list | None = None
+    past_text: str | None = None
+    phrases: list[str] | None = None
+    mask_scores: list[dict[str, Any]] | None = None
+    mask_logits: list | None = None
+
+
+@dataclass
+class Sa2VAFrame(ModelOutput):
+    """One frame of `predict_stream`.
+
+    Attributes:
+        frame_index: 0-based.
+        prediction, past_text, phrases: as in `Sa2VAOutput`, the same for all frames of a call.
+        masks: np.bool_ [objects, h, w] (float32 probabilities, tensors or a list of RLE by the call's options).
+        mask_scores: dict of float32 arrays [objects]: "iou" and "object".
+    """
+
+    frame_index: int | None = None
+    prediction: str | None = None
+    past_text: str | None = None
+    phrases: list[str] | None = None
+    masks: Any = None
+    mask_scores: dict[str, Any] | None = None
+
+
+@dataclass
+class Sa2VATrainingOutput(ModelOutput):
+    """What `forward` returns.
+
+    Attributes:
+        loss: weighted sum of the parts that the inputs allow; None without labels.
+        lm_loss, mask_loss, dice_loss, iou_loss, object_score_loss: the parts, unweighted; None where not asked for.
+        logits: [B, L, vocab].
+        pred_masks: for each sample float32 logits [objects, frames, S/4, S/4]; None without `grounding_pixel_values`.
+        seg_hidden_states: [M, hidden], the `[SEG]` states of the answers, in batch order.
+        image_hidden_states: [tiles, tokens, hidden], the projected image features.
+    """
+
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    mask_loss: Tensor | None = None
+    dice_loss: Tensor | None = None
+    iou_loss: Tensor | None = None
+    object_score_loss: Tensor | None = None
+    logits: Tensor | None = None
+    pred_masks: list[Tensor] | None = None
+    seg_hidden_states: Tensor | None = None
+    image_hidden_states: Tensor | None = None
+
+
+class SpecialTokenIds(NamedTuple):
+    """Ids of the tokens that carry pictures and masks."""
+
+    image: int
+    seg: int
+    region_start: int
+    region_end: int
+
+    @classmethod
+    def of(cls, tokenizer) -> "SpecialTokenIds":
+        """Looks the tokens up.
+
+        Raises:
+            ValueError: the tokenizer lacks one, so it is not a Sa2VA tokenizer.
+        """
+        tokens = ("<IMG_CONTEXT>", "[SEG]", "<vp>", "</vp>")
+        ids = [_token_id(tokenizer, token) for token in tokens]
+        missing = [token for token, i in zip(tokens, ids, strict=True) if i is None]
+        if missing:
+            raise ValueError(f"The tokenizer lacks {missing}. Pass the tokenizer that came with the checkpoint.")
+        return cls(*ids)
+
+
+class Answer(NamedTuple):
+    """What the language model made of a question: words, and a vector [N, D] that prompts SAM 2 for each `[SEG]`."""
+
+    prediction: str
+    past_text: str
+    phrases: list[str]
+    prompts: Tensor
+
+
+class Sa2VAVisionModel(InternVLVisionModel):
+    """transformers' InternViT under a name of its own, so that the layout rules below hold only inside Sa2VA."""
+
+
+class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
+    """Chat, referring segmentation and grounded captions on images and videos.
+
+    Module names are the released ones: `vision_model`, `mlp1`, `language_model`, `text_hidden_fcs`,
+    `grounding_encoder.sam2_model`.
+
+    Attributes:
+        gen_config: `GenerationConfig` used by `predict_forward` and `predict_stream` where a call says nothing else;
+            greedy and at most 2048 new tokens, as released.
+    """
+
+    config_class = Sa2VAChatConfig
+    config: Sa2VAChatConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InternVLVisionLayer", "Sam2Decoder"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["pe_layer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: Sa2VAChatConfig):
+        super().__init__(config)
+        hidden_size = config.llm_config.hidden_size
+        vision_width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
+        self.vision_model = Sa2VAVisionModel._from_config(_internvl_config(config.vision_config))
+        self.language_model = AutoModelForCausalLM.from_config(config.llm_config)
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(vision_width),
+            nn.Linear(vision_width, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        self.grounding_encoder = Sam2Decoder(config.grounding_config)
+        self.text_hidden_fcs = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_size, config.grounding_config.d_model),
+            nn.Dropout(0.0),
+        )
+        self.gen_config = GenerationConfig(max_new_tokens=2048, do_sample=False)
+        self._processor: Sa2VAProcessor | None = None
+        self._hub_arguments: dict[str, Any] = {}
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """transformers' `from_pretrained`, which also takes what users of the released code pass.
+
+        `use_flash_attn` and `low_cpu_mem_usage` have no effect here: attention follows `attn_implementation`, and
+        loading never needs the weights twice. `torch_dtype` and `load_in_8bit` are translated.
+        """
+        kwargs.pop("use_flash_attn", None)
+        kwargs.pop("low_cpu_mem_usage", None)
+        for bits in ("load_in_8bit", "load_in_4bit"):
+            if kwargs.pop(bits, False):
+                kwargs.setdefault("quantization_config", BitsAndBytesConfig(**{bits: True}))
+        if "torch_dtype" in kwargs:
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+        chosen = kwargs.get("dtype") is not None
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._hub_arguments = hub_arguments
+        if not chosen and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
+            logger.warning_once(
+                f"Loaded in {model.dtype}, the dtype of the checkpoint. On a CPU float32 is several times faster for "
+                "SAM 2: pass dtype=torch.float32, or device_map to use an accelerator."
+            )
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Each library's own initialisation: SAM 2 is not a transformers model and trains badly from a flat normal."""
+        if isinstance(module, Sam2Model):
+            for name in ("maskmem_tpos_enc", "no_mem_embed", "no_mem_pos_enc", "no_obj_ptr"):
+                nn.init.trunc_normal_(getattr(module, name), std=0.02)
+        for name in ("pos_embed", "pos_embed_window"):
+            if isinstance(getattr(module, name, None), nn.Parameter):
+                nn.init.zeros_(getattr(module, name))
+        if isinstance(getattr(module, "gamma", None), nn.Parameter):
+            nn.init.constant_(module.gamma, 1e-6)
+        if hasattr(module, "positional_encoding_gaussian_matrix"):
+            nn.init.normal_(module.positional_encoding_gaussian_matrix)
+        if type(module).__name__ == "LayerNorm2d":
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embeddings."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's token embeddings."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's head."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language model's head."""
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return self.language_model.model
+
+    def preparing_for_generation(self, tokenizer=None, max_new_tokens: int = 2048, torch_dtype=None) -> None:
+        """Kept for callers of the released code, which had to call it once; only `max_new_tokens` has an effect."""
+        self.gen_config.max_new_tokens = max_new_tokens
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Encodes and projects tiles.
+
+        Args:
+            pixel_values: [tiles, 3, H, W], ImageNet-normalised.
+
+        Returns:
+            [tiles, tokens, hidden], tokens = (H / patch_size * downsample_ratio)^2 (256 in released checkpoints).
+        """
+        pixel_values = pixel_values.to(self.mlp1[0].weight.dtype)
+        layer = self.config.select_layer
+        output = self.vision_model(pixel_values, output_hidden_states=layer != -1)
+        states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        return self.mlp1(self._pixel_shuffle(states[:, 1:]))  # without the class token
+
+    def _pixel_shuffle(self, states: Tensor) -> Tensor:
+        """Folds s x s neighbouring patches into channels: [n, p * p, C] -> [n, (p / s)^2, s * s * C]."""
+        side, fold = round(states.shape[1] ** 0.5), round(1 / self.config.downsample_ratio)
+        grid = states.reshape(len(states), side // fold, fold, side // fold, fold, states.shape[-1])
+        if self.config.ps_version == "v1":  # the first InternVL kept the folded map transposed
+            grid = grid.permute(0, 3, 2, 1, 4, 5)
+            return grid.permute(0, 1, 3, 2, 4, 5).reshape(len(states), (side // fold) ** 2, -1)
+        return grid.transpose(2, 3).reshape(len(states), (side // fold) ** 2, -1)
+
+    def get_inputs_embeds(
+        self,
+        input_ids: Tensor,
+        token_ids: SpecialTokenIds,
+        image_features: Tensor | None = None,
+        prompt_masks: Tensor | None = None,
+        prompt_mask_tiles: Tensor | None = None,
+    ) -> Tensor:
+        """Embeds tokens and puts image features where `<IMG_CONTEXT>` stands.
+
+        Args:
+            input_ids: int64 [B, L].
+            token_ids: the special tokens' ids.
+            image_features: [tiles, tokens, hidden] of all samples, in batch order.
+            prompt_masks: bool [R, g, g], the visual prompts of all samples on the token grid; their features stand
+                between `<vp>` and `</vp>`.
+            prompt_mask_tiles: int64 [R], the tile each visual prompt is read from; default the last.
+
+        Returns:
+            [B, L, hidden].
+
+        Raises:
+            ValueError: the placeholders in the text do not match the features.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        if image_features is None:
+            return embeds
+        depth = (input_ids == token_ids.region_start).long() - (input_ids == token_ids.region_end).long()
+        in_region = depth.cumsum(dim=-1) > 0
+        is_image = input_ids == token_ids.image
+        image_features = image_features.to(embeds)
+        embeds = _fill(embeds, is_image & ~in_region, image_features.flatten(0, 1), "image")
+        if prompt_masks is not None:
+            region = _region_features(image_features, prompt_masks, prompt_mask_tiles)
+            embeds = _fill(embeds, is_image & in_region, region, "visual prompt")
+        return embeds
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        prompt_masks: Tensor | None = None,
+        prompt_mask_tiles: Tensor | None = None,
+        labels: Tensor | None = None,
+        grounding_pixel_values: Sequence[Tensor] | Tensor | None = None,
+        mask_labels: Sequence[Tensor] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> Sa2VATrainingOutput:
+        """Text logits and losses, masks and mask losses. The recipe is section 3 of the paper.
+
+        Args:
+            input_ids: int64 [B, L], right-padded, pictures as `<IMG_CONTEXT>` placeholders.
+            attention_mask: [B, L], 1 on tokens.
+            pixel_values: [tiles, 3, H, W] of all samples in batch order (a clip gives a tile per key frame).
+            prompt_masks, prompt_mask_tiles: see `get_inputs_embeds`.
+            labels: int64 [B, L], -100 where no loss. The `[SEG]` tokens among them are the objects.
+            grounding_pixel_values: for each sample frames [T, 3, S, S] as SAM 2 wants them (`[3, S, S]` for an image),
+                None for samples without masks; the first `grounding_config.num_key_frames` frames are prompted, the
+                rest is tracked. Or one tensor [B, 3, S, S] or [B, T, 3, S, S].
+            mask_labels: for each sample bool or float [objects, T, h, w] in 0..1, any size (`[objects, h, w]` for an
+                image); without it no mask loss.
+            num_items_in_batch: supervised tokens over all gradient accumulation steps, from `Trainer`.
+
+        Returns:
+            `Sa2VATrainingOutput`.
+
+        Raises:
+            ValueError: placeholders, `[SEG]` tokens, frames and masks do not match.
+        """
+        token_ids = self.special_token_ids()
+        image_features = None if pixel_values is None else self.get_image_features(pixel_values)
+        embeds = self.get_inputs_embeds(input_ids, token_ids, image_features, prompt_masks, prompt_mask_tiles)
+        states = self.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kwargs)
+        states = states.last_hidden_state
+        logits = self.language_model.lm_head(states)
+        output = Sa2VATrainingOutput(logits=logits, image_hidden_states=image_features)
+        if labels is not None:
+            vocab_size = logits.shape[-1]
+            output.lm_loss = self.language_model.loss_function(
+                logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        is_seg = (input_ids == token_ids.seg) & (labels != IGNORE_INDEX if labels is not None else True)
+        output.seg_hidden_states = states[is_seg]
+        if grounding_pixel_values is not None:
+            self._add_masks(output, is_seg.sum(dim=-1).tolist(), grounding_pixel_values, mask_labels)
+        output.loss = self._total_loss(output)
+        return output
+
+    def _add_masks(
+        self,
+        output: Sa2VATrainingOutput,
+        objects_per_sample: list[int],
+        clips: Sequence[Tensor] | Tensor,
+        mask_labels: Sequence[Tensor] | None,
+    ) -> None:
+        """Segments the objects of all samples, clips of equal length together, and averages the losses over objects."""
+        clips = [None if clip is None else clip.reshape(-1, *clip.shape[-3:]) for clip in clips]
+        if len(clips) != len(objects_per_sample):
+            raise ValueError(f"{len(objects_per_sample)} samples but grounding_pixel_values of {len(clips)}.")
+        prompts = list(self.text_hidden_fcs(output.seg_hidden_states).split(objects_per_sample))
+        output.pred_masks = [prompt.new_zeros(len(prompt), 0, 0, 0) for prompt in prompts]
+        losses = []
+        lengths = {len(c) for c, n in zip(clips, objects_per_sample, strict=True) if c is not None and n}
+        for length in sorted(lengths):
+            samples = [i for i, clip in enumerate(clips) if clip is not None and prompts[i].numel() and len(clip) == length]
+            predictions = self._segment_samples(
+                torch.stack([clips[i] for i in samples]), [prompts[i] for i in samples]
+            )
+            low_res = torch.cat([p.logits for p in predictions], dim=1)
+            for i, masks in zip(samples, low_res.split([len(prompts[i]) for i in samples]), strict=True):
+                output.pred_masks[i] = masks
+            if mask_labels is not None:
+                targets = [_mask_target(mask_labels[i], len(prompts[i]), length) for i in samples]
+                losses.append(self._mask_losses(predictions, targets))
+        self._average_losses(output, losses)
+
+    def _segment_samples(self, clips: Tensor, prompts: list[Tensor]) -> list[MaskPrediction]:
+        clip_index = torch.arange(len(prompts), device=clips.device)
+        clip_index = clip_index.repeat_interleave(torch.tensor([len(p) for p in prompts], device=clips.device))
+        clips = clips.to(prompts[0].dtype)
+        num_key_frames = self.config.grounding_config.num_key_frames
+        return self.grounding_encoder.segment_clips(clips, torch.cat(prompts), clip_index, num_key_frames)
+
+    def _mask_losses(self, predictions: list[MaskPrediction], targets: list[Tensor]) -> dict[str, Tensor]:
+        """Sums of each loss over the objects and frames of one group, and under "count" how many there are."""
+        all_masks = self.config.supervise_all_masks
+        target = torch.cat([_resized_target(t, predictions[0].logits.shape[-2:]) for t in targets])
+        sums: dict[str, Tensor] = {}
+        for t, prediction in enumerate(predictions):
+            masks = prediction.multimask_logits if all_masks else prediction.logits
+            wanted = target[:, t : t + 1].to(masks)
+            parts = _point_losses(masks, wanted.expand_as(masks), self.config)
+            parts["object_score_loss"] = F.binary_cross_entropy_with_logits(
+                prediction.object_scores, (wanted > 0.5).flatten(1).any(dim=1).to(masks), reduction="sum"
+            )
+            actual = _mask_iou(prediction.multimask_logits, wanted)
+            parts["iou_loss"] = F.mse_loss(prediction.multimask_iou_scores, actual, reduction="sum") / actual.shape[1]
+            parts["count"] = wanted.new_tensor(len(wanted))
+            sums = {name: value + sums.get(name, 0) for name, value in parts.items()}
+        return sums
+
+    def _average_losses(self, output: Sa2VATrainingOutput, losses: list[dict[str, Tensor]]) -> None:
+        if losses:
+            count = sum(group["count"] for group in losses)
+            for name in ("mask_loss", "dice_loss", "iou_loss", "object_score_loss"):
+                output[name] = sum(group[name] for group in losses) / count
+
+    def _total_loss(self, output: Sa2VATrainingOutput) -> Tensor | None:
+        weights = {
+            "lm_loss": 1.0,
+            "mask_loss": self.config.mask_loss_weight,
+            "dice_loss": self.config.dice_loss_weight,
+            "iou_loss": self.config.iou_loss_weight,
+            "object_score_loss": self.config.object_score_loss_weight,
+        }
+        parts = [weight * output[name] for name, weight in weights.items() if weight and output.get(name) is not None]
+        return sum(parts) if parts else None
+
+    def special_token_ids(self, tokenizer=None) -> SpecialTokenIds:
+        """Ids of the special tokens, from `tokenizer`, else from the checkpoint's own."""
+        return SpecialTokenIds.of(self.load_processor().tokenizer if tokenizer is None else tokenizer)
+
+    def load_processor(self) -> Sa2VAProcessor:
+        """The processor of the checkpoint this model was loaded from, read once.
+
+        Raises:
+            ValueError: the model was not loaded from a checkpoint.
+        """
+        with _PROCESSOR_LOADING:
+            if self._processor is None:
+                if not self.name_or_path:
+                    raise ValueError(
+                        "This model was built from a config, so it has no checkpoint to read a tokenizer from. Pass "
+                        "processor= (or tokenizer=), or set it once with model.set_processor(processor)."
+                    )
+                self._processor = Sa2VAProcessor.from_pretrained(self.name_or_path, **self._hub_arguments)
+            return self._processor
+
+    def set_processor(self, processor: Sa2VAProcessor) -> None:
+        """Makes `processor` the one that calls without a processor of their own use."""
+        self._processor = processor
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        prompt_masks: Tensor | None = None,
+        prompt_mask_tiles: Tensor | None = None,
+        **generate_kwargs,
+    ):
+        """Continues prompts with pictures.
+
+        Args:
+            input_ids, attention_mask, pixel_values, prompt_masks, prompt_mask_tiles: as for `forward`.
+            **generate_kwargs: anything transformers' `generate` takes.
+
+        Returns:
+            What the language model's `generate` returns; sequences hold only the new tokens.
+        """
+        if input_ids is None:
+            raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
+        embeds = self._prompt_embeds(
+            self.special_token_ids(), input_ids, pixel_values, prompt_masks, prompt_mask_tiles
+        )
+        mask = None if attention_mask is None else attention_mask.to(embeds.device)
+        return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **generate_kwargs)
+
+    def _prompt_embeds(
+        self,
+        token_ids: SpecialTokenIds,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        prompt_masks: Tensor | None = None,
+        prompt_mask_tiles: Tensor | None = None,
+    ) -> Tensor:
+        device = self.execution_device
+        features = None if pixel_values is None else self.get_image_features(pixel_values.to(device))
+        prompt_masks = None if prompt_masks is None else prompt_masks.to(device)
+        return self.get_inputs_embeds(input_ids.to(device), token_ids, features, prompt_masks, prompt_mask_tiles)
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where inputs go: the device the first module computes on, which offloaded weights do not show."""
+        hook = getattr(self.vision_model, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        return self.device if device is None else torch.device(device)
+
+    @torch.no_grad()
+    def predict_forward(
+        self,
+        image=None,
+        video=None,
+        text: str | None = None,
+        past_text: str | None = "",
+        mask_prompts=None,
+        tokenizer=None,
+        processor=None,
+        *,
+        num_frames: int | None = None,
+        frame_sampling: str | Sequence[int] | None = None,
+        mask_threshold: float = 0.5,
+        return_raw_masks: bool = False,
+        return_mask_logits: bool = False,
+        output_format: str = "numpy",
+        mask_sizes: str = "first",
+        **generate_kwargs,
+    ) -> Sa2VAOutput:
+        """Answers a question about an image, a video or neither, with a mask in every frame for every `[SEG]`.
+
+        Args:
+            image: PIL image of any mode, array, tensor or path (`processing_sa2va.load_image`).
+            video: list, array, path, folder or iterator of frames (`processing_sa2va.open_video`).
+            text: the question. `<image>` marks where the picture goes; without it the picture comes first.
+            past_text: `out.past_text` of the turn before.
+            mask_prompts: regions the question speaks of as region1, region2...: [n, H, W], any size; on a video they
+                mark the first key frame.
+            tokenizer, processor: default is the checkpoint's own; either may be passed as either.
+            num_frames, frame_sampling: how many key frames the language model sees, and which: "first", "uniform" or
+                explicit indices. Defaults from the config (released: the first 5).
+            mask_threshold: probability in (0, 1) above which a pixel belongs to the object.
+            return_raw_masks: float32 probabilities instead of booleans.
+            return_mask_logits: fill `mask_logits`.
+            output_format: "numpy", "torch" (tensors on the CPU) or "rle" (COCO, one dict per frame).
+            mask_sizes: "first": all masks at the size of frame 0, as released; "own": each frame at its own size, and
+                a list instead of a stacked array.
+            **generate_kwargs: anything transformers' `generate` takes: `max_new_tokens`, `num_beams`, `streamer`...
+
+        Returns:
+            `Sa2VAOutput`.
+
+        Raises:
+            ValueError, TypeError: an input is unusable; the message says what is accepted.
+            OSError: a file can't be read.
+        """
+        options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes)
+        processor = self._resolve_processor(tokenizer, processor)
+        inputs = processor.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
+        answer = self._answer(inputs, processor, generate_kwargs)
+        masks, logits, scores = [], [], []
+        if len(answer.prompts):  # else not even the frames need be read
+            for frame_logits, prediction in self._segment(inputs, processor, answer.prompts, options):
+                masks.append(options.finish(frame_logits, processor))
+                scores.append(_scores(prediction))
+                if return_mask_logits:
+                    logits.append(frame_logits.cpu())
+        plain = replace(options, output_format="torch" if output_format == "torch" else "numpy")
+        objects = range(len(answer.prompts))
+        return Sa2VAOutput(
+            prediction=answer.prediction,
+            prediction_masks=[options.pack([frame[i] for frame in masks]) for i in objects],
+            past_text=answer.past_text,
+            phrases=answer.phrases,
+            mask_scores=[{k: torch.stack([s[k][i] for s in scores]).numpy() for k in ("iou", "object")} for i in objects],
+            mask_logits=[plain.pack([frame[i] for frame in logits]) for i in objects] if return_mask_logits else None,
+        )
+
+    @torch.no_grad()
+    def predict_stream(
+        self,
+        image=None,
+        video=None,
+        text: str | None = None,
+        past_text: str | None = "",
+        mask_prompts=None,
+        tokenizer=None,
+        processor=None,
+        *,
+        num_frames: int | None = None,
+        frame_sampling: str | Sequence[int] | None = None,
+        mask_threshold: float = 0.5,
+        return_raw_masks: bool = False,
+        output_format: str = "numpy",
+        mask_sizes: str = "first",
+        **generate_kwargs,
+    ) -> Iterator[Sa2VAFrame]:
+        """`predict_forward` frame by frame: memory does not grow with the length of the video.
+
+        Arguments and errors are those of `predict_forward`. The answer is written before the first frame comes; an
+        answer without `[SEG]` gives frames with no objects.
+
+        Yields:
+            `Sa2VAFrame` for frame 0, 1, 2...
+        """
+        options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes)
+        processor = self._resolve_processor(tokenizer, processor)
+        inputs = processor.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
+        if inputs.frames is None:
+            raise ValueError("predict_stream needs an image or a video; use predict_forward for text alone.")
+        answer = self._answer(inputs, processor, generate_kwargs)
+        for index, (logits, prediction) in enumerate(self._segment(inputs, processor, answer.prompts, options)):
+            yield Sa2VAFrame(
+                frame_index=index,
+                prediction=answer.prediction,
+                past_text=answer.past_text,
+                phrases=answer.phrases,
+                masks=options.convert(options.finish(logits, processor)),
+                mask_scores={name: score.numpy() for name, score in _scores(prediction).items()},
+            )
+
+    def _resolve_processor(self, tokenizer, processor) -> Sa2VAProcessor:
+        """The processor of a call. Users pass processors as `tokenizer` and the other way round; both are understood."""
+        given = processor if processor is not None else tokenizer
+        if given is None:
+            return self.load_processor()
+        if hasattr(given, "prepare"):
+            return given
+        return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given))
+
+    def _answer(self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]) -> Answer:
+        """Lets the language model answer, and reads the `[SEG]` states of its answer."""
+        tokenizer = processor.tokenizer
+        token_ids = SpecialTokenIds.of(tokenizer)
+        embeds = self._prompt_embeds(
+            token_ids, inputs.input_ids, inputs.pixel_values, inputs.prompt_masks, _region_tile(inputs)
+        )
+        generated = self.language_model.generate(
+            inputs_embeds=embeds,
+            attention_mask=inputs.attention_mask.to(embeds.device),
+            **self._generation_arguments(processor, generate_kwargs),
+        )
+        new_ids = generated.sequences[0]
+        prediction = tokenizer.decode(new_ids, skip_special_tokens=False).strip()
+        states = self._seg_states(embeds, new_ids, token_ids.seg, generated.past_key_values)
+        end = "" if prediction.endswith(tuple(processor.stop_words)) else processor.stop_words[0]
+        return Answer(
+            prediction=prediction,
+            past_text=f"{inputs.prompt}{prediction}{end}\n",
+            phrases=processor.phrases(prediction) if inputs.frames is not None else [],
+            prompts=self.text_hidden_fcs(states if inputs.frames is not None else states[:0]),
+        )
+
+    def _generation_arguments(self, processor: Sa2VAProcessor, given: dict[str, Any]) -> dict[str, Any]:
+        """`gen_config`, the template's stop words and the caller's arguments, as `generate` wants them."""
+        given = dict(given)
+        config = copy.deepcopy(given.pop("generation_config", None) or self.gen_config)
+        arguments = config.update(**given)  # leaves what is no setting: streamer, logits_processor...
+        if config.num_return_sequences not in (None, 1):
+            raise ValueError("num_return_sequences must be 1: a prediction is one answer and its masks.")
+        tokenizer = processor.tokenizer
+        words = {word: _token_id(tokenizer, word) for word in processor.stop_words}
+        if config.eos_token_id is None:
+            ends = {i for i in (*words.values(), tokenizer.eos_token_id) if i is not None}
+            config.eos_token_id = sorted(ends) or None
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # An end mark that is several tokens (phi3_chat over a Qwen tokenizer) can only be seen in the text.
+        spelled = [word for word, i in words.items() if i is None]
+        if spelled and config.stop_strings is None:
+            config.stop_strings = spelled
+        if config.stop_strings is not None:
+            arguments.setdefault("tokenizer", tokenizer)
+        config.return_dict_in_generate = True
+        return {"generation_config": config, **arguments}
+
+    def _seg_states(self, prompt_embeds: Tensor, new_ids: Tensor, seg_id: int, cache) -> Tensor:
+        """States [N, hidden] of the `[SEG]` tokens of an answer, each taken where the model reads the token.
+
+        One pass over the finished answer, on the prompt's keys and values: no states are kept while generating, a
+        `[SEG]` that ends a truncated answer counts too, and beams and assistants need no care.
+        """
+        positions = (new_ids == seg_id).nonzero().flatten()
+        if not len(positions):
+            return prompt_embeds.new_zeros(0, prompt_embeds.shape[-1])
+        answer = self.get_input_embeddings()(new_ids[None, : positions[-1] + 1]).to(prompt_embeds)
+        cache = _prompt_cache(cache, prompt_embeds.shape[1])
+        if cache is None:
+            answer = torch.cat([prompt_embeds, answer], dim=1)
+        output = self.get_decoder()(inputs_embeds=answer, past_key_values=cache, use_cache=cache is not None)
+        states = output.last_hidden_state[0]
+        return states[positions.to(states.device) - (positions[-1] + 1).to(states.device)]
+
+    def _segment(
+        self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, prompts: Tensor, options: "_MaskOptions"
+    ) -> Iterator[tuple[Tensor, MaskPrediction]]:
+        """Yields logits float32 [N, h, w] at the user's size and the prediction they come from, for every frame."""
+        if inputs.frames is None:
+            return
+        sizes = _FrameSizes(inputs.size, options.mask_sizes == "own")
+        frames = sizes.watch(inputs.frames)
+        if len(prompts):
+            predictions = self._track(inputs, processor, prompts, frames)
+        else:
+            predictions = ((i, _no_objects(prompts)) for i, _ in enumerate(frames))
+        for index, prediction in predictions:
+            size = sizes.pop(index)
+            logits = processor.resize_logits(prediction.logits, size) if len(prompts) else prompts.new_zeros(0, *size)
+            yield logits, prediction
+
+    def _track(
+        self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, prompts: Tensor, frames: Iterator
+    ) -> Iterator[tuple[int, MaskPrediction]]:
+        def pixel_values(frame) -> Tensor:
+            return processor.grounding_pixel_values(
+                [frame], dtype=prompts.dtype, device=prompts.device, is_video=inputs.is_video
+            )
+
+        decoder = self.grounding_encoder
+        keys = zip(inputs.key_frames, inputs.frames.select(inputs.key_frames), strict=True)
+        if not inputs.is_video:  # nothing will be tracked, so nothing need be remembered
+            for index, frame in enumerate(frames):
+                yield index, decoder.decode(decoder.encode(pixel_values(frame)), prompts)
+            return
+        state = decoder.condition(((index, pixel_values(frame)) for index, frame in keys), prompts)
+        yield from decoder.propagate(state, frames, pixel_values)
+
+
+@dataclass(frozen=True)
+class _MaskOptions:
+    """How a caller wants masks; checked before anything is computed."""
+
+    threshold: float
+    raw: bool
+    output_format: str
+    mask_sizes: str
+
+    def __post_init__(self):
+        if self.output_format not in OUTPUT_FORMATS:
+            raise ValueError(f"output_format={self.output_format!r} is unknown. Use one of {OUTPUT_FORMATS}.")
+        if self.mask_sizes not in MASK_SIZES:
+            raise ValueError(f"mask_sizes={self.mask_sizes!r} is unknown. Use one of {MASK_SIZES}.")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"mask_threshold={self.threshold} is not a probability between 0 and 1.")
+        if self.raw and self.output_format == "rle":
+            raise ValueError("return_raw_masks gives probabilities, which run-length encoding can't hold. Drop one.")
+
+    def finish(self, logits: Tensor, processor: Sa2VAProcessor) -> Tensor:
+        """Logits [N, h, w] of a frame -> bool or float32 probabilities on the CPU."""
+        masks = logits.sigmoid() if self.raw else processor.binarize(logits, self.threshold)
+        return masks.cpu()
+
+    def pack(self, frames: Sequence[Tensor]) -> Any:
+        """[h, w] of every frame -> what the caller asked for; frames of their own sizes stay a list."""
+        if self.mask_sizes == "own":
+            return [rle for frame in frames for rle in self.convert(frame[None])]
+        return self.convert(torch.stack(tuple(frames)))
+
+    def convert(self, masks: Tensor) -> Any:
+        """Masks [n, h, w] on the CPU -> array, tensor or list of n RLE dicts."""
+        if self.output_format == "torch":
+            return masks
+        return masks_to_rle(masks) if self.output_format == "rle" else masks.numpy()
+
+
+class _FrameSizes:
+    """Notes the size (h, w) each frame's masks are wanted at while the frames are read."""
+
+    def __init__(self, first: tuple[int, int], own: bool):
+        self._first = first
+        self._own: dict[int, tuple[int, int]] | None = {} if own else None
+
+    def watch(self, frames: Iterator) -> Iterator:
+        for index, frame in enumerate(frames):
+            if self._own is not None:
+                self._own[index] = (frame.height, frame.width)
+            yield frame
+
+    def pop(self, index: int) -> tuple[int, int]:
+        return self._first if self._own is None else self._own.pop(index)
+
+
+def _token_id(tokenizer, token: str) -> int | None:
+    """Id of a word that is one token, else None; tokenizers without an unknown token would give another token's id."""
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token else None
+
+
+def _internvl_config(config: Sa2VAVisionConfig) -> InternVLVisionConfig:
+    """The released description of InternViT in transformers' terms."""
+    return InternVLVisionConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_channels=config.num_channels,
+        patch_size=config.patch_size,
+        image_size=config.image_size,
+        attention_bias=config.qkv_bias,
+        use_qk_norm=config.qk_normalization,
+        norm_type=config.norm_type,
+        hidden_act=config.hidden_act,
+        layer_norm_eps=config.layer_norm_eps,
+        hidden_dropout_prob=config.dropout,
+        attention_dropout=config.attention_dropout,
+        initializer_range=config.initializer_range,
+        layer_scale_init_value=config.initializer_factor,
+        use_mean_pooling=True,  # False would add a final norm, which InternVL does not use
+        attn_implementation=config._attn_implementation,
+        dtype=config.dtype,
+    )
+
+
+def _fill(embeds: Tensor, where: Tensor, features: Tensor, what: str) -> Tensor:
+    """Puts features [n, hidden] at the n places of `where` [B, L], in order."""
+    if int(where.sum()) != len(features):
+        raise ValueError(
+            f"The text has {int(where.sum())} {what} placeholders but there are {len(features)} {what} features. Build "
+            "both with the processor, from the same picture."
+        )
+    return embeds.masked_scatter(where.unsqueeze(-1), features)
+
+
+def _region_features(image_features: Tensor, masks: Tensor, tiles: Tensor | None) -> Tensor:
+    """Image features at the marked cells of visual prompts: [n, hidden], region after region.
+
+    Args:
+        image_features: [tiles, g * g, hidden].
+        masks: bool [R, g, g].
+        tiles: int64 [R], the tile each region lies on; default the last.
+    """
+    if tiles is None:
+        tiles = torch.full((len(masks),), len(image_features) - 1)
+    return image_features[tiles.to(image_features.device)][masks.flatten(1).to(image_features.device)]
+
+
+def _region_tile(inputs: Sa2VAInputs) -> Tensor | None:
+    """Regions lie on the thumbnail of an image, its last tile, and on the first key frame of a video."""
+    if inputs.prompt_masks is None:
+        return None
+    tile = 0 if inputs.is_video else len(inputs.pixel_values) - 1
+    return torch.full((len(inputs.prompt_masks),), tile)
+
+
+def _prompt_cache(cache: Any, length: int) -> DynamicCache | None:
+    """The prompt's part of a cache that `generate` filled, for one sequence; None if it can't be cut out."""
+    if not isinstance(cache, DynamicCache) or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        return None
+    if surplus := cache.get_seq_length() - length:
+        cache.crop(-surplus)
+    cache.batch_select_indices(torch.zeros(1, dtype=torch.long))  # beams share their prompt
+    return cache
+
+
+def _no_objects(prompts: Tensor) -> MaskPrediction:
+    empty = prompts.new_zeros(0, dtype=torch.float32)
+    return MaskPrediction(empty.view(0, 1, 1, 1), empty, empty, prompts)
+
+
+def _scores(prediction: MaskPrediction) -> dict[str, Tensor]:
+    return {"iou": prediction.iou_scores.cpu(), "object": prediction.object_scores.sigmoid().cpu()}
+
+
+def _mask_target(masks: Tensor, num_objects: int, num_frames: int) -> Tensor:
+    """Checks a sample's masks and gives an image's its frame axis: [objects, T, h, w]."""
+    masks = masks.unsqueeze(1) if masks.ndim == 3 and num_frames == 1 else masks
+    if masks.ndim != 4 or masks.shape[:2] != (num_objects, num_frames):
+        raise ValueError(
+            f"mask_labels of shape {tuple(masks.shape)} do not fit {num_objects} [SEG] tokens and {num_frames} frames: "
+            f"[{num_objects}, {num_frames}, h, w] is needed."
+        )
+    return masks
+
+
+def _resized_target(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """[objects, T, h, w] -> float32 of one size for all samples, at least that of the logits."""
+    return F.interpolate(masks.float(), size=[4 * side for side in size], mode="area")
+
+
+def _point_losses(masks: Tensor, targets: Tensor, config: Sa2VAChatConfig) -> dict[str, Tensor]:
+    """Binary cross entropy and dice loss at sampled points, summed over objects.
+
+    Args:
+        masks: logits [N, C, h, w], C candidates of N objects, averaged.
+        targets: [N, C, H, W] in 0..1.
+    """
+    logits, wanted = masks.flatten(0, 1).unsqueeze(1), targets.flatten(0, 1).unsqueeze(1)
+    if config.num_points:
+        with torch.no_grad():
+            points = _uncertain_points(logits, config)
+        logits, wanted = _sample(logits, points), _sample(wanted, points)
+    else:
+        wanted = F.interpolate(wanted, size=logits.shape[-2:], mode="area")
+    logits, wanted = logits.flatten(1), wanted.flatten(1)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
+    probability = logits.sigmoid()
+    overlap = 2 * (probability * wanted).sum(dim=1)
+    dice = 1 - (overlap + 1) / (probability.sum(dim=1) + wanted.sum(dim=1) + 1)
+    candidates = masks.shape[1]
+    return {"mask_loss": cross_entropy.sum() / candidates, "dice_loss": dice.sum() / candidates}
+
+
+def _uncertain_points(logits: Tensor, config: Sa2VAChatConfig) -> Tensor:
+    """Points [N, P, 2] in 0..1 as (x, y): mostly where the logits [N, 1, h, w] are near 0 (PointRend, arXiv 1912.08193)."""
+    count, device = config.num_points, logits.device
+    candidates = torch.rand(len(logits), int(count * config.oversample_ratio), 2, device=device)
+    important = int(count * config.importance_sample_ratio)
+    uncertainty = -_sample(logits, candidates).flatten(1).abs()
+    chosen = uncertainty.topk(important, dim=1).indices.unsqueeze(-1).expand(-1, -1, 2)
+    rest = torch.rand(len(logits), count - important, 2, device=device)
+    return torch.cat([candidates.gather(1, chosen), rest], dim=1)
+
+
+def _sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values [N, 1, P] of maps [N, 1, h, w] at points [N, P, 2] in 0..1."""
+    return F.grid_sample(maps, 2 * points.unsqueeze(2) - 1, mode="bilinear", align_corners=False).squeeze(-1)
+
+
+@torch.no_grad()
+def _mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
+    """IoU [N, C] of thresholded candidates [N, C, h, w] with targets [N, 1, H, W]; two empty masks agree."""
+    predicted = logits > 0
+    wanted = F.interpolate(targets, size=logits.shape[-2:], mode="area") > 0.5
+    union = (predicted | wanted).flatten(2).sum(dim=-1)
+    overlap = (predicted & wanted).flatten(2).sum(dim=-1)
+    return torch.where(union > 0, overlap / union.clamp(min=1), 1.0)
+
+
+# What the released checkpoints call things, and what the libraries do. Reversed when saving.
+register_checkpoint_conversion_mapping(
+    "Sa2VAVisionModel",
+    [
+        WeightRenaming("class_embedding", "cls_token"),
+        WeightRenaming("position_embedding", "position_embeddings"),
+        WeightRenaming("patch_embedding", "patch_embeddings.projection"),
+        WeightRenaming("encoder.layers", "encoder.layer"),
+        WeightRenaming("attn.proj", "attention.projection_layer"),
+        WeightRenaming("attn.q_norm", "attention.q_norm"),
+        WeightRenaming("attn.k_norm", "attention.k_norm"),
+        WeightRenaming("norm1", "layernorm_before"),
+        WeightRenaming("norm2", "layernorm_after"),
+        WeightRenaming("ls1", "lambda_1"),
+        WeightRenaming("ls2", "lambda_2"),
+        WeightConverter(
+            "attn.qkv",
+            ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
+            operations=[Chunk(dim=0)],
+        ),
+    ],
+    overwrite=True,
+)
+register_checkpoint_conversion_mapping("Sa2VAChatModel", [WeightRenaming("g_weight", "gamma")], overwrite=True)
+
+__all__ = ["Sa2VAChatModel", "Sa2VAFrame", "Sa2VAOutput", "Sa2VATrainingOutput", "Sa2VAVisionModel"]

@@ -1,0 +1,1130 @@
+"""What a user has -> what Sa2VA reads; what Sa2VA predicts -> what a user keeps.
+
+* `load_image`     a picture of any kind -> RGB
+* `open_video`     a video of any kind -> `VideoFrames`, decoded one at a time; `select_key_frames` picks some
+* `Sa2VAProcessor` picture + words -> `Sa2VAInputs`; frames -> SAM 2's input; logits -> masks; answer -> phrases
+* `masks_to_rle`, `rle_to_masks`, `draw_overlay`: masks for files and for eyes
+
+Tiling follows InternVL 1.5 (arXiv 2404.16821, "dynamic high resolution"); `TEMPLATES`, prompts and SAM 2's input follow
+the released Sa2VA (arXiv 2501.04001).
+"""
+
+import colorsys
+import itertools
+import os
+import re
+import struct
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from operator import index as as_index
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig
+
+MAX_IMAGE_PIXELS = 178_956_970  # where Pillow stops too: a guard against decompression bombs
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in [0, 1]
+IMAGE_TAG, SEG_TOKEN = "<image>", "[SEG]"
+IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
+REGION_START, REGION_END = "<vp>", "</vp>"
+
+_ACCEPTED_IMAGES = "a PIL image, a path, or an array or tensor (HxW, HxWxC, CxHxW; uint8, bool, or float in [0, 1])"
+_ACCEPTED_VIDEOS = "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
+_EXIF_ORIENTATION = 0x0112
+_CORRUPT_FILE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow's decoders raise
+_FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+_ANIMATION_SUFFIXES = frozenset({".gif", ".webp", ".apng"})
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+def load_image(image: Any, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Turns a picture of any kind into a new RGB PIL image, of the size and orientation in which a viewer shows it.
+
+    Transparency is laid over white. An EXIF orientation is applied, so masks fit the upright picture. Greys of more
+    than 8 bits are scaled. Arrays hold RGB, not BGR; their channels are the axis of length 3 or 4, first or last.
+
+    Args:
+        image: PIL image of any mode, path ("~" allowed), numpy array or torch tensor: [H, W], [H, W, C] or [C, H, W]
+            with C in 1, 3, 4; uint8 in 0..255, bool, or float in [0, 1].
+        max_pixels: largest accepted width * height, checked before anything is decoded.
+
+    Raises:
+        TypeError: none of these types, or an array of another dtype.
+        ValueError: too many or no pixels, an array of ambiguous or wrong shape, NaN, floats outside [0, 1].
+        OSError: the file is missing (FileNotFoundError) or is no readable image.
+    """
+    if isinstance(image, str | os.PathLike):
+        return _load_file(_existing_path(image, "image"), max_pixels)
+    if isinstance(image, Image.Image):
+        return _to_rgb(image, max_pixels)
+    if isinstance(image, np.ndarray | Tensor):
+        return _array_to_pil(image, max_pixels)
+    raise TypeError(f"An image can't be a {type(image).__name__}. Give {_ACCEPTED_IMAGES}.")
+
+
+def _existing_path(path: str | os.PathLike, what: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise FileNotFoundError(f"There is no {what} at {str(path)!r}. Give the path of a local file (no URL).")
+    return found
+
+
+def _check_area(width: int, height: int, max_pixels: int) -> None:
+    if not 0 < width * height <= max_pixels:
+        raise ValueError(
+            f"The image is {width}x{height} = {width * height} pixels, from 1 to {max_pixels} are accepted. Resize it, "
+            "or call load_image(..., max_pixels=...) yourself if you trust it."
+        )
+
+
+def _load_file(path: Path, max_pixels: int) -> Image.Image:
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder, not an image. Pass a folder of frames as video=.")
+    try:
+        image = Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{str(path)!r}: {error} Resize it, or raise PIL.Image.MAX_IMAGE_PIXELS.") from error
+    except _CORRUPT_FILE_ERRORS as error:
+        raise OSError(f"{str(path)!r} is no readable image: {error}. Pass a video file as video=.") from error
+    with image:
+        _check_area(*image.size, max_pixels)
+        try:
+            image.load()
+        except _CORRUPT_FILE_ERRORS as error:
+            raise OSError(f"{str(path)!r} is a damaged image: {error}. Save it again.") from error
+        return _to_rgb(image, max_pixels)
+
+
+def _to_rgb(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """RGB copy of a PIL image of any mode, upright."""
+    _check_area(*image.size, max_pixels)
+    if _is_rotated(image):
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _deep_grey_to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # Pillow has no direct way from La
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _is_rotated(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+    except _CORRUPT_FILE_ERRORS:  # damaged metadata doesn't make the picture unreadable
+        return False
+
+
+def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey image with more than 8 bits -> mode L.
+
+    I;16 spans 0..65535. For I and F, whose range Pillow leaves open, it is the smallest usual one that holds all
+    values: 0..255 or 0..65535 for I, 0..1 or 0..255 for F.
+    """
+    values = np.asarray(image)
+    tops = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
+    top = next((top for top in tops if values.max() <= top), None)  # NaN compares false
+    if top is None or values.min() < 0:
+        raise ValueError(
+            f"A mode {image.mode} image holds values from {values.min()} to {values.max()}; 0 to {tops[-1]} is "
+            "accepted, without NaN. Scale it first."
+        )
+    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+
+
+def _array_to_pil(array: np.ndarray | Tensor, max_pixels: int) -> Image.Image:
+    if isinstance(array, Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    array = _channels_last(array)
+    _check_area(array.shape[1], array.shape[0], max_pixels)
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))), max_pixels)
+
+
+def _channels_last(array: np.ndarray) -> np.ndarray:
+    """[H, W], [H, W, C] or [C, H, W] with C in 1, 3, 4 -> [H, W] or [H, W, C] with C in 3, 4."""
+    if array.ndim == 2 or array.shape == (1, 1, 1):
+        return array.reshape(array.shape[:2])
+    if array.ndim != 3:
+        raise ValueError(f"An image array has 2 or 3 axes, got shape {array.shape}. Give HxW, HxWxC or CxHxW.")
+    first, last = array.shape[0], array.shape[2]
+    for channels in ((3, 4), (1,)):  # colour before grey: 1x1x3 is one RGB pixel, not a grey row of three
+        if first in channels and last in channels:
+            raise ValueError(
+                f"An image array of shape {array.shape} is ambiguous: its channels may be first or last. Turn it "
+                "into a PIL image (PIL.Image.fromarray) yourself."
+            )
+        if first in channels or last in channels:
+            array = array if last in channels else np.moveaxis(array, 0, -1)
+            return array[..., 0] if channels == (1,) else array
+    raise ValueError(f"An image array has 1, 3 or 4 channels, first or last; got shape {array.shape}.")
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    accepted = "Give float in [0, 1], uint8 in 0..255, or bool."
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"An image array of dtype {array.dtype} has no agreed range. {accepted}")
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= 1):  # NaN compares false
+        raise ValueError(f"An image array of floats holds values from {low:g} to {high:g}. {accepted}")
+    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------- videos
+
+_Decoders = Generator[Callable[[], Image.Image], None, None]  # one callable a frame, valid until the next is drawn
+
+
+class VideoFrames:
+    """Frames of a video as RGB PIL images, decoded one at a time; every iteration starts at frame 0.
+
+    `len(frames)` is the number of frames that can really be read. A file doesn't know it (its header can be wrong): the
+    first call reads it to its end to count them. `list(frames)` calls it too.
+
+    Args:
+        reopen: starts a new pass over the source: a generator of one callable a frame, which decodes the frame. It
+            releases what it holds when it is closed.
+        length: number of frames, if known.
+    """
+
+    def __init__(self, reopen: Callable[[], _Decoders], length: int | None = None):
+        self._reopen = reopen
+        self._length = length
+
+    def _pass(self, keep: bool) -> _Decoders:
+        """A new pass. `keep` is for sources that can't be read twice: what this pass draws is wanted again."""
+        return self._reopen()
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        """Yields every frame from the first on and keeps none."""
+        seen = 0
+        with closing(self._pass(keep=False)) as decoders:
+            for decode in decoders:
+                yield decode()
+                seen += 1
+        self._length = seen
+
+    def __len__(self) -> int:
+        return self.count()
+
+    def __bool__(self) -> bool:
+        return True  # a truth test must not count a file's frames
+
+    def count(self, limit: int | None = None) -> int:
+        """Number of frames, but at most `limit`, for which no more than `limit` frames are read."""
+        if self._length is None:
+            with closing(self._pass(keep=True)) as decoders:
+                seen = sum(1 for _ in itertools.islice(decoders, limit))
+            if seen == limit:
+                return seen
+            self._length = seen
+        return self._length if limit is None else min(limit, self._length)
+
+    def take(self, n: int) -> list[Image.Image]:
+        """The first `n` frames, or all if there are fewer; reads no further."""
+        return self.select(range(self.count(n)))
+
+    def select(self, indices: Sequence[int]) -> list[Image.Image]:
+        """The frames of these numbers, in this order; decodes no others and reads no further than the last.
+
+        Raises:
+            ValueError: there is no such frame.
+        """
+        found = {}
+        with closing(self._pass(keep=True)) as decoders:
+            for index, decode in enumerate(itertools.islice(decoders, max(indices, default=-1) + 1)):
+                if index in indices:
+                    found[index] = decode()
+        if missing := set(indices) - found.keys():
+            raise ValueError(f"The video has no frame {min(missing)}. It has {len(self)}, numbered from 0.")
+        return [found[index] for index in indices]
+
+
+class _OneShotFrames(VideoFrames):
+    """Frames of an iterable that can be read once: those read ahead are kept, as 8-bit images, and replayed."""
+
+    def __init__(self, source: Iterable[Any]):
+        super().__init__(partial(self._pass, keep=False))
+        self._source = iter(source)
+        self._kept: list[Image.Image] = []
+        self._let_go = False  # a frame was yielded without being kept: there is no way back to frame 0
+
+    def _pass(self, keep: bool) -> _Decoders:
+        for frame in self._kept:
+            yield frame.copy
+        if self._let_go:
+            raise ValueError(
+                "This video is an iterator that was read before and can't be read again. Open it anew, or give a list "
+                "of frames or a path."
+            )
+        for frame in map(load_image, self._source):
+            if keep:
+                self._kept.append(frame)
+            self._let_go = not keep
+            yield frame.copy
+
+
+def open_video(video: Any) -> VideoFrames:
+    """Opens a video of any kind. Frames are read when asked for; a list, array, file or folder can be read repeatedly.
+
+    Args:
+        video: list of images (see `load_image`; sizes may differ), [T, H, W, C] or [T, C, H, W] array or tensor, path
+            to a video file (whatever OpenCV reads: mp4, avi, webm, ...; animated gif, webp), path to a folder of frame
+            images (in natural order: 2 before 10), any iterable of images, or `VideoFrames`.
+
+    Raises:
+        TypeError: something else.
+        ValueError: no frames, a file that is no video, an array of wrong shape.
+        FileNotFoundError: no such path.
+    """
+    if isinstance(video, VideoFrames):
+        return video
+    frames = _frames_of(video)
+    if frames.count(1) == 0:
+        raise ValueError(f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame.")
+    return frames
+
+
+def _frames_of(video: Any) -> VideoFrames:
+    if isinstance(video, str | os.PathLike):
+        return _frames_of_path(_existing_path(video, "video"))
+    if isinstance(video, np.ndarray | Tensor) and video.ndim != 4:
+        raise ValueError(f"A video array has 4 axes, TxHxWxC or TxCxHxW; got shape {tuple(video.shape)}.")
+    if isinstance(video, Image.Image):
+        raise TypeError("A video can't be a single PIL image. Pass it as image=, or as a list of one frame.")
+    if isinstance(video, bytes | bytearray | Mapping | set) or not isinstance(video, Iterable):
+        raise TypeError(f"A video can't be a {type(video).__name__}. Give {_ACCEPTED_VIDEOS}.")
+    if hasattr(video, "__len__") and hasattr(video, "__getitem__"):
+        return _frames_of_sequence(video)
+    return _OneShotFrames(video)
+
+
+def _frames_of_sequence(items: Any) -> VideoFrames:
+    length = len(items)
+    return VideoFrames(lambda: (partial(load_image, items[index]) for index in range(length)), length)
+
+
+def _frames_of_path(path: Path) -> VideoFrames:
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.suffix.lower() in _FRAME_SUFFIXES and file.name[0] != "."]
+        return _frames_of_sequence(sorted(files, key=_natural_order))
+    read = _read_animation if path.suffix.lower() in _ANIMATION_SUFFIXES else _read_video_file
+    return VideoFrames(partial(read, path))
+
+
+def _natural_order(file: Path) -> tuple[list[int | str], str]:
+    """Sort key that puts frame 2 before frame 10."""
+    parts = re.split(r"(\d+)", file.name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], file.name
+
+
+def _read_animation(path: Path) -> _Decoders:
+    """Frames of an animated gif or webp, up to its end or to the first damaged frame."""
+    try:
+        clip = Image.open(path)
+    except (*_CORRUPT_FILE_ERRORS, Image.DecompressionBombError) as error:
+        raise ValueError(f"{str(path)!r} is no readable video: {error}. Convert it, for instance to mp4.") from error
+    with clip:
+        _check_area(*clip.size, MAX_IMAGE_PIXELS)
+        for index in itertools.count():
+            try:
+                clip.seek(index)
+                clip.load()
+            except _CORRUPT_FILE_ERRORS:
+                return
+            yield partial(_to_rgb, clip)
+
+
+def _read_video_file(path: Path) -> _Decoders:
+    """Frames of a video file, upright, up to its end or to where it can't be decoded any further."""
+    import cv2
+
+    capture = cv2.VideoCapture(str(path))
+    try:
+        if not capture.isOpened():
+            raise ValueError(f"{str(path)!r} is no video that OpenCV can read. Convert it, for instance to mp4.")
+        sides = (int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        _check_area(*(max(side, 1) for side in sides), MAX_IMAGE_PIXELS)  # 0 stands for unknown
+        while capture.grab():
+            yield partial(_retrieve, capture, path)
+    finally:
+        capture.release()
+
+
+def _retrieve(capture: Any, path: Path) -> Image.Image:
+    decoded, bgr = capture.retrieve()
+    if not decoded:
+        raise OSError(f"A frame of {str(path)!r} can't be decoded. Repair the file or cut it before this frame.")
+    return Image.fromarray(np.ascontiguousarray(bgr[..., ::-1]))
+
+
+def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str | Sequence[int] = "first") -> list[int]:
+    """Chooses the frames that the language model sees.
+
+    Args:
+        video: the frames.
+        num_frames: how many, at least 1; a shorter video gives all it has. Unused with explicit frame numbers.
+        frame_sampling: "first" (released behaviour; reads only these frames), "uniform" (from the first frame to the
+            last, which needs the number of frames), or frame numbers, counted from 0.
+
+    Returns:
+        Frame numbers, ascending, none twice.
+
+    Raises:
+        TypeError: a number is not an integer, `frame_sampling` is neither a name nor numbers.
+        ValueError: `num_frames` < 1, an unknown name, no frame number, or one outside the video.
+    """
+    _check_sampling(num_frames, frame_sampling)
+    if not isinstance(frame_sampling, str):
+        wanted = sorted({as_index(index) for index in frame_sampling})
+        if wanted[-1] >= (available := video.count(wanted[-1] + 1)):
+            raise ValueError(f"frame_sampling holds {wanted[-1]}, but the video has {available} frames (0 is the first).")
+        return wanted
+    if frame_sampling == "first":
+        return list(range(video.count(num_frames)))
+    return np.unique(np.linspace(0, len(video) - 1, num_frames, dtype=int)).tolist()
+
+
+def _check_sampling(num_frames: Any, frame_sampling: Any) -> None:
+    """What can be said about a choice of frames without the video."""
+    accepted = f"Use one of {FRAME_SAMPLINGS} or a list of frame numbers, counted from 0."
+    if _as_integer(num_frames, "num_frames") < 1:
+        raise ValueError(f"num_frames={num_frames} is too small: at least 1 frame is needed.")
+    if isinstance(frame_sampling, str):
+        if frame_sampling not in FRAME_SAMPLINGS:
+            raise ValueError(f"frame_sampling={frame_sampling!r} is unknown. {accepted}")
+    elif not isinstance(frame_sampling, Sequence | np.ndarray | Tensor):
+        raise TypeError(f"frame_sampling can't be a {type(frame_sampling).__name__}. {accepted}")
+    elif min((_as_integer(index, "a frame number") for index in frame_sampling), default=-1) < 0:
+        raise ValueError(f"frame_sampling={frame_sampling!r} is empty or holds negative numbers. {accepted}")
+
+
+def _as_integer(value: Any, name: str) -> int:
+    try:
+        return as_index(None if isinstance(value, bool) else value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).") from error
+
+
+# --------------------------------------------------------------------------------------------------- prompts, tiles
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """How one turn of a conversation is written.
+
+    Attributes:
+        instruction: format string with one field, `text`: the user's turn up to where the answer begins.
+        stop_words: texts that end an answer.
+    """
+
+    instruction: str
+    stop_words: tuple[str, ...]
+
+
+_CHATML = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+TEMPLATES: Mapping[str, PromptTemplate] = MappingProxyType(
+    {
+        "qwen_chat": PromptTemplate(_CHATML, ("<|im_end|>", "<|endoftext|>")),
+        "internlm2_chat": PromptTemplate(_CHATML, ("<|im_end|>",)),
+        "phi3_chat": PromptTemplate("<|user|>\n{text}<|end|>\n<|assistant|>\n", ("<|end|>",)),
+    }
+)
+
+
+def _find_template(name: str) -> PromptTemplate:
+    template = TEMPLATES.get(str(name).replace("-", "_"))
+    if template is None:
+        raise ValueError(f"template={name!r} is unknown. Use one of {tuple(TEMPLATES)}.")
+    return template
+
+
+def choose_tiling(
+    width: int, height: int, image_size: int = 448, min_tiles: int = 1, max_tiles: int = 12
+) -> tuple[int, int]:
+    """Columns and rows of the grid of tiles whose shape is nearest to that of a width x height picture.
+
+    Grids are tried from few tiles to many. Between two that are equally near, the larger wins if the picture fills more
+    than half of its area (InternVL 1.5). The official code leaves the order of grids with equally many tiles to the
+    iteration order of a set. It can't matter: of c x r and c' x r' with c < c', r > r', the grid c x r' has fewer tiles
+    and its shape lies strictly between theirs, so two of them are never both nearest.
+    """
+    shape = width / height
+    grids = [
+        (columns, rows)
+        for columns, rows in itertools.product(range(1, max_tiles + 1), repeat=2)
+        if min_tiles <= columns * rows <= max_tiles
+    ]
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
+        distance = abs(shape - columns / rows)
+        fills = width * height > 0.5 * image_size * image_size * columns * rows
+        if distance < best_distance or (distance == best_distance and fills):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+@dataclass(frozen=True, eq=False)
+class Sa2VAInputs:
+    """One call, ready for the model. `pixel_values` and what follows is None (empty, False) without a picture.
+
+    Attributes:
+        prompt: the whole text, image and region tokens expanded, `past_text` included.
+        input_ids: int64 [1, L].
+        attention_mask: int64 [1, L], ones.
+        pixel_values: float32 [tiles, 3, image_size, image_size], normalised; a video has one tile per key frame.
+        prompt_masks: bool [R, g, g], the cells of each visual prompt in the last tile of an image, the first of a
+            video. Their tokens follow those of all tiles, in this order.
+        frames: all frames; an image is a video of one.
+        key_frames: numbers of the frames in `pixel_values`, ascending.
+        is_video: whether a video was given.
+        size: (height, width) of frame 0.
+    """
+
+    prompt: str
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor | None = None
+    prompt_masks: Tensor | None = None
+    frames: VideoFrames | None = None
+    key_frames: tuple[int, ...] = ()
+    is_video: bool = False
+    size: tuple[int, int] | None = None
+
+
+def _region_sentence(region_tokens: Sequence[int]) -> str:
+    regions = (
+        f"region{number}{REGION_START}{IMAGE_TOKEN * count}{REGION_END}"
+        for number, count in enumerate(region_tokens, start=1)
+    )
+    return f"\nThere are {len(region_tokens)} part regions in the picture: {', '.join(regions)}.\n"
+
+
+def _token_counts(text: str, start: str, end: str) -> list[int]:
+    """Number of image tokens in every start...end block of a text."""
+    blocks = re.findall(f"{re.escape(start)}(.*?){re.escape(end)}", text, flags=re.DOTALL)
+    return [block.count(IMAGE_TOKEN) for block in blocks]
+
+
+def _check_words(text: Any, past_text: Any) -> None:
+    if not isinstance(text, str) or not isinstance(past_text, str):
+        wrong = text if not isinstance(text, str) else past_text
+        name = "text" if wrong is text else "past_text"
+        raise TypeError(f"{name} must be a string, got {type(wrong).__name__}. Give the words of this turn as text=.")
+    if not text.replace(IMAGE_TAG, "").strip():
+        raise ValueError(f"text={text!r} says nothing. Ask something, such as 'Please segment the red car.'")
+    if text.count(IMAGE_TAG) > 1:
+        raise ValueError(
+            f"text holds {text.count(IMAGE_TAG)} {IMAGE_TAG} tags, at most one is accepted: it stands for the whole image "
+            "or video. Leave it out to have it put in front."
+        )
+    if used := [token for token in _RESERVED if token in text]:
+        raise ValueError(f"text holds {used}, which stand for image content. Remove them from your words.")
+    if IMAGE_TAG in past_text:
+        raise ValueError(
+            f"past_text holds an unexpanded {IMAGE_TAG}. Give the past_text that the previous call returned, unchanged."
+        )
+
+
+def _check_no_picture(text: str, past_text: str, mask_prompts: Any) -> None:
+    """A call without image and video must not speak of one."""
+    if mask_prompts is not None:
+        raise ValueError("mask_prompts point into a picture, but there is none. Give image= or video= too.")
+    if IMAGE_TAG in text:
+        raise ValueError(f"text holds {IMAGE_TAG}, but there is no picture. Give image= or video=, or remove the tag.")
+    if IMAGE_TOKEN in past_text:
+        raise ValueError("past_text talks about a picture. Give the same image= or video= (and mask_prompts=) again.")
+
+
+def _single(value: Any) -> Any:
+    """The only item of a one-item list, as transformers' batch-minded callers wrap a sample."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+# ------------------------------------------------------------------------------------------------------- processor
+
+
+class Sa2VAProcessor(ProcessorMixin):
+    """Everything between a user and `Sa2VAChatModel` that needs no weights.
+
+    What depends on the family of vision-language model is `build_prompt`, `preprocess_image`,
+    `preprocess_key_frames`, `preprocess_mask_prompts` and `picture_tokens`: a subclass for another family overrides
+    these. Here they are the InternVL family's. No call leaves anything behind: threads may share a processor.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        template: name of a prompt template in `TEMPLATES`.
+        image_size, patch_size: side of a tile and of a ViT patch, in pixels.
+        downsample_ratio: pixel shuffle: tokens per patch, along one side.
+        min_dynamic_patch, max_dynamic_patch: least and most tiles of an image.
+        use_thumbnail: add the whole image as a last tile when there are several.
+        grounding_image_size: side of SAM 2's input.
+        num_key_frames, frame_sampling: how frames of a video are chosen, see `select_key_frames`.
+        chat_template: kept and saved for transformers; prompts are built from `template`.
+
+    Raises:
+        TypeError: `tokenizer` is no tokenizer.
+        ValueError: unknown template or sampling, sizes that don't divide into whole tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer=None,
+        template: str = "qwen_chat",
+        image_size: int = 448,
+        patch_size: int = 14,
+        downsample_ratio: float = 0.5,
+        min_dynamic_patch: int = 1,
+        max_dynamic_patch: int = 12,
+        use_thumbnail: bool = True,
+        grounding_image_size: int = 1024,
+        num_key_frames: int = 5,
+        frame_sampling: str | Sequence[int] = "first",
+        chat_template: str | None = None,
+        **kwargs,
+    ):
+        _find_template(template)
+        _check_sampling(num_key_frames, frame_sampling)
+        grid = image_size / patch_size * downsample_ratio
+        if grid != int(grid) or grid < 1:
+            raise ValueError(
+                f"image_size={image_size}, patch_size={patch_size} and downsample_ratio={downsample_ratio} make {grid:g} "
+                "tokens a side. It must be a whole number."
+            )
+        if not 1 <= min_dynamic_patch <= max_dynamic_patch:
+            raise ValueError(f"Tiles from {min_dynamic_patch} to {max_dynamic_patch}: need 1 <= min <= max.")
+        self.template = template
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.downsample_ratio = downsample_ratio
+        self.min_dynamic_patch = min_dynamic_patch
+        self.max_dynamic_patch = max_dynamic_patch
+        self.use_thumbnail = use_thumbnail
+        self.grounding_image_size = grounding_image_size
+        self.num_key_frames = num_key_frames
+        self.frame_sampling = frame_sampling
+        super().__init__(tokenizer, chat_template=chat_template, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: Sa2VAChatConfig, tokenizer) -> "Sa2VAProcessor":
+        """The processor of a checkpoint, from its configuration and tokenizer."""
+        return cls(tokenizer, **cls._settings_of(config))
+
+    @staticmethod
+    def _settings_of(config: Sa2VAChatConfig) -> dict[str, Any]:
+        return {
+            "template": config.template,
+            "image_size": config.force_image_size or config.vision_config.image_size,
+            "patch_size": config.vision_config.patch_size,
+            "downsample_ratio": config.downsample_ratio,
+            "min_dynamic_patch": config.min_dynamic_patch,
+            "max_dynamic_patch": config.max_dynamic_patch,
+            "use_thumbnail": config.use_thumbnail,
+            "grounding_image_size": config.grounding_config.image_size,
+            "num_key_frames": config.grounding_config.num_key_frames,
+            "frame_sampling": config.grounding_config.frame_sampling,
+        }
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "Sa2VAProcessor":
+        """Loads the processor of a checkpoint; one without processor_config.json is read from its config.json.
+
+        Args:
+            pretrained_model_name_or_path: folder, or name on the Hugging Face Hub.
+            **kwargs: as in transformers; settings of the processor win over those of the files.
+
+        Raises:
+            OSError: neither file is there.
+        """
+        if kwargs.get("config") is None:
+            hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+            try:
+                kwargs["config"] = Sa2VAChatConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+            except OSError:
+                kwargs.pop("config", None)  # a processor saved on its own
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """transformers' hook for reading processor_config.json; what it lacks comes from `config`."""
+        config = kwargs.pop("config", None)
+        saved, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if config is None and "image_size" not in saved:
+            raise OSError(
+                f"{str(pretrained_model_name_or_path)!r} holds neither processor_config.json nor config.json of a Sa2VA "
+                "checkpoint. Give the folder or Hub name of one."
+            )
+        settings = {} if config is None else cls._settings_of(config)
+        return settings | saved, kwargs
+
+    @property
+    def region_grid(self) -> int:
+        """Tokens along one side of a tile."""
+        return int(self.image_size / self.patch_size * self.downsample_ratio)
+
+    @property
+    def num_image_token(self) -> int:
+        """Tokens of one tile."""
+        return self.region_grid**2
+
+    @property
+    def stop_words(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        return _find_template(self.template).stop_words
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Keys of what a call returns."""
+        return [*super().model_input_names, "pixel_values", "prompt_masks"]
+
+    # ------------------------------------------------------------------------------------------ the family's part
+
+    def picture_tokens(self, num_tiles: int, is_video: bool) -> str:
+        """What the tag stands for: all tiles of an image in one block, or a block (a line) per key frame."""
+        blocks, tiles = (num_tiles, 1) if is_video else (1, num_tiles)
+        block = f"{IMAGE_START}{IMAGE_TOKEN * (tiles * self.num_image_token)}{IMAGE_END}"
+        return "\n".join([block] * blocks)
+
+    def build_prompt(
+        self,
+        text: str,
+        *,
+        num_tiles: int | None = None,
+        is_video: bool = False,
+        region_tokens: Sequence[int] | None = None,
+        past_text: str = "",
+    ) -> str:
+        """Writes the conversation up to where the answer begins, byte for byte as the released code does.
+
+        The picture replaces the `<image>` tag, or stands first if there is none. Regions are named right after it, so
+        their tokens follow those of all tiles. A `past_text` that shows the picture (regions) already isn't told it
+        (them) again; a tag in `text` is dropped then.
+
+        Args:
+            text: the user's words.
+            num_tiles: tiles of the image, or key frames of the video; None without a picture.
+            is_video: whether it is a video.
+            region_tokens: number of tokens of each visual prompt.
+            past_text: earlier turns, verbatim, image tokens expanded.
+        """
+        regions = "" if region_tokens is None else _region_sentence(region_tokens)
+        if num_tiles is None:
+            turn = text.replace(IMAGE_TAG, "")
+        elif IMAGE_TOKEN in past_text:
+            regions = "" if REGION_START in past_text else regions.lstrip("\n")
+            turn = regions + text.replace(f"{IMAGE_TAG}\n", "").replace(IMAGE_TAG, "")
+        else:
+            turn = text if IMAGE_TAG in text else IMAGE_TAG + text
+            turn = turn.replace(IMAGE_TAG, self.picture_tokens(num_tiles, is_video) + regions)
+        return past_text + _find_template(self.template).instruction.format(text=turn)
+
+    def preprocess_image(self, image: Image.Image) -> Tensor:
+        """RGB image -> float32 [tiles, 3, image_size, image_size], row by row, thumbnail last, ImageNet-normalised."""
+        size = self.image_size
+        columns, rows = choose_tiling(*image.size, size, self.min_dynamic_patch, self.max_dynamic_patch)
+        resized = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
+        corners = [(column * size, row * size) for row in range(rows) for column in range(columns)]
+        tiles = [resized.crop((left, top, left + size, top + size)) for left, top in corners]
+        if self.use_thumbnail and len(tiles) > 1:
+            tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
+        return self._normalize(tiles)
+
+    def preprocess_key_frames(self, frames: Sequence[Image.Image]) -> Tensor:
+        """K RGB frames -> float32 [K, 3, image_size, image_size]: one tile each, aspect ratio not kept."""
+        size = (self.image_size, self.image_size)
+        return self._normalize([frame.resize(size, Image.Resampling.BICUBIC) for frame in frames])
+
+    def preprocess_mask_prompts(self, mask_prompts: Any) -> Tensor:
+        """Masks that point at regions -> the tokens they cover.
+
+        Args:
+            mask_prompts: array or tensor [R, H, W], or a list with just that; bool or numbers, nonzero is inside. H and
+                W need not be the picture's.
+
+        Returns:
+            bool [R, g, g] with g = `region_grid`, by nearest neighbour. A region may be empty.
+
+        Raises:
+            TypeError: no array. ValueError: wrong shape, no region, no pixels, NaN.
+        """
+        wanted = "Give one array [regions, height, width], or a list with just that."
+        masks = _single(mask_prompts)
+        if not isinstance(masks, np.ndarray | Tensor):
+            raise TypeError(f"mask_prompts can't be a {type(mask_prompts).__name__} of this content. {wanted}")
+        try:
+            masks = torch.as_tensor(masks).detach().cpu()
+        except TypeError as error:
+            raise TypeError(f"mask_prompts of dtype {masks.dtype} are no numbers. {wanted}") from error
+        if masks.ndim != 3 or 0 in masks.shape:
+            raise ValueError(f"mask_prompts have shape {tuple(masks.shape)}. {wanted} None of the sizes may be 0.")
+        if not torch.isfinite(masks).all():
+            raise ValueError("mask_prompts hold NaN or infinite values. Give bool, or numbers with 0 for outside.")
+        inside = (masks != 0).to(torch.uint8)[:, None]
+        return F.interpolate(inside, size=(self.region_grid, self.region_grid), mode="nearest")[:, 0].bool()
+
+    def _normalize(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """K RGB images of one size -> float32 [K, 3, H, W]."""
+        pixels = _stack_pixels(pictures).to(torch.float32).div_(255)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+        return pixels.sub_(mean).div_(std)
+
+    # ------------------------------------------------------------------------------------------------ before a call
+
+    def prepare(
+        self,
+        image: Any = None,
+        video: Any = None,
+        text: str | None = None,
+        past_text: str | None = "",
+        mask_prompts: Any = None,
+        num_frames: int | None = None,
+        frame_sampling: str | Sequence[int] | None = None,
+    ) -> Sa2VAInputs:
+        """Checks and prepares one call.
+
+        Args:
+            image: see `load_image`. At most one of `image` and `video` is given; with neither it is a text-only chat.
+            video: see `open_video`.
+            text: the user's words. A tag `<image>` says where the picture stands; without one it stands first.
+            past_text: what the previous call returned, for the next turn. The same picture (and `mask_prompts`, if that
+                call had some) is given again.
+            mask_prompts: regions to talk about, see `preprocess_mask_prompts`; on a video, in its first key frame.
+            num_frames, frame_sampling: see `select_key_frames`; None takes the processor's own.
+
+        Raises:
+            TypeError, ValueError, OSError: what was given, what is accepted and what to do.
+        """
+        past_text = "" if past_text is None else past_text
+        num_frames = self.num_key_frames if num_frames is None else num_frames
+        frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
+        _check_words(text, past_text)
+        _check_sampling(num_frames, frame_sampling)
+        if image is not None and video is not None:
+            raise ValueError("Both image and video are given. Give one of them.")
+        if image is None and video is None:
+            _check_no_picture(text, past_text, mask_prompts)
+            return Sa2VAInputs(**self._tokenize(self.build_prompt(text, past_text=past_text)))
+        frames = _frames_of_sequence([load_image(image)]) if video is None else open_video(video)
+        key_frames = [0] if video is None else select_key_frames(frames, num_frames, frame_sampling)
+        return self._prepare_picture(frames, key_frames, video is not None, text, past_text, mask_prompts)
+
+    def _prepare_picture(
+        self,
+        frames: VideoFrames,
+        key_frames: Sequence[int],
+        is_video: bool,
+        text: str,
+        past_text: str,
+        mask_prompts: Any,
+    ) -> Sa2VAInputs:
+        masks = None if mask_prompts is None else self.preprocess_mask_prompts(mask_prompts)
+        region_tokens = None if masks is None else masks.flatten(1).sum(1).tolist()
+        first, *shown = frames.select([0, *key_frames])
+        pixel_values = self.preprocess_key_frames(shown) if is_video else self.preprocess_image(first)
+        num_tiles = len(pixel_values)
+        self._check_past_picture(past_text, num_tiles, is_video, region_tokens)
+        prompt = self.build_prompt(
+            text, num_tiles=num_tiles, is_video=is_video, region_tokens=region_tokens, past_text=past_text
+        )
+        return Sa2VAInputs(
+            **self._tokenize(prompt),
+            pixel_values=pixel_values,
+            prompt_masks=masks,
+            frames=frames,
+            key_frames=tuple(key_frames),
+            is_video=is_video,
+            size=(first.height, first.width),
+        )
+
+    def _check_past_picture(
+        self, past_text: str, num_tiles: int, is_video: bool, region_tokens: Sequence[int] | None
+    ) -> None:
+        """What earlier turns show must be what is given now: its features fill their tokens."""
+        if IMAGE_TOKEN not in past_text and REGION_START not in past_text:
+            return
+        shown = _token_counts(past_text, IMAGE_START, IMAGE_END)
+        given = _token_counts(self.picture_tokens(num_tiles, is_video), IMAGE_START, IMAGE_END)
+        if shown != given:
+            raise ValueError(
+                f"past_text shows a picture of {shown} tokens, but the given one takes {given}. Give the image or video "
+                "(and num_frames, frame_sampling) of the previous turn again, or start anew with past_text=''."
+            )
+        regions = _token_counts(past_text, REGION_START, REGION_END)
+        if regions and regions != list(region_tokens or ()):
+            raise ValueError(
+                f"past_text names regions of {regions} tokens, but mask_prompts give {region_tokens}. Give the "
+                "mask_prompts of the previous turn again, or start anew with past_text=''."
+            )
+        if past_text.count(IMAGE_TOKEN) != sum(shown) + sum(regions):
+            raise ValueError("past_text is cut inside a picture. Give it as the previous call returned it, unchanged.")
+
+    def _tokenize(self, prompt: str) -> dict[str, Any]:
+        encoded = self.tokenizer(prompt, return_tensors="pt")
+        image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if int((encoded.input_ids == image_token_id).sum()) != prompt.count(IMAGE_TOKEN):
+            raise ValueError(f"{IMAGE_TOKEN} is not one token of this tokenizer. Give the tokenizer of the checkpoint.")
+        return {"prompt": prompt, "input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        past_text: str | None = "",
+        mask_prompts: Any = None,
+        num_frames: int | None = None,
+        frame_sampling: str | Sequence[int] | None = None,
+        return_tensors: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """transformers' way to call `prepare`, for one sample.
+
+        Args:
+            images: one image, or a list with one.
+            text: the user's words, or a list with one string.
+            videos: one video; a list is taken for its frames.
+            past_text, mask_prompts, num_frames, frame_sampling: see `prepare`.
+            return_tensors: "pt" (also None) or "np".
+            **kwargs: only `padding`, which one sample doesn't need.
+
+        Returns:
+            `input_ids`, `attention_mask` and, with a picture, `pixel_values`, `prompt_masks`: see `Sa2VAInputs`.
+
+        Raises:
+            TypeError: an unknown argument; see also `prepare`.
+        """
+        if unknown := kwargs.keys() - {"padding"}:
+            raise TypeError(f"Unknown arguments {sorted(unknown)}. See Sa2VAProcessor.prepare for the accepted ones.")
+        inputs = self.prepare(
+            _single(images), videos, _single(text), past_text, mask_prompts, num_frames, frame_sampling
+        )
+        names = ("input_ids", "attention_mask", "pixel_values", "prompt_masks")
+        data = {name: value for name in names if (value := getattr(inputs, name)) is not None}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def grounding_pixel_values(
+        self,
+        frames: Sequence[Image.Image],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        is_video: bool = False,
+    ) -> Tensor:
+        """SAM 2's input: T RGB frames of any sizes -> [T, 3, S, S] of `dtype`, aspect ratio not kept.
+
+        Normalised with ImageNet's constants as bfloat16 rounds them, which is what the released models were trained on.
+        As there, an image is computed in `dtype` throughout, a video in float32 and rounded at the end.
+        """
+        size = (self.grounding_image_size, self.grounding_image_size)
+        pixels = _stack_pixels([frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]).to(device)
+        working = torch.float32 if is_video else dtype
+        mean, std = (
+            torch.tensor(values, dtype=torch.bfloat16).to(pixels.device, working).view(1, 3, 1, 1)
+            for values in (IMAGE_MEAN, IMAGE_STD)
+        )
+        return pixels.to(working).div_(255).sub_(mean).div_(std).to(dtype)
+
+    # ------------------------------------------------------------------------------------------------- after a call
+
+    def resize_logits(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Mask logits [N, 1, s, s] -> float32 [N, h, w] for size (h, w).
+
+        Bilinear in two steps, over SAM 2's input size, as the released models do.
+        """
+        side = (self.grounding_image_size, self.grounding_image_size)
+        full = F.interpolate(logits.float(), size=side, mode="bilinear", align_corners=False)
+        return F.interpolate(full, size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+    def binarize(self, logits: Tensor, mask_threshold: float = 0.5) -> Tensor:
+        """Logits of any shape -> bool: probability above `mask_threshold`.
+
+        Raises:
+            ValueError: `mask_threshold` is not between 0 and 1.
+        """
+        if not 0 < mask_threshold < 1:
+            raise ValueError(f"mask_threshold={mask_threshold} is a probability: give a number between 0 and 1.")
+        return logits.sigmoid() > mask_threshold
+
+    def phrases(self, prediction: str) -> list[str]:
+        """What each `[SEG]` of an answer stands for.
+
+        It is the `<p> phrase </p>` right before it, which neighbouring `[SEG]` share, else the sentence that it stands in
+        (or follows, if it is a sentence of its own), without special tokens; "" if there are no words.
+        """
+        return [_phrase_before(prediction, match.start()) for match in re.finditer(re.escape(SEG_TOKEN), prediction)]
+
+
+def _stack_pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    """K RGB images of one size -> uint8 [K, 3, H, W]."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+
+
+_SHARED_PHRASE = re.compile(r"<p>((?:(?!<p>|</p>).)*)</p>(?:\s|,|;|&|\band\b|\[SEG\])*$", re.DOTALL)
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|(?<=[。！？])|\n+")
+_SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|\[SEG\]|</?[A-Za-z_]+>")
+
+
+def _phrase_before(prediction: str, position: int) -> str:
+    """The words that the `[SEG]` at this position belongs to."""
+    if shared := _SHARED_PHRASE.search(prediction, 0, position):
+        return _plain_words(shared[1])
+    starts = [0, *(match.end() for match in _SENTENCE_END.finditer(prediction)), len(prediction)]
+    sentences = [(start, prediction[start:end]) for start, end in itertools.pairwise(starts)]
+    earlier = (_plain_words(sentence) for start, sentence in reversed(sentences) if start <= position)
+    return next(filter(None, earlier), "")
+
+
+def _plain_words(text: str) -> str:
+    text = re.sub(r"\s+", " ", _SPECIAL_TOKEN.sub(" ", text))
+    return re.sub(r" (?=[,.;:!?])", "", text).strip(" ,.;:!?。！？")
+
+
+# ----------------------------------------------------------------------------------------------- masks to be kept
+
+
+def masks_to_rle(masks: np.ndarray | Tensor) -> list[dict[str, Any]]:
+    """One object's masks -> COCO run-length encoding, a JSON-able dict {"size": [h, w], "counts": str} per frame.
+
+    Args:
+        masks: bool [T, h, w].
+
+    Raises:
+        ValueError: not bool, or not three axes.
+    """
+    from pycocotools import mask as coco
+
+    masks = _as_bool_masks(masks)
+    encoded = coco.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))) if len(masks) else []
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in encoded]
+
+
+def rle_to_masks(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Inverse of `masks_to_rle`: bool [T, h, w]. An empty list gives [0, 0, 0]; frames must be of one size."""
+    from pycocotools import mask as coco
+
+    if len({tuple(rle["size"]) for rle in rles}) > 1:
+        raise ValueError("The run-length encoded masks differ in size. Decode frames of one size at a time.")
+    if not rles:
+        return np.zeros((0, 0, 0), dtype=bool)
+    return coco.decode([dict(rle) for rle in rles]).transpose(2, 0, 1).astype(bool)
+
+
+def _as_bool_masks(masks: np.ndarray | Tensor) -> np.ndarray:
+    masks = masks.detach().cpu().numpy() if isinstance(masks, Tensor) else np.asarray(masks)
+    if masks.dtype != np.bool_ or masks.ndim != 3:
+        raise ValueError(f"Masks must be bool [N, height, width], got {masks.dtype} of shape {masks.shape}.")
+    return masks
+
+
+def object_color(index: int) -> tuple[int, int, int]:
+    """RGB colour (0..255) of an object: hues a golden ratio apart, so that neighbours in number look different."""
+    hue = (0.02 + index * 0.6180339887) % 1.0
+    value = (1.0, 0.8, 0.9)[index % 3]
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.8, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_overlay(
+    image: Any, masks: np.ndarray | Tensor, phrases: Sequence[str] | None = None, alpha: float = 0.5
+) -> np.ndarray:
+    """Paints objects over a picture: a colour and a contour each, and a label with its phrase, inside the picture.
+
+    Args:
+        image: see `load_image`; h x w pixels.
+        masks: bool [N, h, w]. A mask without pixels gets no label.
+        phrases: N labels, or None.
+        alpha: opacity of the colour, 0..1.
+
+    Returns:
+        uint8 [h, w, 3], RGB.
+
+    Raises:
+        ValueError: masks that are not bool [N, h, w], or not N phrases.
+    """
+    picture = load_image(image)
+    masks = _as_bool_masks(masks)
+    if masks.shape[1:] != (picture.height, picture.width):
+        raise ValueError(f"Masks are {masks.shape[1:]}, the picture is {(picture.height, picture.width)} (h, w).")
+    if phrases is not None and len(phrases) != len(masks):
+        raise ValueError(f"{len(phrases)} phrases for {len(masks)} masks. Give one for each.")
+    canvas = Image.fromarray(_paint(np.array(picture), masks, alpha))
+    for index, phrase in enumerate(phrases or ()):
+        if phrase and masks[index].any():
+            _write_label(canvas, masks[index], phrase, object_color(index))
+    return np.array(canvas)
+
+
+def _paint(pixels: np.ndarray, masks: np.ndarray, alpha: float) -> np.ndarray:
+    """Tints each mask in a uint8 [h, w, 3] array and draws its contour, in place."""
+    import cv2
+
+    thickness = max(1, round(min(pixels.shape[:2]) / 300))
+    for index, mask in enumerate(masks):
+        color = object_color(index)
+        pixels[mask] = np.rint((1 - alpha) * pixels[mask] + alpha * np.array(color)).astype(np.uint8)
+        contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(pixels, contours, -1, color, thickness)
+    return pixels
+
+
+def _write_label(canvas: Image.Image, mask: np.ndarray, phrase: str, color: tuple[int, int, int]) -> None:
+    """Writes a phrase above its object, moved and shortened as needed to stay inside; none if it can't be read."""
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(size=max(11, round(min(canvas.size) / 30)))
+    pad = 2
+    phrase = _shorten(phrase, lambda words: draw.textlength(words, font=font) <= canvas.width - 2 * pad)
+    left, top, right, bottom = draw.textbbox((0, 0), phrase, font=font)
+    width, height = round(right - left) + 2 * pad, round(bottom - top) + 2 * pad
+    if not phrase or height > canvas.height or width > canvas.width:
+        return
+    rows, columns = np.nonzero(mask)
+    x = int(np.clip(columns.min(), 0, canvas.width - width))
+    y = int(np.clip(rows.min() - height, 0, canvas.height - height))
+    draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
+    luminance = np.dot(color, (0.299, 0.587, 0.114))
+    draw.text((x + pad - left, y + pad - top), phrase, font=font, fill="black" if luminance > 140 else "white")
+
+
+def _shorten(text: str, fits: Callable[[str], bool]) -> str:
+    """The longest beginning of a text that fits, with dots if something is missing."""
+    if fits(text):
+        return text
+    cuts = (text[:length].rstrip() + "..." for length in range(len(text) - 1, 0, -1))
+    return next(filter(fits, cuts), "")
+
+
+__all__ = [
+    "TEMPLATES",
+    "PromptTemplate",
+    "Sa2VAInputs",
+    "Sa2VAProcessor",
+    "VideoFrames",
+    "choose_tiling",
+    "draw_overlay",
+    "load_image",
+    "masks_to_rle",
+    "object_color",
+    "open_video",
+    "rle_to_masks",
+    "select_key_frames",
+]

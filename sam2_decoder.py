@@ -1,0 +1,539 @@
+"""SAM 2 prompted with language: one 256-number vector per object instead of clicks.
+
+* `Sam2Model`      the networks, from the `sam2` package, sized by `Sa2VAGroundingConfig`; released key names
+* `FrameFeatures`  what the image encoder leaves of a frame, shared by every object
+* `MaskPrediction` what the mask decoder says about N objects on one frame
+* `MemoryBank`     what later frames may still look at, for N objects at once; forgets the rest
+* `Sam2Decoder`    encode a frame once, decode all objects, remember, track forwards and backwards
+
+Behaviour follows the released Sa2VA: every key frame is prompted with the language vector and becomes a conditioning
+frame; the others are tracked by SAM 2's memory (SAM 2, arXiv 2408.00714; `sam2/modeling/sam2_base.py`). Unlike there,
+masks are never blanked by a negative object score.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sam2.modeling.backbones.hieradet import Hiera
+from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+from sam2.modeling.position_encoding import PositionEmbeddingSine, apply_rotary_enc, compute_axial_cis
+from sam2.modeling.sam2_base import SAM2Base
+from sam2.modeling.sam.mask_decoder import MaskDecoder
+from sam2.modeling.sam.transformer import Attention, RoPEAttention, TwoWayTransformer
+from torch import Tensor, nn
+
+from .configuration_sa2va import Sa2VAGroundingConfig
+
+
+@lru_cache(maxsize=16)
+def _axial_rope_table(head_dim: int, side: int, theta: float, device: torch.device) -> Tensor:
+    """Rotary table of a square map, complex64 [side * side, head_dim / 2]; made once per size and device."""
+    with torch.inference_mode(False), torch.device(device):
+        return compute_axial_cis(dim=head_dim, end_x=side, end_y=side, theta=theta)
+
+
+class RotaryAttention(RoPEAttention):
+    """`sam2`'s RoPEAttention with its table looked up on first use instead of stored.
+
+    The parent computes the table while it is built: a meta tensor under `from_pretrained`, and moved to "cuda" wherever
+    there is one. It also writes it to `self` in every call, which two threads on two devices can't share.
+    """
+
+    def __init__(self, *args, rope_theta: float = 10000.0, rope_k_repeat: bool = False, **kwargs):
+        Attention.__init__(self, *args, **kwargs)
+        self.rope_theta = rope_theta
+        self.rope_k_repeat = rope_k_repeat
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
+        """Attends from q [B, side * side, C] to k, v [B, L, C_kv]; the last `num_k_exclude_rope` keys stay unrotated."""
+        q = self._separate_heads(self.q_proj(q), self.num_heads)
+        k = self._separate_heads(self.k_proj(k), self.num_heads)
+        v = self._separate_heads(self.v_proj(v), self.num_heads)
+        table = _axial_rope_table(q.shape[-1], round(q.shape[-2] ** 0.5), self.rope_theta, q.device)
+        spatial, pointers = k.split([k.shape[-2] - num_k_exclude_rope, num_k_exclude_rope], dim=-2)
+        q, spatial = apply_rotary_enc(q, spatial, freqs_cis=table, repeat_freqs_k=self.rope_k_repeat)
+        k = torch.cat([spatial, pointers], dim=-2)
+        dropout = self.dropout_p if self.training else 0.0
+        return self.out_proj(self._recombine_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)))
+
+
+def _position_encoding(channels: int) -> PositionEmbeddingSine:
+    # The warm-up would fill a cache on "cuda" wherever there is one, before anyone chose a device.
+    return PositionEmbeddingSine(num_pos_feats=channels, normalize=True, temperature=10000, warmup_cache=False)
+
+
+def _build_image_encoder(config: Sa2VAGroundingConfig) -> ImageEncoder:
+    trunk = Hiera(
+        embed_dim=config.embed_dim,
+        num_heads=config.num_heads,
+        stages=tuple(config.stages),
+        global_att_blocks=tuple(config.global_att_blocks),
+        window_pos_embed_bkg_spatial_size=tuple(config.window_pos_embed_bkg_spatial_size),
+        window_spec=tuple(config.window_spec),
+    )
+    neck = FpnNeck(
+        position_encoding=_position_encoding(config.d_model),
+        d_model=config.d_model,
+        backbone_channel_list=list(config.backbone_channel_list),
+        fpn_top_down_levels=[2, 3],
+        fpn_interp_model="nearest",
+    )
+    return ImageEncoder(trunk=trunk, neck=neck, scalp=1)
+
+
+def _build_memory_attention(config: Sa2VAGroundingConfig) -> MemoryAttention:
+    dropout = config.memory_attention_dropout
+    attention = {"embedding_dim": config.d_model, "num_heads": 1, "downsample_rate": 1, "dropout": dropout}
+    layer = MemoryAttentionLayer(
+        activation="relu",
+        dim_feedforward=config.memory_attention_dim_feedforward,
+        dropout=dropout,
+        pos_enc_at_attn=False,
+        self_attention=RotaryAttention(**attention),
+        d_model=config.d_model,
+        pos_enc_at_cross_attn_keys=True,
+        pos_enc_at_cross_attn_queries=False,
+        cross_attention=RotaryAttention(**attention, rope_k_repeat=True, kv_in_dim=config.mem_dim),
+    )
+    return MemoryAttention(
+        d_model=config.d_model, pos_enc_at_input=True, layer=layer, num_layers=config.memory_attention_layers
+    )
+
+
+def _build_memory_encoder(config: Sa2VAGroundingConfig) -> MemoryEncoder:
+    return MemoryEncoder(
+        out_dim=config.mem_dim,
+        position_encoding=_position_encoding(config.mem_dim),
+        mask_downsampler=MaskDownSampler(embed_dim=config.d_model, kernel_size=3, stride=2, padding=1),
+        fuser=Fuser(CXBlock(dim=config.d_model, kernel_size=7, padding=3, layer_scale_init_value=1e-6), num_layers=2),
+        in_dim=config.d_model,
+    )
+
+
+class Sam2Model(SAM2Base):
+    """SAM 2.0's networks and parameter names, sized by the config (keys as in the released checkpoints)."""
+
+    def __init__(self, config: Sa2VAGroundingConfig):
+        super().__init__(
+            image_encoder=_build_image_encoder(config),
+            memory_attention=_build_memory_attention(config),
+            memory_encoder=_build_memory_encoder(config),
+            num_maskmem=config.num_maskmem,
+            image_size=config.image_size,
+            sigmoid_scale_for_mem_enc=20.0,
+            sigmoid_bias_for_mem_enc=-10.0,
+            directly_add_no_mem_embed=True,
+            use_high_res_features_in_sam=True,
+            multimask_output_in_sam=True,
+            multimask_output_for_tracking=True,
+            use_multimask_token_for_obj_ptr=True,
+            iou_prediction_use_sigmoid=True,
+            use_obj_ptrs_in_encoder=True,
+            max_obj_ptrs_in_encoder=config.max_object_pointers,
+            add_tpos_enc_to_obj_ptrs=False,
+            only_obj_ptrs_in_the_past_for_eval=True,
+            pred_obj_scores=True,
+            pred_obj_scores_mlp=True,
+            fixed_no_obj_ptr=True,
+            use_mlp_for_obj_ptr_proj=True,
+        )
+        # SAM2Base writes the widths of the released decoder into its own; other sizes need this one.
+        self.sam_mask_decoder = MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=config.d_model, mlp_dim=config.mask_decoder_mlp_dim, num_heads=8
+            ),
+            transformer_dim=config.d_model,
+            iou_head_depth=3,
+            iou_head_hidden_dim=config.iou_head_hidden_dim,
+            use_high_res_features=True,
+            iou_prediction_use_sigmoid=True,
+            pred_obj_scores=True,
+            pred_obj_scores_mlp=True,
+            use_multimask_token_for_obj_ptr=True,
+            dynamic_multimask_via_stability=True,
+        )
+
+
+@dataclass(frozen=True)
+class FrameFeatures:
+    """Image encoder output of T frames (or of T rows, one per object, after `rows`).
+
+    Attributes:
+        vision_features: [T, D, h, w], stride 16.
+        vision_pos_embeds: [1, D, h, w], equal for all frames.
+        high_res_features: [T, D/8, 4h, 4w] and [T, D/4, 2h, 2w], as the mask decoder adds them.
+    """
+
+    vision_features: Tensor
+    vision_pos_embeds: Tensor
+    high_res_features: tuple[Tensor, Tensor]
+
+    def rows(self, index: Tensor) -> "FrameFeatures":
+        """The features of frames `index` (int64 [N]), a row each."""
+        high_res = tuple(level[index] for level in self.high_res_features)
+        return FrameFeatures(self.vision_features[index], self.vision_pos_embeds, high_res)
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """What the mask decoder says about N objects on one frame.
+
+    Attributes:
+        logits: float32 [N, 1, S/4, S/4], mask logits of the candidate with the highest predicted IoU.
+        iou_scores: float32 [N] in 0..1, the predicted IoU of that candidate.
+        object_scores: float32 [N], logit of "the object is in this frame".
+        object_pointers: [N, D], what memory attention sees of each object beside its memory features.
+        multimask_logits: float32 [N, 3, S/4, S/4], all candidates; None unless asked for.
+        multimask_iou_scores: float32 [N, 3]; None unless asked for.
+    """
+
+    logits: Tensor
+    iou_scores: Tensor
+    object_scores: Tensor
+    object_pointers: Tensor
+    multimask_logits: Tensor | None = None
+    multimask_iou_scores: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence["MaskPrediction"]) -> "MaskPrediction":
+        """Joins the predictions of several groups of objects on the same frame."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        return cls(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})
+
+
+@dataclass(frozen=True)
+class FrameMemory:
+    """One remembered frame of N objects: features [h * w, N, mem_dim] in the memory dtype and pointers [N, D]."""
+
+    features: Tensor
+    object_pointers: Tensor
+
+
+@dataclass
+class MemoryBank:
+    """What a frame may look at while N objects are tracked in one direction.
+
+    Conditioning frames stay for ever; of the tracked frames the last `num_maskmem - 1` features and the last
+    `max_object_pointers - 1` pointers stay, because SAM 2 looks no further back.
+
+    Attributes:
+        num_maskmem, max_object_pointers: SAM 2's horizon.
+        position: [h * w, 1, mem_dim], sine encoding of the memory features, equal for all frames.
+        conditioning: frame index -> memory of the prompted frames.
+        recent: frame index -> memory of the tracked frames, features None once out of reach.
+    """
+
+    num_maskmem: int
+    max_object_pointers: int
+    position: Tensor | None = None
+    conditioning: dict[int, FrameMemory] = field(default_factory=dict)
+    recent: dict[int, FrameMemory] = field(default_factory=dict)
+
+    def restart(self) -> "MemoryBank":
+        """A bank with the same conditioning frames and nothing tracked yet."""
+        return MemoryBank(self.num_maskmem, self.max_object_pointers, self.position, self.conditioning)
+
+    def add(self, frame: int, memory: FrameMemory) -> None:
+        """Remembers a tracked frame and forgets what no later frame of this direction can reach."""
+        self.recent[frame] = memory
+        self.recent = {t: m for t, m in self.recent.items() if abs(frame - t) < self.max_object_pointers - 1}
+        for t, old in self.recent.items():
+            if abs(frame - t) >= self.num_maskmem - 1 and old.features is not None:
+                self.recent[t] = FrameMemory(None, old.object_pointers)
+
+    def spatial(self, frame: int) -> list[tuple[int, Tensor]]:
+        """(row of `maskmem_tpos_enc`, features) in SAM 2's order: conditioning frames, then the oldest tracked first."""
+        memories = [(self.num_maskmem - 1, self.conditioning[t].features) for t in sorted(self.conditioning)]
+        for distance in range(self.num_maskmem - 1, 0, -1):
+            memory = self._at_distance(frame, distance)
+            if memory is not None and memory.features is not None:
+                memories.append((distance - 1, memory.features))
+        return memories
+
+    def pointers(self, frame: int, reverse: bool) -> list[Tensor]:
+        """Object pointers [N, D]: of the conditioning frames already passed, then of the tracked frames, newest first."""
+        passed = [t for t in sorted(self.conditioning) if (t >= frame if reverse else t <= frame)]
+        pointers = [self.conditioning[t].object_pointers for t in passed]
+        for distance in range(1, self.max_object_pointers):
+            memory = self._at_distance(frame, distance)
+            if memory is not None:
+                pointers.append(memory.object_pointers)
+        return pointers
+
+    def _at_distance(self, frame: int, distance: int) -> FrameMemory | None:
+        # A bank serves one direction, so at most one of the two neighbours was tracked.
+        return self.recent.get(frame - distance) or self.recent.get(frame + distance)
+
+
+@dataclass
+class TrackingState:
+    """Objects prompted on their key frames, ready to be tracked.
+
+    Attributes:
+        banks: one `MemoryBank` per group of at most `max_objects_per_batch` objects.
+        predictions: key frame -> its prediction, until it is handed out.
+    """
+
+    banks: list[MemoryBank]
+    predictions: dict[int, MaskPrediction]
+
+
+class Sam2Decoder(nn.Module):
+    """Segments and tracks language-prompted objects; `sam2_model` holds the networks.
+
+    All work goes through `forward`, the one entry that the hooks of accelerate (offload) and FSDP see: SAM 2 reads the
+    weights of modules outside those modules' own `forward`, so it must be placed whole.
+    """
+
+    def __init__(self, config: Sa2VAGroundingConfig):
+        super().__init__()
+        self.config = config
+        self.sam2_model = Sam2Model(config)
+
+    def forward(self, stage: str, *args, **kwargs) -> Any:
+        """Runs the private method of that name; use `encode`, `decode`, `condition`, `propagate`, `segment_clips`."""
+        return getattr(self, f"_{stage}")(*args, **kwargs)
+
+    def encode(self, frames: Tensor) -> FrameFeatures:
+        """Runs the image encoder on normalised frames [T, 3, S, S], once."""
+        return self("encode", frames)
+
+    def decode(self, features: FrameFeatures, prompts: Tensor, output_all_masks: bool = False) -> MaskPrediction:
+        """Segments prompted objects on frames without memory.
+
+        Args:
+            features: of one frame, shared by all objects, or with a row for each object.
+            prompts: [N, D], one language vector per object.
+            output_all_masks: also return the three candidates of each object.
+        """
+        groups = self._groups(len(prompts))
+        return MaskPrediction.cat([self("decode", _rows(features, g), prompts[g], output_all_masks) for g in groups])
+
+    def condition(self, key_frames: Iterable[tuple[int, Tensor]], prompts: Tensor) -> TrackingState:
+        """Prompts N objects on every key frame, without memory, and remembers the result.
+
+        Args:
+            key_frames: (frame index, normalised frame [1, 3, S, S]), read one at a time; each is encoded once.
+            prompts: [N, D].
+        """
+        groups = self._groups(len(prompts))
+        banks = [MemoryBank(self.config.num_maskmem, self.config.max_object_pointers) for _ in groups]
+        predictions = {}
+        for index, pixel_values in key_frames:
+            predictions[index] = self("condition_frame", index, pixel_values, [prompts[g] for g in groups], banks)
+        return TrackingState(banks, predictions)
+
+    def propagate(
+        self, state: TrackingState, frames: Iterable[Any], preprocess: Callable[[Any], Tensor]
+    ) -> Iterator[tuple[int, MaskPrediction]]:
+        """Tracks conditioned objects through a video and yields every frame in order.
+
+        Frames before the first key frame are tracked backwards from it and so are kept, as they came, until then.
+        Memory does not grow with the length of the video.
+
+        Args:
+            state: from `condition`. Key-frame predictions are handed out and dropped.
+            frames: all frames from frame 0, in any form; read lazily, once.
+            preprocess: turns a frame into [1, 3, S, S]; not called for key frames, which are encoded already.
+        """
+        first = min(state.predictions)
+        frames = iter(frames)
+        yield from self._propagate_backwards(state, [next(frames) for _ in range(first)], preprocess)
+        banks = [bank.restart() for bank in state.banks]
+        for index, frame in enumerate(frames, start=first):
+            if index in state.predictions:
+                yield index, state.predictions.pop(index)
+            else:
+                yield index, self("track_frame", index, preprocess(frame), banks, False)
+
+    def segment_clips(
+        self, frames: Tensor, prompts: Tensor, clip_index: Tensor, num_key_frames: int
+    ) -> list[MaskPrediction]:
+        """Training pass: the objects of B clips of equal length together, differentiable, with all candidates.
+
+        Args:
+            frames: [B, T, 3, S, S] normalised.
+            prompts: [M, D]; object m lives in clip `clip_index[m]` (int64 [M]).
+            num_key_frames: this many frames at the start are prompted without memory, the rest is tracked.
+
+        Returns:
+            T predictions of the M objects.
+        """
+        return self("segment_clips", frames, prompts, clip_index, num_key_frames)
+
+    def _groups(self, num_objects: int) -> list[slice]:
+        size = self.config.max_objects_per_batch
+        return [slice(start, start + size) for start in range(0, num_objects, size)]
+
+    def _propagate_backwards(
+        self, state: TrackingState, frames: list[Any], preprocess: Callable[[Any], Tensor]
+    ) -> Iterator[tuple[int, MaskPrediction]]:
+        banks = [bank.restart() for bank in state.banks]
+        predictions = {}
+        for index in reversed(range(len(frames))):
+            predictions[index] = self("track_frame", index, preprocess(frames[index]), banks, True)
+        for index in range(len(frames)):
+            yield index, predictions.pop(index)
+
+    def _encode(self, frames: Tensor) -> FrameFeatures:
+        output = self.sam2_model.image_encoder(frames)
+        # The neck sums its top-down level in float32 whatever the model's dtype.
+        high, middle, low = (level.to(frames.dtype) for level in output["backbone_fpn"])
+        decoder = self.sam2_model.sam_mask_decoder
+        position = output["vision_pos_enc"][-1][:1].to(frames.dtype)
+        return FrameFeatures(low, position, (decoder.conv_s0(high), decoder.conv_s1(middle)))
+
+    def _decode(self, features: FrameFeatures, prompts: Tensor, output_all_masks: bool = False) -> MaskPrediction:
+        no_memory = self.sam2_model.no_mem_embed.reshape(1, -1, 1, 1)
+        return self._predict_masks(features, features.vision_features + no_memory, prompts, output_all_masks)
+
+    def _condition_frame(
+        self, index: int, pixel_values: Tensor, prompts: list[Tensor], banks: list[MemoryBank]
+    ) -> MaskPrediction:
+        features = self._encode(pixel_values)
+        parts = []
+        for group, bank in zip(prompts, banks, strict=True):
+            parts.append(self._decode(features, group))
+            bank.conditioning[index] = self._remember(features, parts[-1], bank)
+        return MaskPrediction.cat(parts)
+
+    def _track_frame(
+        self, index: int, pixel_values: Tensor, banks: list[MemoryBank], reverse: bool
+    ) -> MaskPrediction:
+        features = self._encode(pixel_values)
+        parts = []
+        for bank in banks:
+            conditioned = self._attend(features, bank, index, reverse)
+            parts.append(self._predict_masks(features, conditioned))
+            bank.add(index, self._remember(features, parts[-1], bank))
+        return MaskPrediction.cat(parts)
+
+    def _segment_clips(
+        self, frames: Tensor, prompts: Tensor, clip_index: Tensor, num_key_frames: int
+    ) -> list[MaskPrediction]:
+        length = frames.shape[1]
+        features = self._encode(frames.flatten(0, 1))
+        bank = MemoryBank(self.config.num_maskmem, self.config.max_object_pointers)
+        predictions = []
+        for t in range(length):
+            rows = features.rows(clip_index * length + t)
+            if t < num_key_frames:
+                predictions.append(self._decode(rows, prompts, output_all_masks=True))
+            else:
+                conditioned = self._attend(rows, bank, t, reverse=False)
+                predictions.append(self._predict_masks(rows, conditioned, output_all_masks=True))
+            if num_key_frames < length and t < length - 1:
+                memory = self._remember(rows, predictions[-1], bank)
+                bank.conditioning.update({t: memory}) if t < num_key_frames else bank.add(t, memory)
+        return predictions
+
+    def _predict_masks(
+        self,
+        features: FrameFeatures,
+        image_embeddings: Tensor,
+        prompts: Tensor | None = None,
+        output_all_masks: bool = False,
+    ) -> MaskPrediction:
+        """Runs the mask decoder on `image_embeddings` [1 or N, D, h, w], with a language token if there are prompts."""
+        num_objects = len(image_embeddings) if prompts is None else len(prompts)
+        masks, iou_scores, tokens, object_scores = self.sam2_model.sam_mask_decoder(
+            image_embeddings=image_embeddings,
+            image_pe=self._dense_position(image_embeddings),
+            sparse_prompt_embeddings=self._sparse_prompts(num_objects, prompts),
+            dense_prompt_embeddings=self.sam2_model.sam_prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1),
+            multimask_output=True,
+            repeat_image=len(image_embeddings) != num_objects,
+            high_res_features=list(features.high_res_features),
+        )
+        masks, iou_scores = masks.float(), iou_scores.float()
+        each = torch.arange(num_objects, device=masks.device)
+        best = iou_scores.argmax(dim=-1)
+        return MaskPrediction(
+            logits=masks[each, best].unsqueeze(1),
+            iou_scores=iou_scores[each, best],
+            object_scores=object_scores.float().squeeze(-1),
+            object_pointers=self._object_pointers(tokens[each, best], object_scores),
+            multimask_logits=masks if output_all_masks else None,
+            multimask_iou_scores=iou_scores if output_all_masks else None,
+        )
+
+    def _dense_position(self, like: Tensor) -> Tensor:
+        """SAM's random Fourier encoding of the map [1, D, h, w]; its matrix product needs float32."""
+        layer = self.sam2_model.sam_prompt_encoder.pe_layer
+        buffers = {name: buffer.float() for name, buffer in layer.named_buffers()}
+        position = torch.func.functional_call(layer, buffers, (tuple(like.shape[-2:]),))
+        return position.unsqueeze(0).to(like)
+
+    def _sparse_prompts(self, num_objects: int, prompts: Tensor | None) -> Tensor:
+        """Two empty points, as SAM 2 pads a prompt without clicks, then the language vector: [N, 2 or 3, D]."""
+        empty = self.sam2_model.sam_prompt_encoder.not_a_point_embed.weight.expand(num_objects, 2, -1)
+        return empty if prompts is None else torch.cat([empty, prompts.to(empty)[:, None]], dim=1)
+
+    def _object_pointers(self, tokens: Tensor, object_scores: Tensor) -> Tensor:
+        appears = (object_scores > 0).to(tokens.dtype)
+        return appears * self.sam2_model.obj_ptr_proj(tokens) + (1 - appears) * self.sam2_model.no_obj_ptr
+
+    def _remember(self, features: FrameFeatures, prediction: MaskPrediction, bank: MemoryBank) -> FrameMemory:
+        """Encodes masks and raw frame features into memory; `bank` learns the position encoding from the first."""
+        model = self.sam2_model
+        size = (model.image_size, model.image_size)
+        masks = F.interpolate(prediction.logits, size=size, mode="bilinear", align_corners=False).sigmoid()
+        masks = masks * model.sigmoid_scale_for_mem_enc + model.sigmoid_bias_for_mem_enc
+        vision_features = features.vision_features
+        output = model.memory_encoder(vision_features, masks.to(vision_features.dtype), skip_mask_sigmoid=True)
+        if bank.position is None:
+            bank.position = _tokens(output["vision_pos_enc"][-1][:1])
+        memory = _tokens(output["vision_features"])
+        dtype = memory.dtype if self.config.memory_dtype is None else getattr(torch, self.config.memory_dtype)
+        return FrameMemory(memory.to(dtype), prediction.object_pointers)
+
+    def _attend(self, features: FrameFeatures, bank: MemoryBank, frame: int, reverse: bool) -> Tensor:
+        """Fuses a frame with what the bank remembers: [N, D, h, w]."""
+        model = self.sam2_model
+        spatial = bank.spatial(frame)
+        memory = [memory.to(features.vision_features.dtype) for _, memory in spatial]
+        position = [bank.position + model.maskmem_tpos_enc[row] for row, _ in spatial]
+        num_objects = memory[0].shape[1]
+        pointers = self._pointer_tokens(bank.pointers(frame, reverse), num_objects, like=memory[0])
+        position = torch.cat([*position, torch.zeros_like(pointers[:, :1])])
+        current = _tokens(features.vision_features).expand(-1, num_objects, -1)
+        output = model.memory_attention(
+            curr=current,
+            curr_pos=_tokens(features.vision_pos_embeds).expand(-1, num_objects, -1),
+            memory=torch.cat([*memory, pointers]),
+            memory_pos=position.expand(-1, num_objects, -1),
+            num_obj_ptr_tokens=len(pointers),
+        )
+        return output.permute(1, 2, 0).unflatten(-1, features.vision_features.shape[-2:])
+
+    def _pointer_tokens(self, pointers: list[Tensor], num_objects: int, like: Tensor) -> Tensor:
+        """Splits each pointer [N, D] into D / mem_dim tokens of the memory's width: [P * D / mem_dim, N, mem_dim]."""
+        if not pointers:
+            return like.new_zeros(0, num_objects, like.shape[-1])
+        stacked = torch.stack(pointers).unflatten(-1, (-1, like.shape[-1]))
+        return stacked.permute(0, 2, 1, 3).flatten(0, 1)
+
+
+def _rows(features: FrameFeatures, group: slice) -> FrameFeatures:
+    """The rows of a group of objects; a frame shared by all objects stays whole."""
+    if len(features.vision_features) == 1:
+        return features
+    high_res = tuple(level[group] for level in features.high_res_features)
+    return FrameFeatures(features.vision_features[group], features.vision_pos_embeds, high_res)
+
+
+def _tokens(feature_map: Tensor) -> Tensor:
+    """[N, C, h, w] -> [h * w, N, C], the layout of SAM 2's memory attention."""
+    return feature_map.flatten(2).permute(2, 0, 1)
+
+
+__all__ = ["FrameFeatures", "MaskPrediction", "MemoryBank", "Sam2Decoder", "Sam2Model", "TrackingState"]
