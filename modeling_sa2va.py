@@ -424,7 +424,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         for t, prediction in enumerate(predictions):
             masks = prediction.multimask_logits if all_masks else prediction.logits
             wanted = target[:, t : t + 1].to(masks)
-            parts = _point_losses(masks, wanted.expand_as(masks), self.config)
+            parts = _point_losses(masks, wanted, self.config)
             parts["object_score_loss"] = F.binary_cross_entropy_with_logits(
                 prediction.object_scores, (wanted > 0.5).flatten(1).any(dim=1).to(masks), reduction="sum"
             )
@@ -897,21 +897,20 @@ def _point_losses(masks: Tensor, targets: Tensor, config: Sa2VAChatConfig) -> di
 
     Args:
         masks: logits [N, C, h, w], C candidates of N objects, averaged.
-        targets: [N, C, H, W] in 0..1.
+        targets: [N, 1, H, W] in 0..1.
     """
-    logits, wanted = masks.flatten(0, 1).unsqueeze(1), targets.flatten(0, 1).unsqueeze(1)
+    logits, candidates = masks.flatten(0, 1).unsqueeze(1), masks.shape[1]
     if config.num_points:
         with torch.no_grad():
             points = _uncertain_points(logits, config)
-        logits, wanted = _sample(logits, points), _sample(wanted, points)
+        logits, wanted = _sample(logits, points), _sample(targets.repeat_interleave(candidates, dim=0), points)
     else:
-        wanted = F.interpolate(wanted, size=logits.shape[-2:], mode="area")
+        wanted = F.interpolate(targets, size=logits.shape[-2:], mode="area").repeat_interleave(candidates, dim=0)
     logits, wanted = logits.flatten(1), wanted.flatten(1)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=1)
     probability = logits.sigmoid()
     overlap = 2 * (probability * wanted).sum(dim=1)
     dice = 1 - (overlap + 1) / (probability.sum(dim=1) + wanted.sum(dim=1) + 1)
-    candidates = masks.shape[1]
     return {"mask_loss": cross_entropy.sum() / candidates, "dice_loss": dice.sum() / candidates}
 
 

@@ -5,7 +5,7 @@
 * `Sa2VAProcessor` picture + words -> `Sa2VAInputs`; frames -> SAM 2's input; logits -> masks; answer -> phrases
 * `masks_to_rle`, `rle_to_masks`, `draw_overlay`: masks for files and for eyes
 
-Tiling follows InternVL 1.5 (arXiv 2404.16821, "dynamic high resolution"); `TEMPLATES`, prompts and SAM 2's input follow
+Tiling follows InternVL 1.5 (arXiv 2404.16821, "dynamic high resolution"); prompts and SAM 2's input follow
 the released Sa2VA (arXiv 2501.04001).
 """
 
@@ -39,7 +39,9 @@ IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 REGION_START, REGION_END = "<vp>", "</vp>"
 
 _ACCEPTED_IMAGES = "a PIL image, a path, or an array or tensor (HxW, HxWxC, CxHxW; uint8, bool, or float in [0, 1])"
-_ACCEPTED_VIDEOS = "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
+_ACCEPTED_VIDEOS = (
+    "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
+)
 _EXIF_ORIENTATION = 0x0112
 _CORRUPT_FILE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow's decoders raise
 _FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
@@ -54,7 +56,8 @@ def load_image(image: Any, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     """Turns a picture of any kind into a new RGB PIL image, of the size and orientation in which a viewer shows it.
 
     Transparency is laid over white. An EXIF orientation is applied, so masks fit the upright picture. Greys of more
-    than 8 bits are scaled. Arrays hold RGB, not BGR; their channels are the axis of length 3 or 4, first or last.
+    than 8 bits are scaled. Arrays hold RGB, not BGR; their channels are the first or last axis, whichever has length
+    3, else 4, else 1.
 
     Args:
         image: PIL image of any mode, path ("~" allowed), numpy array or torch tensor: [H, W], [H, W, C] or [C, H, W]
@@ -85,8 +88,8 @@ def _existing_path(path: str | os.PathLike, what: str) -> Path:
 def _check_area(width: int, height: int, max_pixels: int) -> None:
     if not 0 < width * height <= max_pixels:
         raise ValueError(
-            f"The image is {width}x{height} = {width * height} pixels, from 1 to {max_pixels} are accepted. Resize it, "
-            "or call load_image(..., max_pixels=...) yourself if you trust it."
+            f"The image is {width}x{height} = {width * height} pixels; 1 to {max_pixels} are accepted. Resize it, or "
+            "call load_image(..., max_pixels=...) yourself if you trust it."
         )
 
 
@@ -162,15 +165,15 @@ def _channels_last(array: np.ndarray) -> np.ndarray:
     if array.ndim != 3:
         raise ValueError(f"An image array has 2 or 3 axes, got shape {array.shape}. Give HxW, HxWxC or CxHxW.")
     first, last = array.shape[0], array.shape[2]
-    for channels in ((3, 4), (1,)):  # colour before grey: 1x1x3 is one RGB pixel, not a grey row of three
-        if first in channels and last in channels:
+    for channels in (3, 4, 1):  # RGB is likelier than a picture so small: 1x1x3 is one pixel, not a grey row of three
+        if first == last == channels:
             raise ValueError(
                 f"An image array of shape {array.shape} is ambiguous: its channels may be first or last. Turn it "
                 "into a PIL image (PIL.Image.fromarray) yourself."
             )
-        if first in channels or last in channels:
-            array = array if last in channels else np.moveaxis(array, 0, -1)
-            return array[..., 0] if channels == (1,) else array
+        if channels in (first, last):
+            array = array if last == channels else np.moveaxis(array, 0, -1)
+            return array[..., 0] if channels == 1 else array
     raise ValueError(f"An image array has 1, 3 or 4 channels, first or last; got shape {array.shape}.")
 
 
@@ -196,27 +199,23 @@ _Decoders = Generator[Callable[[], Image.Image], None, None]  # one callable a f
 class VideoFrames:
     """Frames of a video as RGB PIL images, decoded one at a time; every iteration starts at frame 0.
 
-    `len(frames)` is the number of frames that can really be read. A file doesn't know it (its header can be wrong): the
-    first call reads it to its end to count them. `list(frames)` calls it too.
+    `len(frames)` is the number of frames that can really be read. A file doesn't know it (its header can be wrong):
+    the first call reads it to its end to count them. `list(frames)` calls it too.
 
     Args:
-        reopen: starts a new pass over the source: a generator of one callable a frame, which decodes the frame. It
-            releases what it holds when it is closed.
+        source: starts a new pass: a generator of one callable a frame, which decodes the frame. It releases what it
+            holds when it is closed. Its argument says whether the frames drawn in this pass will be wanted again.
         length: number of frames, if known.
     """
 
-    def __init__(self, reopen: Callable[[], _Decoders], length: int | None = None):
-        self._reopen = reopen
+    def __init__(self, source: Callable[[bool], _Decoders], length: int | None = None):
+        self._source = source
         self._length = length
-
-    def _pass(self, keep: bool) -> _Decoders:
-        """A new pass. `keep` is for sources that can't be read twice: what this pass draws is wanted again."""
-        return self._reopen()
 
     def __iter__(self) -> Iterator[Image.Image]:
         """Yields every frame from the first on and keeps none."""
         seen = 0
-        with closing(self._pass(keep=False)) as decoders:
+        with closing(self._source(False)) as decoders:
             for decode in decoders:
                 yield decode()
                 seen += 1
@@ -231,7 +230,7 @@ class VideoFrames:
     def count(self, limit: int | None = None) -> int:
         """Number of frames, but at most `limit`, for which no more than `limit` frames are read."""
         if self._length is None:
-            with closing(self._pass(keep=True)) as decoders:
+            with closing(self._source(True)) as decoders:
                 seen = sum(1 for _ in itertools.islice(decoders, limit))
             if seen == limit:
                 return seen
@@ -240,7 +239,8 @@ class VideoFrames:
 
     def take(self, n: int) -> list[Image.Image]:
         """The first `n` frames, or all if there are fewer; reads no further."""
-        return self.select(range(self.count(n)))
+        with closing(self._source(True)) as decoders:
+            return [decode() for decode in itertools.islice(decoders, n)]
 
     def select(self, indices: Sequence[int]) -> list[Image.Image]:
         """The frames of these numbers, in this order; decodes no others and reads no further than the last.
@@ -248,26 +248,25 @@ class VideoFrames:
         Raises:
             ValueError: there is no such frame.
         """
-        found = {}
-        with closing(self._pass(keep=True)) as decoders:
-            for index, decode in enumerate(itertools.islice(decoders, max(indices, default=-1) + 1)):
-                if index in indices:
+        wanted, found = set(indices), {}
+        with closing(self._source(True)) as decoders:
+            for index, decode in enumerate(itertools.islice(decoders, max(wanted, default=-1) + 1)):
+                if index in wanted:
                     found[index] = decode()
-        if missing := set(indices) - found.keys():
+        if missing := wanted - found.keys():
             raise ValueError(f"The video has no frame {min(missing)}. It has {len(self)}, numbered from 0.")
         return [found[index] for index in indices]
 
 
-class _OneShotFrames(VideoFrames):
-    """Frames of an iterable that can be read once: those read ahead are kept, as 8-bit images, and replayed."""
+class _OneShotSource:
+    """Source of an iterable that can be read once: frames wanted again are kept, as 8-bit images, and replayed."""
 
-    def __init__(self, source: Iterable[Any]):
-        super().__init__(partial(self._pass, keep=False))
-        self._source = iter(source)
+    def __init__(self, images: Iterable[Any]):
+        self._images = map(load_image, images)
         self._kept: list[Image.Image] = []
-        self._let_go = False  # a frame was yielded without being kept: there is no way back to frame 0
+        self._let_go = False  # a frame was passed on without being kept: there is no way back to frame 0
 
-    def _pass(self, keep: bool) -> _Decoders:
+    def __call__(self, keep: bool) -> _Decoders:
         for frame in self._kept:
             yield frame.copy
         if self._let_go:
@@ -275,7 +274,7 @@ class _OneShotFrames(VideoFrames):
                 "This video is an iterator that was read before and can't be read again. Open it anew, or give a list "
                 "of frames or a path."
             )
-        for frame in map(load_image, self._source):
+        for frame in self._images:
             if keep:
                 self._kept.append(frame)
             self._let_go = not keep
@@ -314,12 +313,12 @@ def _frames_of(video: Any) -> VideoFrames:
         raise TypeError(f"A video can't be a {type(video).__name__}. Give {_ACCEPTED_VIDEOS}.")
     if hasattr(video, "__len__") and hasattr(video, "__getitem__"):
         return _frames_of_sequence(video)
-    return _OneShotFrames(video)
+    return VideoFrames(_OneShotSource(video))
 
 
 def _frames_of_sequence(items: Any) -> VideoFrames:
     length = len(items)
-    return VideoFrames(lambda: (partial(load_image, items[index]) for index in range(length)), length)
+    return VideoFrames(lambda _: (partial(load_image, items[index]) for index in range(length)), length)
 
 
 def _frames_of_path(path: Path) -> VideoFrames:
@@ -327,7 +326,7 @@ def _frames_of_path(path: Path) -> VideoFrames:
         files = [file for file in path.iterdir() if file.suffix.lower() in _FRAME_SUFFIXES and file.name[0] != "."]
         return _frames_of_sequence(sorted(files, key=_natural_order))
     read = _read_animation if path.suffix.lower() in _ANIMATION_SUFFIXES else _read_video_file
-    return VideoFrames(partial(read, path))
+    return VideoFrames(lambda _: read(path))
 
 
 def _natural_order(file: Path) -> tuple[list[int | str], str]:
@@ -396,7 +395,9 @@ def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str |
     if not isinstance(frame_sampling, str):
         wanted = sorted({as_index(index) for index in frame_sampling})
         if wanted[-1] >= (available := video.count(wanted[-1] + 1)):
-            raise ValueError(f"frame_sampling holds {wanted[-1]}, but the video has {available} frames (0 is the first).")
+            raise ValueError(
+                f"frame_sampling holds {wanted[-1]}, but the video has {available} frames (0 is the first)."
+            )
         return wanted
     if frame_sampling == "first":
         return list(range(video.count(num_frames)))
@@ -424,7 +425,7 @@ def _as_integer(value: Any, name: str) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).") from error
 
 
-# --------------------------------------------------------------------------------------------------- prompts, tiles
+# ---------------------------------------------------------------------------------------------------------- prompts
 
 
 @dataclass(frozen=True)
@@ -457,65 +458,10 @@ def _find_template(name: str) -> PromptTemplate:
     return template
 
 
-def choose_tiling(
-    width: int, height: int, image_size: int = 448, min_tiles: int = 1, max_tiles: int = 12
-) -> tuple[int, int]:
-    """Columns and rows of the grid of tiles whose shape is nearest to that of a width x height picture.
-
-    Grids are tried from few tiles to many. Between two that are equally near, the larger wins if the picture fills more
-    than half of its area (InternVL 1.5). The official code leaves the order of grids with equally many tiles to the
-    iteration order of a set. It can't matter: of c x r and c' x r' with c < c', r > r', the grid c x r' has fewer tiles
-    and its shape lies strictly between theirs, so two of them are never both nearest.
-    """
-    shape = width / height
-    grids = [
-        (columns, rows)
-        for columns, rows in itertools.product(range(1, max_tiles + 1), repeat=2)
-        if min_tiles <= columns * rows <= max_tiles
-    ]
-    best, best_distance = (1, 1), float("inf")
-    for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
-        distance = abs(shape - columns / rows)
-        fills = width * height > 0.5 * image_size * image_size * columns * rows
-        if distance < best_distance or (distance == best_distance and fills):
-            best, best_distance = (columns, rows), distance
-    return best
-
-
-@dataclass(frozen=True, eq=False)
-class Sa2VAInputs:
-    """One call, ready for the model. `pixel_values` and what follows is None (empty, False) without a picture.
-
-    Attributes:
-        prompt: the whole text, image and region tokens expanded, `past_text` included.
-        input_ids: int64 [1, L].
-        attention_mask: int64 [1, L], ones.
-        pixel_values: float32 [tiles, 3, image_size, image_size], normalised; a video has one tile per key frame.
-        prompt_masks: bool [R, g, g], the cells of each visual prompt in the last tile of an image, the first of a
-            video. Their tokens follow those of all tiles, in this order.
-        frames: all frames; an image is a video of one.
-        key_frames: numbers of the frames in `pixel_values`, ascending.
-        is_video: whether a video was given.
-        size: (height, width) of frame 0.
-    """
-
-    prompt: str
-    input_ids: Tensor
-    attention_mask: Tensor
-    pixel_values: Tensor | None = None
-    prompt_masks: Tensor | None = None
-    frames: VideoFrames | None = None
-    key_frames: tuple[int, ...] = ()
-    is_video: bool = False
-    size: tuple[int, int] | None = None
-
-
 def _region_sentence(region_tokens: Sequence[int]) -> str:
-    regions = (
-        f"region{number}{REGION_START}{IMAGE_TOKEN * count}{REGION_END}"
-        for number, count in enumerate(region_tokens, start=1)
-    )
-    return f"\nThere are {len(region_tokens)} part regions in the picture: {', '.join(regions)}.\n"
+    spans = (REGION_START + IMAGE_TOKEN * count + REGION_END for count in region_tokens)
+    regions = ", ".join(f"region{number}{span}" for number, span in enumerate(spans, start=1))
+    return f"\nThere are {len(region_tokens)} part regions in the picture: {regions}.\n"
 
 
 def _token_counts(text: str, start: str, end: str) -> list[int]:
@@ -525,22 +471,24 @@ def _token_counts(text: str, start: str, end: str) -> list[int]:
 
 
 def _check_words(text: Any, past_text: Any) -> None:
-    if not isinstance(text, str) or not isinstance(past_text, str):
-        wrong = text if not isinstance(text, str) else past_text
-        name = "text" if wrong is text else "past_text"
-        raise TypeError(f"{name} must be a string, got {type(wrong).__name__}. Give the words of this turn as text=.")
+    for name, words in {"text": text, "past_text": past_text}.items():
+        if not isinstance(words, str):
+            raise TypeError(
+                f"{name} must be a string, got {type(words).__name__}. Give the words of this turn as text=."
+            )
     if not text.replace(IMAGE_TAG, "").strip():
         raise ValueError(f"text={text!r} says nothing. Ask something, such as 'Please segment the red car.'")
     if text.count(IMAGE_TAG) > 1:
         raise ValueError(
-            f"text holds {text.count(IMAGE_TAG)} {IMAGE_TAG} tags, at most one is accepted: it stands for the whole image "
-            "or video. Leave it out to have it put in front."
+            f"text holds {text.count(IMAGE_TAG)} {IMAGE_TAG} tags. Write at most one: it stands for the whole image "
+            "or video; without any it is put in front."
         )
-    if used := [token for token in _RESERVED if token in text]:
+    reserved = (IMAGE_START, IMAGE_TOKEN, IMAGE_END, REGION_START, REGION_END)
+    if used := [token for token in reserved if token in text]:
         raise ValueError(f"text holds {used}, which stand for image content. Remove them from your words.")
     if IMAGE_TAG in past_text:
         raise ValueError(
-            f"past_text holds an unexpanded {IMAGE_TAG}. Give the past_text that the previous call returned, unchanged."
+            f"past_text holds {IMAGE_TAG}. Give the past_text that the previous call returned, unchanged."
         )
 
 
@@ -554,9 +502,73 @@ def _check_no_picture(text: str, past_text: str, mask_prompts: Any) -> None:
         raise ValueError("past_text talks about a picture. Give the same image= or video= (and mask_prompts=) again.")
 
 
+@dataclass(frozen=True, eq=False)
+class Sa2VAInputs:
+    """One call, ready for the model. What follows `attention_mask` is None, empty or False without a picture.
+
+    Attributes:
+        prompt: the whole text, image and region tokens expanded, `past_text` included.
+        input_ids: int64 [1, L].
+        attention_mask: int64 [1, L], ones.
+        pixel_values: float32 [tiles, 3, image_size, image_size], normalised; a video has one tile per key frame.
+        prompt_masks: bool [R, g, g], the cells of each visual prompt in the last tile of an image, the first of a
+            video. Their tokens in the prompt follow those of all tiles, region by region, row by row.
+        frames: all frames; an image is a video of one.
+        key_frames: numbers of the frames in `pixel_values`, ascending.
+        is_video: whether a video was given.
+        size: (height, width) of frame 0.
+    """
+
+    prompt: str
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor | None = None
+    prompt_masks: Tensor | None = None
+    frames: VideoFrames | None = None
+    key_frames: list[int] = field(default_factory=list)
+    is_video: bool = False
+    size: tuple[int, int] | None = None
+
+
 def _single(value: Any) -> Any:
-    """The only item of a one-item list, as transformers' batch-minded callers wrap a sample."""
+    """The only item of a one-item list, in which batch-minded callers wrap a sample."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+# ------------------------------------------------------------------------------------------------- pixels and tiles
+
+
+def choose_tiling(
+    width: int, height: int, image_size: int = 448, min_tiles: int = 1, max_tiles: int = 12
+) -> tuple[int, int]:
+    """Columns and rows of the grid of tiles whose shape is nearest to that of a width x height picture.
+
+    Grids are tried from few tiles to many. Of two that are equally near, the larger wins if the picture fills more
+    than half of its area (InternVL 1.5). The official code leaves the order of grids with equally many tiles to the
+    iteration order of a set. It can't matter (for `min_tiles` 1): of c x r and c' x r' with c < c' and r > r', the
+    shape of c x r', which has fewer tiles, lies strictly between theirs, so they are never both nearest.
+    """
+    sides = range(1, max_tiles + 1)
+    grids = [grid for grid in itertools.product(sides, sides) if min_tiles <= grid[0] * grid[1] <= max_tiles]
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
+        distance = abs(width / height - columns / rows)
+        fills = width * height > 0.5 * image_size * image_size * columns * rows
+        if distance < best_distance or (distance == best_distance and fills):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+def _resized(pictures: Sequence[Image.Image], size: int) -> Tensor:
+    """K RGB images -> uint8 [K, 3, size, size]; aspect ratios not kept."""
+    resized = [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in resized])).permute(0, 3, 1, 2)
+
+
+def _constants(dtype: torch.dtype, like: Tensor) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and std as `dtype` rounds them, [3, 1, 1], with the dtype and device of `like`."""
+    mean, std = (torch.tensor(values, dtype=dtype).to(like).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    return mean, std
 
 
 # ------------------------------------------------------------------------------------------------------- processor
@@ -565,15 +577,15 @@ def _single(value: Any) -> Any:
 class Sa2VAProcessor(ProcessorMixin):
     """Everything between a user and `Sa2VAChatModel` that needs no weights.
 
-    What depends on the family of vision-language model is `build_prompt`, `preprocess_image`,
-    `preprocess_key_frames`, `preprocess_mask_prompts` and `picture_tokens`: a subclass for another family overrides
-    these. Here they are the InternVL family's. No call leaves anything behind: threads may share a processor.
+    The family of vision-language model decides `picture_tokens`, `build_prompt`, `preprocess_image`,
+    `preprocess_key_frames` and `preprocess_mask_prompts`. Here they are the InternVL family's; another family is a
+    subclass that overrides them. No call leaves anything behind: threads may share a processor.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
         template: name of a prompt template in `TEMPLATES`.
         image_size, patch_size: side of a tile and of a ViT patch, in pixels.
-        downsample_ratio: pixel shuffle: tokens per patch, along one side.
+        downsample_ratio: tokens per patch, along one side (pixel shuffle).
         min_dynamic_patch, max_dynamic_patch: least and most tiles of an image.
         use_thumbnail: add the whole image as a last tile when there are several.
         grounding_image_size: side of SAM 2's input.
@@ -582,7 +594,7 @@ class Sa2VAProcessor(ProcessorMixin):
 
     Raises:
         TypeError: `tokenizer` is no tokenizer.
-        ValueError: unknown template or sampling, sizes that don't divide into whole tokens.
+        ValueError: unknown template or sampling, impossible sizes.
     """
 
     def __init__(
@@ -603,14 +615,14 @@ class Sa2VAProcessor(ProcessorMixin):
     ):
         _find_template(template)
         _check_sampling(num_key_frames, frame_sampling)
-        grid = image_size / patch_size * downsample_ratio
-        if grid != int(grid) or grid < 1:
-            raise ValueError(
-                f"image_size={image_size}, patch_size={patch_size} and downsample_ratio={downsample_ratio} make {grid:g} "
-                "tokens a side. It must be a whole number."
-            )
         if not 1 <= min_dynamic_patch <= max_dynamic_patch:
             raise ValueError(f"Tiles from {min_dynamic_patch} to {max_dynamic_patch}: need 1 <= min <= max.")
+        grid = image_size / patch_size * downsample_ratio
+        if grid < 1 or grid % 1:
+            raise ValueError(
+                f"image_size={image_size}, patch_size={patch_size} and downsample_ratio={downsample_ratio} make "
+                f"{grid:g} tokens a side. It must be a whole number."
+            )
         self.template = template
         self.image_size = image_size
         self.patch_size = patch_size
@@ -656,26 +668,31 @@ class Sa2VAProcessor(ProcessorMixin):
         """
         if kwargs.get("config") is None:
             hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-            try:
-                kwargs["config"] = Sa2VAChatConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-            except OSError:
-                kwargs.pop("config", None)  # a processor saved on its own
+            kwargs["config"] = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @staticmethod
+    def _find_config(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> Sa2VAChatConfig | None:
+        """The checkpoint's config.json; None for a processor that was saved on its own."""
+        try:
+            found, _ = Sa2VAChatConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+        except OSError:
+            return None
+        return Sa2VAChatConfig.from_dict(found) if found else None
 
     @classmethod
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """transformers' hook for reading processor_config.json; what it lacks comes from `config`."""
+        """transformers' hook that reads processor_config.json; what that lacks comes from `config`."""
         config = kwargs.pop("config", None)
         saved, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if config is None and "image_size" not in saved:
             raise OSError(
-                f"{str(pretrained_model_name_or_path)!r} holds neither processor_config.json nor config.json of a Sa2VA "
-                "checkpoint. Give the folder or Hub name of one."
+                f"{str(pretrained_model_name_or_path)!r} holds neither a processor_config.json nor a config.json of "
+                "Sa2VA. Give the folder or Hub name of a checkpoint."
             )
-        settings = {} if config is None else cls._settings_of(config)
-        return settings | saved, kwargs
+        return ({} if config is None else cls._settings_of(config)) | saved, kwargs
 
     @property
     def region_grid(self) -> int:
@@ -697,13 +714,10 @@ class Sa2VAProcessor(ProcessorMixin):
         """Keys of what a call returns."""
         return [*super().model_input_names, "pixel_values", "prompt_masks"]
 
-    # ------------------------------------------------------------------------------------------ the family's part
-
     def picture_tokens(self, num_tiles: int, is_video: bool) -> str:
         """What the tag stands for: all tiles of an image in one block, or a block (a line) per key frame."""
         blocks, tiles = (num_tiles, 1) if is_video else (1, num_tiles)
-        block = f"{IMAGE_START}{IMAGE_TOKEN * (tiles * self.num_image_token)}{IMAGE_END}"
-        return "\n".join([block] * blocks)
+        return "\n".join([IMAGE_START + IMAGE_TOKEN * (tiles * self.num_image_token) + IMAGE_END] * blocks)
 
     def build_prompt(
         self,
@@ -716,9 +730,9 @@ class Sa2VAProcessor(ProcessorMixin):
     ) -> str:
         """Writes the conversation up to where the answer begins, byte for byte as the released code does.
 
-        The picture replaces the `<image>` tag, or stands first if there is none. Regions are named right after it, so
-        their tokens follow those of all tiles. A `past_text` that shows the picture (regions) already isn't told it
-        (them) again; a tag in `text` is dropped then.
+        The picture replaces the tag `<image>`, or stands first if there is none. Regions are named right after it (of
+        a video: after all key frames), so their tokens follow those of all tiles. If `past_text` shows the picture
+        (and names the regions) already, it isn't shown again; a tag in `text` is dropped then.
 
         Args:
             text: the user's words.
@@ -730,7 +744,7 @@ class Sa2VAProcessor(ProcessorMixin):
         regions = "" if region_tokens is None else _region_sentence(region_tokens)
         if num_tiles is None:
             turn = text.replace(IMAGE_TAG, "")
-        elif IMAGE_TOKEN in past_text:
+        elif _token_counts(past_text, IMAGE_START, IMAGE_END):
             regions = "" if REGION_START in past_text else regions.lstrip("\n")
             turn = regions + text.replace(f"{IMAGE_TAG}\n", "").replace(IMAGE_TAG, "")
         else:
@@ -746,49 +760,60 @@ class Sa2VAProcessor(ProcessorMixin):
         corners = [(column * size, row * size) for row in range(rows) for column in range(columns)]
         tiles = [resized.crop((left, top, left + size, top + size)) for left, top in corners]
         if self.use_thumbnail and len(tiles) > 1:
-            tiles.append(image.resize((size, size), Image.Resampling.BICUBIC))
-        return self._normalize(tiles)
+            tiles.append(image)
+        return self.preprocess_key_frames(tiles)
 
     def preprocess_key_frames(self, frames: Sequence[Image.Image]) -> Tensor:
         """K RGB frames -> float32 [K, 3, image_size, image_size]: one tile each, aspect ratio not kept."""
-        size = (self.image_size, self.image_size)
-        return self._normalize([frame.resize(size, Image.Resampling.BICUBIC) for frame in frames])
+        pixels = _resized(frames, self.image_size).float().div_(255)
+        mean, std = _constants(torch.float32, like=pixels)
+        return pixels.sub_(mean).div_(std)
 
     def preprocess_mask_prompts(self, mask_prompts: Any) -> Tensor:
         """Masks that point at regions -> the tokens they cover.
 
         Args:
-            mask_prompts: array or tensor [R, H, W], or a list with just that; bool or numbers, nonzero is inside. H and
-                W need not be the picture's.
+            mask_prompts: array or tensor [R, H, W], or a list with just that; bool or numbers, nonzero is inside. H
+                and W need not be the picture's.
 
         Returns:
             bool [R, g, g] with g = `region_grid`, by nearest neighbour. A region may be empty.
 
         Raises:
-            TypeError: no array. ValueError: wrong shape, no region, no pixels, NaN.
+            TypeError: no array of numbers.
+            ValueError: several arrays, wrong shape, no region, NaN.
         """
-        wanted = "Give one array [regions, height, width], or a list with just that."
+        wanted = "Give one array of numbers or bools [regions, height, width], or a list with just that."
+        if isinstance(mask_prompts, list | tuple) and len(mask_prompts) != 1:
+            raise ValueError(f"mask_prompts are a list of {len(mask_prompts)}. {wanted} np.stack joins masks.")
         masks = _single(mask_prompts)
-        if not isinstance(masks, np.ndarray | Tensor):
-            raise TypeError(f"mask_prompts can't be a {type(mask_prompts).__name__} of this content. {wanted}")
-        try:
-            masks = torch.as_tensor(masks).detach().cpu()
-        except TypeError as error:
-            raise TypeError(f"mask_prompts of dtype {masks.dtype} are no numbers. {wanted}") from error
+        if not (isinstance(masks, Tensor) or (isinstance(masks, np.ndarray) and masks.dtype.kind in "biuf")):
+            raise TypeError(f"mask_prompts hold a {type(masks).__name__}. {wanted}")
         if masks.ndim != 3 or 0 in masks.shape:
-            raise ValueError(f"mask_prompts have shape {tuple(masks.shape)}. {wanted} None of the sizes may be 0.")
+            raise ValueError(f"mask_prompts have shape {tuple(masks.shape)}. {wanted} No side may be 0.")
+        masks = torch.as_tensor(masks).detach().cpu()
         if not torch.isfinite(masks).all():
-            raise ValueError("mask_prompts hold NaN or infinite values. Give bool, or numbers with 0 for outside.")
+            raise ValueError(f"mask_prompts hold NaN or infinite values. {wanted} 0 is outside.")
         inside = (masks != 0).to(torch.uint8)[:, None]
         return F.interpolate(inside, size=(self.region_grid, self.region_grid), mode="nearest")[:, 0].bool()
 
-    def _normalize(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """K RGB images of one size -> float32 [K, 3, H, W]."""
-        pixels = _stack_pixels(pictures).to(torch.float32).div_(255)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
-        return pixels.sub_(mean).div_(std)
+    def grounding_pixel_values(
+        self,
+        frames: Sequence[Image.Image],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        is_video: bool = False,
+    ) -> Tensor:
+        """SAM 2's input: T RGB frames of any sizes -> [T, 3, S, S] of `dtype`, aspect ratio not kept.
 
-    # ------------------------------------------------------------------------------------------------ before a call
+        Normalised with ImageNet's constants as bfloat16 rounds them, which the released models were trained on. As
+        there, an image is computed in `dtype` throughout, a video in float32 and rounded at the end.
+        """
+        pixels = _resized(frames, self.grounding_image_size).to(device)
+        pixels = pixels.to(torch.float32 if is_video else dtype).div_(255)
+        mean, std = _constants(torch.bfloat16, like=pixels)
+        return pixels.sub_(mean).div_(std).to(dtype)
 
     def prepare(
         self,
@@ -806,8 +831,8 @@ class Sa2VAProcessor(ProcessorMixin):
             image: see `load_image`. At most one of `image` and `video` is given; with neither it is a text-only chat.
             video: see `open_video`.
             text: the user's words. A tag `<image>` says where the picture stands; without one it stands first.
-            past_text: what the previous call returned, for the next turn. The same picture (and `mask_prompts`, if that
-                call had some) is given again.
+            past_text: what the previous call returned, for the next turn. The same picture (and `mask_prompts`, if the
+                conversation has some) is given again. A picture that it doesn't show is shown in this turn.
             mask_prompts: regions to talk about, see `preprocess_mask_prompts`; on a video, in its first key frame.
             num_frames, frame_sampling: see `select_key_frames`; None takes the processor's own.
 
@@ -823,67 +848,58 @@ class Sa2VAProcessor(ProcessorMixin):
             raise ValueError("Both image and video are given. Give one of them.")
         if image is None and video is None:
             _check_no_picture(text, past_text, mask_prompts)
-            return Sa2VAInputs(**self._tokenize(self.build_prompt(text, past_text=past_text)))
+            return self._tokenize(self.build_prompt(text, past_text=past_text))
         frames = _frames_of_sequence([load_image(image)]) if video is None else open_video(video)
         key_frames = [0] if video is None else select_key_frames(frames, num_frames, frame_sampling)
-        return self._prepare_picture(frames, key_frames, video is not None, text, past_text, mask_prompts)
+        picture = self._prepare_picture(frames, key_frames, video is not None, mask_prompts)
+        return self._tokenize(self._picture_prompt(text, past_text, picture), **picture)
 
     def _prepare_picture(
-        self,
-        frames: VideoFrames,
-        key_frames: Sequence[int],
-        is_video: bool,
-        text: str,
-        past_text: str,
-        mask_prompts: Any,
-    ) -> Sa2VAInputs:
+        self, frames: VideoFrames, key_frames: list[int], is_video: bool, mask_prompts: Any
+    ) -> dict[str, Any]:
+        """The fields of `Sa2VAInputs` that don't depend on the words."""
         masks = None if mask_prompts is None else self.preprocess_mask_prompts(mask_prompts)
-        region_tokens = None if masks is None else masks.flatten(1).sum(1).tolist()
         first, *shown = frames.select([0, *key_frames])
-        pixel_values = self.preprocess_key_frames(shown) if is_video else self.preprocess_image(first)
-        num_tiles = len(pixel_values)
-        self._check_past_picture(past_text, num_tiles, is_video, region_tokens)
-        prompt = self.build_prompt(
-            text, num_tiles=num_tiles, is_video=is_video, region_tokens=region_tokens, past_text=past_text
-        )
-        return Sa2VAInputs(
-            **self._tokenize(prompt),
-            pixel_values=pixel_values,
-            prompt_masks=masks,
-            frames=frames,
-            key_frames=tuple(key_frames),
-            is_video=is_video,
-            size=(first.height, first.width),
+        return {
+            "pixel_values": self.preprocess_key_frames(shown) if is_video else self.preprocess_image(first),
+            "prompt_masks": masks,
+            "frames": frames,
+            "key_frames": key_frames,
+            "is_video": is_video,
+            "size": (first.height, first.width),
+        }
+
+    def _picture_prompt(self, text: str, past_text: str, picture: Mapping[str, Any]) -> str:
+        num_tiles, is_video, masks = len(picture["pixel_values"]), picture["is_video"], picture["prompt_masks"]
+        regions = None if masks is None else masks.flatten(1).sum(1).tolist()
+        self._check_past_picture(past_text, self.picture_tokens(num_tiles, is_video), regions)
+        return self.build_prompt(
+            text, num_tiles=num_tiles, is_video=is_video, region_tokens=regions, past_text=past_text
         )
 
-    def _check_past_picture(
-        self, past_text: str, num_tiles: int, is_video: bool, region_tokens: Sequence[int] | None
-    ) -> None:
-        """What earlier turns show must be what is given now: its features fill their tokens."""
-        if IMAGE_TOKEN not in past_text and REGION_START not in past_text:
-            return
-        shown = _token_counts(past_text, IMAGE_START, IMAGE_END)
-        given = _token_counts(self.picture_tokens(num_tiles, is_video), IMAGE_START, IMAGE_END)
-        if shown != given:
-            raise ValueError(
-                f"past_text shows a picture of {shown} tokens, but the given one takes {given}. Give the image or video "
-                "(and num_frames, frame_sampling) of the previous turn again, or start anew with past_text=''."
-            )
+    def _check_past_picture(self, past_text: str, picture: str, given_regions: list[int] | None) -> None:
+        """What earlier turns show must be what is given now: its features take the place of their tokens."""
+        shown, given = (_token_counts(words, IMAGE_START, IMAGE_END) for words in (past_text, picture))
         regions = _token_counts(past_text, REGION_START, REGION_END)
-        if regions and regions != list(region_tokens or ()):
-            raise ValueError(
-                f"past_text names regions of {regions} tokens, but mask_prompts give {region_tokens}. Give the "
-                "mask_prompts of the previous turn again, or start anew with past_text=''."
-            )
         if past_text.count(IMAGE_TOKEN) != sum(shown) + sum(regions):
             raise ValueError("past_text is cut inside a picture. Give it as the previous call returned it, unchanged.")
+        if shown and shown != given:
+            raise ValueError(
+                f"past_text shows a picture of {shown} tokens, the one given takes {given}. Give the image or video "
+                "(and num_frames, frame_sampling) of the previous turn again, or start anew with past_text=''."
+            )
+        if regions and regions != given_regions:
+            raise ValueError(
+                f"past_text names regions of {regions} tokens, mask_prompts give {given_regions}. Give the "
+                "mask_prompts of the previous turn again, or start anew with past_text=''."
+            )
 
-    def _tokenize(self, prompt: str) -> dict[str, Any]:
+    def _tokenize(self, prompt: str, **picture: Any) -> Sa2VAInputs:
         encoded = self.tokenizer(prompt, return_tensors="pt")
         image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        if int((encoded.input_ids == image_token_id).sum()) != prompt.count(IMAGE_TOKEN):
-            raise ValueError(f"{IMAGE_TOKEN} is not one token of this tokenizer. Give the tokenizer of the checkpoint.")
-        return {"prompt": prompt, "input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
+        if encoded.input_ids[0].tolist().count(image_token_id) != prompt.count(IMAGE_TOKEN):
+            raise ValueError(f"{IMAGE_TOKEN} is not one token of this tokenizer. Use the checkpoint's own.")
+        return Sa2VAInputs(prompt, encoded.input_ids, encoded.attention_mask, **picture)
 
     def __call__(
         self,
@@ -897,7 +913,7 @@ class Sa2VAProcessor(ProcessorMixin):
         return_tensors: str | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """transformers' way to call `prepare`, for one sample.
+        """`prepare` in the manner of transformers, for one sample.
 
         Args:
             images: one image, or a list with one.
@@ -908,48 +924,23 @@ class Sa2VAProcessor(ProcessorMixin):
             **kwargs: only `padding`, which one sample doesn't need.
 
         Returns:
-            `input_ids`, `attention_mask` and, with a picture, `pixel_values`, `prompt_masks`: see `Sa2VAInputs`.
+            `input_ids`, `attention_mask` and, if there are any, `pixel_values`, `prompt_masks`: see `Sa2VAInputs`.
 
         Raises:
             TypeError: an unknown argument; see also `prepare`.
         """
         if unknown := kwargs.keys() - {"padding"}:
             raise TypeError(f"Unknown arguments {sorted(unknown)}. See Sa2VAProcessor.prepare for the accepted ones.")
-        inputs = self.prepare(
-            _single(images), videos, _single(text), past_text, mask_prompts, num_frames, frame_sampling
-        )
+        images, text = _single(images), _single(text)
+        inputs = self.prepare(images, videos, text, past_text, mask_prompts, num_frames, frame_sampling)
         names = ("input_ids", "attention_mask", "pixel_values", "prompt_masks")
         data = {name: value for name in names if (value := getattr(inputs, name)) is not None}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def grounding_pixel_values(
-        self,
-        frames: Sequence[Image.Image],
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        is_video: bool = False,
-    ) -> Tensor:
-        """SAM 2's input: T RGB frames of any sizes -> [T, 3, S, S] of `dtype`, aspect ratio not kept.
-
-        Normalised with ImageNet's constants as bfloat16 rounds them, which is what the released models were trained on.
-        As there, an image is computed in `dtype` throughout, a video in float32 and rounded at the end.
-        """
-        size = (self.grounding_image_size, self.grounding_image_size)
-        pixels = _stack_pixels([frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]).to(device)
-        working = torch.float32 if is_video else dtype
-        mean, std = (
-            torch.tensor(values, dtype=torch.bfloat16).to(pixels.device, working).view(1, 3, 1, 1)
-            for values in (IMAGE_MEAN, IMAGE_STD)
-        )
-        return pixels.to(working).div_(255).sub_(mean).div_(std).to(dtype)
-
-    # ------------------------------------------------------------------------------------------------- after a call
-
     def resize_logits(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         """Mask logits [N, 1, s, s] -> float32 [N, h, w] for size (h, w).
 
-        Bilinear in two steps, over SAM 2's input size, as the released models do.
+        Bilinear in two steps, by way of SAM 2's input size, as the released models do.
         """
         side = (self.grounding_image_size, self.grounding_image_size)
         full = F.interpolate(logits.float(), size=side, mode="bilinear", align_corners=False)
@@ -968,58 +959,57 @@ class Sa2VAProcessor(ProcessorMixin):
     def phrases(self, prediction: str) -> list[str]:
         """What each `[SEG]` of an answer stands for.
 
-        It is the `<p> phrase </p>` right before it, which neighbouring `[SEG]` share, else the sentence that it stands in
-        (or follows, if it is a sentence of its own), without special tokens; "" if there are no words.
+        It is the `<p> phrase </p>` right before it, which neighbouring `[SEG]` share, else the sentence that it stands
+        in (or follows, if that has no words), without special tokens; "" if there are no words.
         """
-        return [_phrase_before(prediction, match.start()) for match in re.finditer(re.escape(SEG_TOKEN), prediction)]
-
-
-def _stack_pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    """K RGB images of one size -> uint8 [K, 3, H, W]."""
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+        return [_phrase_at(prediction, match.start()) for match in re.finditer(re.escape(SEG_TOKEN), prediction)]
 
 
 _SHARED_PHRASE = re.compile(r"<p>((?:(?!<p>|</p>).)*)</p>(?:\s|,|;|&|\band\b|\[SEG\])*$", re.DOTALL)
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|(?<=[。！？])|\n+")
+_WIDE_STOPS = "\u3002\uff01\uff1f"  # full stop, exclamation and question mark of Chinese and Japanese
+_SENTENCE_END = re.compile(rf"(?<=[.!?])\s+|(?<=[{_WIDE_STOPS}])|\n")
 _SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|\[SEG\]|</?[A-Za-z_]+>")
 
 
-def _phrase_before(prediction: str, position: int) -> str:
+def _phrase_at(prediction: str, position: int) -> str:
     """The words that the `[SEG]` at this position belongs to."""
-    if shared := _SHARED_PHRASE.search(prediction, 0, position):
+    if shared := _SHARED_PHRASE.search(prediction[:position]):
         return _plain_words(shared[1])
     starts = [0, *(match.end() for match in _SENTENCE_END.finditer(prediction)), len(prediction)]
-    sentences = [(start, prediction[start:end]) for start, end in itertools.pairwise(starts)]
-    earlier = (_plain_words(sentence) for start, sentence in reversed(sentences) if start <= position)
-    return next(filter(None, earlier), "")
+    sentences = [prediction[start:end] for start, end in itertools.pairwise(starts) if start <= position]
+    return next(filter(None, map(_plain_words, reversed(sentences))), "")
 
 
 def _plain_words(text: str) -> str:
     text = re.sub(r"\s+", " ", _SPECIAL_TOKEN.sub(" ", text))
-    return re.sub(r" (?=[,.;:!?])", "", text).strip(" ,.;:!?。！？")
+    return re.sub(r" (?=[,.;:!?])", "", text).strip(f" ,.;:!?{_WIDE_STOPS}")
 
 
 # ----------------------------------------------------------------------------------------------- masks to be kept
 
 
 def masks_to_rle(masks: np.ndarray | Tensor) -> list[dict[str, Any]]:
-    """One object's masks -> COCO run-length encoding, a JSON-able dict {"size": [h, w], "counts": str} per frame.
+    """One object's masks, bool [T, h, w] -> COCO run-length encodings, which JSON can hold.
 
-    Args:
-        masks: bool [T, h, w].
+    Returns:
+        For every frame {"size": [h, w], "counts": str}, as pycocotools reads it.
 
     Raises:
         ValueError: not bool, or not three axes.
     """
     from pycocotools import mask as coco
 
-    masks = _as_bool_masks(masks)
-    encoded = coco.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))) if len(masks) else []
-    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in encoded]
+    pixels = _as_bool_masks(masks).transpose(1, 2, 0).astype(np.uint8, order="F")
+    encoded = coco.encode(pixels) if pixels.shape[2] else []
+    return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
 
 def rle_to_masks(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Inverse of `masks_to_rle`: bool [T, h, w]. An empty list gives [0, 0, 0]; frames must be of one size."""
+    """Inverse of `masks_to_rle`: bool [T, h, w]; no encodings give [0, 0, 0].
+
+    Raises:
+        ValueError: the masks differ in size.
+    """
     from pycocotools import mask as coco
 
     if len({tuple(rle["size"]) for rle in rles}) > 1:
@@ -1037,10 +1027,9 @@ def _as_bool_masks(masks: np.ndarray | Tensor) -> np.ndarray:
 
 
 def object_color(index: int) -> tuple[int, int, int]:
-    """RGB colour (0..255) of an object: hues a golden ratio apart, so that neighbours in number look different."""
+    """RGB colour (0..255) of an object: hues a golden ratio apart, so that objects near in number look different."""
     hue = (0.02 + index * 0.6180339887) % 1.0
-    value = (1.0, 0.8, 0.9)[index % 3]
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.8, value)
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.8, (1.0, 0.8, 0.9)[index % 3])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
@@ -1052,7 +1041,7 @@ def draw_overlay(
     Args:
         image: see `load_image`; h x w pixels.
         masks: bool [N, h, w]. A mask without pixels gets no label.
-        phrases: N labels, or None.
+        phrases: N labels, or None. The font has Latin letters only.
         alpha: opacity of the colour, 0..1.
 
     Returns:
@@ -1061,16 +1050,16 @@ def draw_overlay(
     Raises:
         ValueError: masks that are not bool [N, h, w], or not N phrases.
     """
-    picture = load_image(image)
-    masks = _as_bool_masks(masks)
+    picture, masks = load_image(image), _as_bool_masks(masks)
     if masks.shape[1:] != (picture.height, picture.width):
         raise ValueError(f"Masks are {masks.shape[1:]}, the picture is {(picture.height, picture.width)} (h, w).")
     if phrases is not None and len(phrases) != len(masks):
         raise ValueError(f"{len(phrases)} phrases for {len(masks)} masks. Give one for each.")
     canvas = Image.fromarray(_paint(np.array(picture), masks, alpha))
+    taken: list[tuple[int, int, int, int]] = []
     for index, phrase in enumerate(phrases or ()):
         if phrase and masks[index].any():
-            _write_label(canvas, masks[index], phrase, object_color(index))
+            _write_label(canvas, masks[index], phrase, object_color(index), taken)
     return np.array(canvas)
 
 
@@ -1087,30 +1076,38 @@ def _paint(pixels: np.ndarray, masks: np.ndarray, alpha: float) -> np.ndarray:
     return pixels
 
 
-def _write_label(canvas: Image.Image, mask: np.ndarray, phrase: str, color: tuple[int, int, int]) -> None:
-    """Writes a phrase above its object, moved and shortened as needed to stay inside; none if it can't be read."""
-    draw = ImageDraw.Draw(canvas)
+def _write_label(canvas: Image.Image, mask: np.ndarray, phrase: str, color: tuple[int, int, int], taken: list) -> None:
+    """Writes a phrase above its object, moved and shortened to stay inside; nothing where no letter fits.
+
+    `taken` lists the boxes (left, top, right, bottom) of earlier labels, which are avoided if there is room.
+    """
+    draw, pad = ImageDraw.Draw(canvas), 2
     font = ImageFont.load_default(size=max(11, round(min(canvas.size) / 30)))
-    pad = 2
-    phrase = _shorten(phrase, lambda words: draw.textlength(words, font=font) <= canvas.width - 2 * pad)
+    phrase = _shorten(phrase, lambda words: draw.textlength(words, font=font) < canvas.width - 2 * pad)
     left, top, right, bottom = draw.textbbox((0, 0), phrase, font=font)
     width, height = round(right - left) + 2 * pad, round(bottom - top) + 2 * pad
     if not phrase or height > canvas.height or width > canvas.width:
         return
     rows, columns = np.nonzero(mask)
-    x = int(np.clip(columns.min(), 0, canvas.width - width))
-    y = int(np.clip(rows.min() - height, 0, canvas.height - height))
-    draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
+    x = min(int(columns.min()), canvas.width - width)
+    lowest = canvas.height - height
+    preferred = min(max(int(rows.min()) - height, 0), lowest)
+    boxes = [(x, y, x + width - 1, y + height - 1) for y in (preferred, *range(preferred + 1, lowest + 1))]
+    box = next((box for box in boxes if not any(_overlap(box, other) for other in taken)), boxes[0])
+    taken.append(box)
+    draw.rectangle(box, fill=color)
     luminance = np.dot(color, (0.299, 0.587, 0.114))
-    draw.text((x + pad - left, y + pad - top), phrase, font=font, fill="black" if luminance > 140 else "white")
+    draw.text((x + pad - left, box[1] + pad - top), phrase, font=font, fill="black" if luminance > 140 else "white")
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
 
 
 def _shorten(text: str, fits: Callable[[str], bool]) -> str:
-    """The longest beginning of a text that fits, with dots if something is missing."""
-    if fits(text):
-        return text
+    """The longest beginning of a text that fits, with dots if something is missing; "" if nothing does."""
     cuts = (text[:length].rstrip() + "..." for length in range(len(text) - 1, 0, -1))
-    return next(filter(fits, cuts), "")
+    return next(filter(fits, itertools.chain([text], cuts)), "")
 
 
 __all__ = [

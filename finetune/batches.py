@@ -1,0 +1,189 @@
+"""From synthetic scenes to training batches: which task at which step, and the tensors `Sa2VAChatModel.forward` takes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sa2va import Sa2VAProcessor
+from sa2va.data.scenes import COLORS, IMAGE_TASKS, SHAPES, VIDEO_TASKS, SceneSample, make_sample
+
+IGNORE_INDEX = -100
+COLOR_NAMES = tuple(COLORS)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum.
+
+    Attributes:
+        until: fraction of all steps at which it ends.
+        tasks: weights of the image tasks.
+        video_share: fraction of the steps that train on clips.
+    """
+
+    until: float
+    tasks: Mapping[str, float]
+    video_share: float = 0.0
+
+
+# Naming what is there and drawing it first; then relations, absence and questions; then motion and memory.
+CURRICULUM = (
+    Stage(0.15, {"refer": 2, "multi": 1, "caption": 2, "region": 1}),
+    Stage(0.45, dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.0, "question": 1.5}),
+    Stage(1.0, dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.0, "question": 1.5}, video_share=0.4),
+)
+
+
+class ScheduledScenes:
+    """Map-style dataset of `steps * batch_size` scenes in the order of a curriculum; read it in sequence.
+
+    A batch holds either pictures or clips, so that no step waits for a single clip. A batch of clips is
+    `clips_per_batch` long; its other places are None.
+
+    Args:
+        seed: names the stream; the same seed gives the same scenes at the same step, however often training stops.
+        steps, batch_size: optimizer steps (of one process) and scenes in each.
+        clips_per_batch, num_frames: clips in a batch of clips, and frames in each.
+        curriculum: see `Stage`.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        steps: int,
+        batch_size: int,
+        clips_per_batch: int,
+        num_frames: int,
+        curriculum: Sequence[Stage] = CURRICULUM,
+    ):
+        self.seed, self.steps, self.batch_size = seed, steps, batch_size
+        self.clips_per_batch, self.num_frames = clips_per_batch, num_frames
+        self.curriculum = tuple(curriculum)
+
+    def __len__(self) -> int:
+        return self.steps * self.batch_size
+
+    def __getitem__(self, index: int) -> SceneSample | None:
+        step, place = divmod(int(index), self.batch_size)
+        stage = next(s for s in self.curriculum if step < s.until * self.steps or s is self.curriculum[-1])
+        is_video = np.random.default_rng([self.seed, step]).random() < stage.video_share
+        if is_video and place >= self.clips_per_batch:
+            return None
+        weights = dict.fromkeys(VIDEO_TASKS, 1.0) if is_video else stage.tasks
+        shares = np.array(list(weights.values())) / sum(weights.values())
+        task = np.random.default_rng([self.seed, step, place]).choice(list(weights), p=shares)
+        return make_sample(self.seed, int(index), task=str(task), num_frames=self.num_frames)
+
+
+class SceneCollator:
+    """Turns scenes into the arguments of `forward`, and the classes that training-only heads learn.
+
+    Returned beside the arguments: `seg_classes` int64 [M, 2], colour and shape of every `[SEG]`; `seg_boxes` float32
+    [M, 4], its box in the first frame as centre and size in 0..1; `cell_classes` int64 [tiles, tokens, 2], colour and
+    shape of the object that covers most of each image token (0 is background).
+    """
+
+    def __init__(self, processor: Sa2VAProcessor):
+        self.processor = processor
+
+    def __call__(self, samples: Sequence[SceneSample | None]) -> dict[str, Tensor | list[Tensor]]:
+        rows = [self._row(sample) for sample in samples if sample is not None]
+        pad = self.processor.tokenizer.pad_token_id
+        length = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": _padded([row["input_ids"] for row in rows], length, pad),
+            "labels": _padded([row["labels"] for row in rows], length, IGNORE_INDEX),
+            "attention_mask": _padded([np.ones(len(row["input_ids"]), dtype=np.int64) for row in rows], length, 0),
+            "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
+            "grounding_pixel_values": [row["grounding_pixel_values"] for row in rows],
+            "mask_labels": [row["mask_labels"] for row in rows],
+            "seg_classes": torch.tensor([pair for row in rows for pair in row["seg_classes"]]).reshape(-1, 2),
+            "seg_boxes": torch.cat([_boxes(row["mask_labels"][:, 0]) for row in rows]),
+            "cell_classes": torch.cat([row["cell_classes"] for row in rows]),
+        }
+        tiles = np.cumsum([0] + [len(row["pixel_values"]) for row in rows])
+        regions = [(tile, row["regions"]) for tile, row in zip(tiles, rows, strict=False) if row["regions"] is not None]
+        if regions:
+            batch["prompt_masks"] = torch.cat([masks for _, masks in regions])
+            batch["prompt_mask_tiles"] = torch.tensor([tile for tile, masks in regions for _ in masks])
+        return batch
+
+    def _row(self, sample: SceneSample) -> dict:
+        frames = [Image.fromarray(frame) for frame in sample.frames]
+        is_video = len(frames) > 1
+        shown = frames[: self.processor.num_key_frames]
+        processor = self.processor
+        pixel_values = processor.preprocess_key_frames(shown) if is_video else processor.preprocess_image(frames[0])
+        regions = None if sample.regions is None else processor.preprocess_mask_prompts(sample.regions)
+        input_ids, labels = self._conversation(sample, len(pixel_values), is_video, regions)
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "pixel_values": pixel_values,
+            "grounding_pixel_values": processor.grounding_pixel_values(frames, is_video=is_video),
+            "mask_labels": torch.from_numpy(np.concatenate([turn.masks for turn in sample.turns])),
+            "regions": regions,
+            "seg_classes": [_classes(sample.objects[i]) for turn in sample.turns for i in turn.targets],
+            "cell_classes": _cell_classes(sample, len(pixel_values), processor.region_grid),
+        }
+
+    def _conversation(
+        self, sample: SceneSample, num_tiles: int, is_video: bool, regions: Tensor | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All turns as token ids, and as labels with only the answers kept; int64 [L] each."""
+        tokenizer, end = self.processor.tokenizer, self.processor.stop_words[0]
+        region_tokens = None if regions is None else regions.flatten(1).sum(1).tolist()
+        past_text, input_ids, labels = "", [], []
+        for turn in sample.turns:
+            prompt = self.processor.build_prompt(
+                turn.question,
+                num_tiles=num_tiles,
+                is_video=is_video,
+                region_tokens=region_tokens,
+                past_text=past_text,
+            )
+            asked = tokenizer(prompt[len(past_text) :]).input_ids
+            answered = tokenizer(turn.answer + end).input_ids
+            newline = tokenizer("\n").input_ids
+            input_ids += asked + answered + newline
+            labels += [IGNORE_INDEX] * len(asked) + answered + [IGNORE_INDEX] * len(newline)
+            past_text = f"{prompt}{turn.answer}{end}\n"
+        return np.array(input_ids), np.array(labels)
+
+
+def _padded(rows: Sequence[np.ndarray], length: int, value: int) -> Tensor:
+    return torch.from_numpy(np.stack([np.pad(row, (0, length - len(row)), constant_values=value) for row in rows]))
+
+
+def _classes(thing) -> tuple[int, int]:
+    return COLOR_NAMES.index(thing.color), SHAPES.index(thing.shape)
+
+
+def _boxes(masks: Tensor) -> Tensor:
+    """Masks [S, H, W] -> boxes [S, 4]: centre x, centre y, width, height, in 0..1; zeros for an empty mask."""
+    spans = []
+    for axis in (1, 2):  # rows folded away leave x, columns folded away leave y
+        line = masks.any(dim=axis).float()
+        length = line.shape[1]
+        first, last = line.argmax(dim=1), length - line.flip(1).argmax(dim=1)
+        seen = line.any(dim=1)
+        spans.append((((first + last) / 2 / length) * seen, ((last - first) / length) * seen))
+    (x, width), (y, height) = spans
+    return torch.stack([x, y, width, height], dim=1)
+
+
+def _cell_classes(sample: SceneSample, num_tiles: int, grid: int) -> Tensor:
+    """Colour and shape (from 1) of the object that covers most of each token, if it covers a quarter of it."""
+    classes = np.array([(0, 0), *((c + 1, s + 1) for c, s in map(_classes, sample.objects))])
+    tiles = []
+    for t in range(num_tiles):
+        masks = sample.object_masks[:, t].astype(np.float32)
+        covered = np.stack([cv2.resize(mask, (grid, grid), interpolation=cv2.INTER_AREA) for mask in masks])
+        winner = np.where(covered.max(axis=0) > 0.25, covered.argmax(axis=0) + 1, 0)
+        tiles.append(classes[winner].reshape(-1, 2))
+    return torch.from_numpy(np.stack(tiles))

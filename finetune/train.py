@@ -1,0 +1,193 @@
+"""Trains a small Sa2VA from nothing on synthetic scenes, with `transformers.Trainer`.
+
+    python finetune/train.py --preset ten-minutes --output_dir runs/quick
+    python finetune/train.py --preset full --output_dir runs/tiny          # run it again to go on where it stopped
+
+Every argument of `transformers.TrainingArguments` works and wins over the preset. The result (weights, tokenizer,
+processor files, the curve as curve.png) lands in OUTPUT_DIR/final.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from sa2va import Sa2VAChatModel
+from sa2va.data.scenes import COLORS, SHAPES
+from sa2va.finetune.batches import IGNORE_INDEX, SceneCollator, ScheduledScenes
+from sa2va.finetune.tiny import build_model
+
+PRESETS = {
+    # steps, scenes a step, clips a step, frames a clip
+    "ten-minutes": {"max_steps": 700, "batch_size": 32, "clips": 4, "frames": 7},
+    "full": {"max_steps": 3600, "batch_size": 32, "clips": 6, "frames": 8},
+    "smoke": {"max_steps": 4, "batch_size": 4, "clips": 2, "frames": 6},
+}
+HEAD_WEIGHTS = {"class_loss": 0.5, "box_loss": 2.0, "cell_loss": 0.5}
+LOSS_NAMES = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss", *HEAD_WEIGHTS)
+
+
+class SceneTrainee(nn.Module):
+    """The model with linear heads that exist only while it learns.
+
+    They read colour, shape and box off each `[SEG]` state, and colour and shape off each image token. That is the shortest way for a model
+    without any pretraining to find out what its words are about; the text loss alone takes many times longer.
+    """
+
+    def __init__(self, model: Sa2VAChatModel):
+        super().__init__()
+        self.model = model
+        hidden_size = model.config.llm_config.hidden_size
+        self.seg_heads = nn.ModuleList(nn.Linear(hidden_size, n) for n in (len(COLORS), len(SHAPES)))
+        self.box_head = nn.Linear(hidden_size, 4)
+        self.cell_heads = nn.ModuleList(nn.Linear(hidden_size, n + 1) for n in (len(COLORS), len(SHAPES)))
+
+    def forward(self, seg_classes: Tensor, seg_boxes: Tensor, cell_classes: Tensor, **inputs) -> dict[str, Tensor]:
+        """Losses of `Sa2VAChatModel.forward` plus those of the heads; `loss` is their sum."""
+        output = self.model(**inputs)
+        losses = {name: output[name] for name in LOSS_NAMES if output.get(name) is not None}
+        if len(seg_classes):
+            states = output.seg_hidden_states
+            losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
+            losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
+        losses["cell_loss"] = _class_loss(self.cell_heads, output.image_hidden_states, cell_classes)
+        extra = sum(weight * losses[name] for name, weight in HEAD_WEIGHTS.items() if name in losses)
+        return {"loss": output.loss + extra, **losses, "logits": output.logits}
+
+
+def _class_loss(heads: nn.ModuleList, states: Tensor, classes: Tensor) -> Tensor:
+    return sum(F.cross_entropy(head(states).flatten(0, -2), classes[..., i].flatten()) for i, head in enumerate(heads))
+
+
+class SceneTrainer(Trainer):
+    """`Trainer` that keeps the order of the curriculum and logs each part of the loss."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._parts: dict[str, list[float]] = defaultdict(list)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        """Runs the trainee and notes the parts for the next log line."""
+        outputs = model(**inputs)
+        for name in LOSS_NAMES:
+            if name in outputs:
+                self._parts[name].append(outputs[name].item())
+        self._parts["token_accuracy"].append(_token_accuracy(outputs["logits"], inputs["labels"]))
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs, *args, **kwargs):
+        """Adds the mean of each part since the last log line."""
+        if "loss" in logs:
+            logs |= {name: round(sum(values) / len(values), 4) for name, values in self._parts.items() if values}
+            self._parts.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def _token_accuracy(logits: Tensor, labels: Tensor) -> float:
+    wanted = labels[:, 1:]
+    hits = (logits[:, :-1].argmax(dim=-1) == wanted)[wanted != IGNORE_INDEX]
+    return hits.float().mean().item()
+
+
+def draw_curve(history: list[dict], path: Path) -> None:
+    """Draws the logged losses over the steps as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logs = [entry for entry in history if "lm_loss" in entry]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for name in ("lm_loss", *HEAD_WEIGHTS):
+        left.plot(*_series(logs, name), label=name)
+    for name in ("mask_loss", "dice_loss", "iou_loss", "object_score_loss"):
+        right.plot(*_series(logs, name), label=name)
+    for axis, title in ((left, "words"), (right, "masks")):
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _series(logs: list[dict], name: str) -> tuple[list[int], list[float]]:
+    points = [(entry["step"], entry[name]) for entry in logs if math.isfinite(entry.get(name, math.nan))]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, TrainingArguments]:
+    """Our few options, and everything else as `TrainingArguments` on top of the preset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="ten-minutes", help="how long to learn")
+    parser.add_argument("--clips_per_batch", type=int, help="clips in a step that trains on clips")
+    parser.add_argument("--num_frames", type=int, help="frames in a clip; those after the key frames are tracked")
+    options, rest = parser.parse_known_args(argv)
+    preset = PRESETS[options.preset]
+    options.clips_per_batch = options.clips_per_batch or preset["clips"]
+    options.num_frames = options.num_frames or preset["frames"]
+    defaults = {
+        "output_dir": "runs/tiny",
+        "max_steps": preset["max_steps"],
+        "per_device_train_batch_size": preset["batch_size"],
+        "learning_rate": 1.5e-3,
+        "warmup_steps": max(1, preset["max_steps"] // 20),
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.02,
+        "max_grad_norm": 1.0,
+        "adam_beta2": 0.98,
+        "logging_steps": 10,
+        "save_steps": 200,
+        "save_total_limit": 2,
+        "dataloader_num_workers": 1,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "seed": 0,
+        "label_names": "labels",
+        "prediction_loss_only": True,
+    }
+    given = {word[2:].split("=")[0] for word in rest if word.startswith("--")}
+    words = [word for k, v in defaults.items() if k not in given for word in (f"--{k}", str(v))]
+    (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words + rest)
+    return options, arguments
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Trains, or goes on training, and returns the folder with the result."""
+    options, arguments = parse_arguments(argv)
+    model, processor = build_model(arguments.seed)
+    dataset = ScheduledScenes(
+        arguments.seed,
+        arguments.max_steps * arguments.gradient_accumulation_steps,
+        arguments.per_device_train_batch_size * arguments.world_size,
+        options.clips_per_batch,
+        options.num_frames,
+    )
+    trainer = SceneTrainer(
+        model=SceneTrainee(model), args=arguments, train_dataset=dataset, data_collator=SceneCollator(processor)
+    )
+    output = Path(arguments.output_dir)
+    resume = arguments.resume_from_checkpoint or (get_last_checkpoint(str(output)) if output.is_dir() else None)
+    trainer.train(resume_from_checkpoint=resume)
+    final = output / "final"
+    if trainer.is_world_process_zero():
+        model.save_pretrained(final)
+        processor.save_pretrained(final)
+        draw_curve(trainer.state.log_history, final / "curve.png")
+        settings = {"preset": options.preset, "seed": arguments.seed, "steps": trainer.state.global_step}
+        (final / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return final
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Shared fixtures: the golden checkpoint and its recordings, loaded once."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+import sa2va  # noqa: F401  registers the Auto classes
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One recorded call of the official implementation: its arguments, and what it computed."""
+
+    name: str
+    arguments: dict[str, Any]
+    meta: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    def mask(self, index: int) -> np.ndarray:
+        """The recorded mask of `[SEG]` number `index`: bool [frames, h, w]."""
+        shape = tuple(self.arrays[f"mask{index}_shape"])
+        return np.unpackbits(self.arrays[f"mask{index}"])[: np.prod(shape)].reshape(shape).astype(bool)
+
+
+class GoldenFamily:
+    """A checkpoint with official recordings, and the arguments that reproduce each of them."""
+
+    INPUTS = {"img2seg": "imgB", "imgD1seg": "imgD", "vid8": "vid8", "vid3": "vid3", "vid1": "vid3", "vid20": "vid20"}
+
+    def __init__(self, name: str):
+        self.folder = GOLDEN / name
+        self.meta = json.loads((self.folder / "golden.json").read_text())
+        self.arrays = np.load(self.folder / "golden.npz")
+        self.inputs = np.load(GOLDEN / "inputs.npz")
+
+    @property
+    def cases(self) -> list[str]:
+        """Names of the recorded calls."""
+        return [name for name in self.meta if name != "_meta"]
+
+    def case(self, name: str) -> GoldenCase:
+        """A recorded call."""
+        meta = self.meta[name]
+        arrays = {key.partition("__")[2]: self.arrays[key] for key in self.arrays if key.startswith(f"{name}__")}
+        return GoldenCase(name, {"text": meta["text"], **self._picture(name, meta)}, meta, arrays)
+
+    def _picture(self, name: str, meta: dict[str, Any]) -> dict[str, Any]:
+        pixels = self.inputs[self.INPUTS.get(name, self.INPUTS.get(name.partition("_")[0], "imgA"))]
+        if "video" in meta["input"]:
+            frames = [Image.fromarray(frame) for frame in pixels]
+            return {"video": frames[:1] if name.startswith("vid1_") else frames}
+        arguments = {"image": Image.fromarray(pixels)} if "image" in meta["input"] else {}
+        if "mask_prompts" in meta["input"]:
+            arguments["mask_prompts"] = [self.inputs["vpA"]]
+        if name == "img_multiturn":
+            first = self.meta["img1seg"]
+            tokens = "<IMG_CONTEXT>" * 1792
+            asked = first["prompt_decoded_collapsed"].replace("<IMG_CONTEXT>*1792", tokens)
+            arguments["past_text"] = f"{asked}{first['prediction']}\n"
+        return arguments
+
+
+@pytest.fixture(scope="session")
+def golden() -> GoldenFamily:
+    """The InternVL + Qwen2 family."""
+    return GoldenFamily("ivl_qwen2")
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden):
+    """The golden checkpoint, ready to predict; tests must not change it."""
+    return AutoModel.from_pretrained(golden.folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def golden_processor(golden):
+    """The processor of the golden checkpoint."""
+    return AutoProcessor.from_pretrained(golden.folder)
+
+
+@pytest.fixture(scope="session")
+def clip(golden) -> list[Image.Image]:
+    """Eight frames of 121 x 87 pixels."""
+    return [Image.fromarray(frame) for frame in golden.inputs["vid8"]]
+
+
+@pytest.fixture(scope="session")
+def picture(golden) -> Image.Image:
+    """A picture of 97 x 61 pixels."""
+    return Image.fromarray(golden.inputs["imgA"])

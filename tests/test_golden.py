@@ -1,0 +1,154 @@
+"""The official implementation's recordings, stage by stage: `pytest tests/test_golden.py -v` prints the table.
+
+Tolerances are those of the recordings' description: float32 on CPU, 2e-4 on prompted frames and 1e-3 on tracked ones;
+a few pixels lie so close to a logit of 0 that masks are compared by IoU >= 0.999.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import GOLDEN, GoldenFamily
+
+CASES = GoldenFamily("ivl_qwen2").cases
+PICTURES = [name for name in CASES if name != "text_only"]
+WITH_MASKS = [name for name in CASES if GoldenFamily("ivl_qwen2").meta[name]["n_masks"]]
+TOLERANCE, TRACKED_TOLERANCE, RELATIVE = 2e-4, 1e-3, 2e-4
+
+
+class Recorder:
+    """Watches what passes between the stages of one call, through forward hooks."""
+
+    def __init__(self, model):
+        self.seg_hidden, self.seg_embeds, self.image_features = [], [], []
+        self._handles = [
+            model.text_hidden_fcs.register_forward_hook(self._note_prompt),
+            model.mlp1.register_forward_hook(lambda module, args, output: self.image_features.append(output)),
+        ]
+
+    def _note_prompt(self, module, args, output):
+        self.seg_hidden.append(args[0])
+        self.seg_embeds.append(output)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for handle in self._handles:
+            handle.remove()
+
+
+@pytest.fixture(scope="module")
+def runs(golden, golden_model, golden_processor):
+    """Every case, run once: (case, prepared inputs, output, recorder)."""
+    results = {}
+    for name in CASES:
+        case = golden.case(name)
+        with Recorder(golden_model) as recorder:
+            output = golden_model.predict_forward(**case.arguments, return_mask_logits=True)
+        results[name] = (case, golden_processor.prepare(**case.arguments), output, recorder)
+    return results
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_input_ids_are_equal(runs, name):
+    case, inputs, _, _ = runs[name]
+    np.testing.assert_array_equal(inputs.input_ids[0].numpy(), case.arrays["input_ids"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_text_is_equal(runs, name):
+    case, _, output, _ = runs[name]
+    assert output["prediction"] == case.meta["prediction"]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pixel_values_are_equal(runs, name):
+    case, inputs, _, _ = runs[name]
+    np.testing.assert_allclose(inputs.pixel_values[:, :, ::56, ::56], case.arrays["pv_sub"], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_sam2_frames_are_equal(runs, golden_processor, name):
+    case, inputs, _, _ = runs[name]
+    pixels = golden_processor.grounding_pixel_values(list(inputs.frames), is_video=inputs.is_video)
+    np.testing.assert_allclose(pixels[:, :, ::32, ::32], case.arrays["gp_sub"], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_image_features_are_close(runs, name):
+    case, _, _, recorder = runs[name]
+    np.testing.assert_allclose(recorder.image_features[0][:, ::16], case.arrays["vit_sub"], atol=TOLERANCE, rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("name", WITH_MASKS)
+def test_seg_states_are_close(runs, name):
+    case, _, _, recorder = runs[name]
+    np.testing.assert_allclose(recorder.seg_hidden[0], case.arrays["seg_hidden"], atol=TOLERANCE, rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("name", WITH_MASKS)
+def test_prompt_vectors_are_close(runs, name):
+    case, _, _, recorder = runs[name]
+    np.testing.assert_allclose(recorder.seg_embeds[0], case.arrays["seg_emb"], atol=TOLERANCE, rtol=RELATIVE)
+
+
+def low_res_predictions(model, processor, case, prompts):
+    """Every frame's `MaskPrediction` of the objects of a case."""
+    inputs = processor.prepare(**case.arguments)
+    with torch.no_grad():
+        return [prediction for _, prediction in model._track(inputs, processor, prompts, iter(inputs.frames))]
+
+
+@pytest.mark.parametrize("name", WITH_MASKS)
+def test_low_res_logits_pointers_and_scores_are_close(runs, golden_model, golden_processor, name):
+    case, _, _, recorder = runs[name]
+    predictions = low_res_predictions(golden_model, golden_processor, case, recorder.seg_embeds[0])
+    for frame, prediction in enumerate(predictions):
+        atol = TOLERANCE if case.meta["frames_meta"][frame][1] else TRACKED_TOLERANCE
+        for i in range(case.meta["n_masks"]):
+            np.testing.assert_allclose(prediction.logits[i], case.arrays[f"low{i}"][frame], atol=atol, rtol=RELATIVE)
+            np.testing.assert_allclose(prediction.object_pointers[i], case.arrays[f"ptr{i}"][frame], atol=atol, rtol=RELATIVE)
+            *ious, object_score = case.arrays[f"dec{i}"][frame]
+            np.testing.assert_allclose(prediction.iou_scores[i], max(ious), atol=atol, rtol=RELATIVE)
+            np.testing.assert_allclose(prediction.object_scores[i], object_score, atol=atol, rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_MASKS if name != "img2seg" and name != "imgD1seg"])
+def test_full_size_logits_are_close(runs, name):
+    case, _, output, _ = runs[name]
+    for i, logits in enumerate(output.mask_logits):
+        np.testing.assert_allclose(logits, case.arrays[f"final_logits{i}"], atol=TRACKED_TOLERANCE, rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_masks_are_equal(runs, name):
+    case, _, output, _ = runs[name]
+    assert len(output["prediction_masks"]) == case.meta["n_masks"]
+    for i, mask in enumerate(output["prediction_masks"]):
+        assert mask.dtype == np.bool_ and list(mask.shape) == case.meta["mask_shapes"][i]
+        recorded = case.mask(i)
+        assert (mask & recorded).sum() / (mask | recorded).sum() >= 0.999
+
+
+def test_without_the_bf16_memory_cast_tracked_logits_are_those_of_the_uncast_recording(
+    runs, golden_model, golden_processor, monkeypatch
+):
+    case, _, _, recorder = runs["vid8_1seg"]
+    recorded = np.load(GOLDEN / "ivl_qwen2" / "golden_vid8_1seg_fp32mem.npz")["low0"]
+    monkeypatch.setattr(golden_model.grounding_encoder.config, "memory_dtype", None)
+    uncast = low_res_predictions(golden_model, golden_processor, case, recorder.seg_embeds[0])
+    for frame, prediction in enumerate(uncast):
+        np.testing.assert_allclose(prediction.logits[0], recorded[frame], atol=TRACKED_TOLERANCE, rtol=RELATIVE)
+    assert np.abs(case.arrays["low0"][5:] - recorded[5:]).max() > 4e-3  # so the cast is what the two differ by
+
+
+def test_memory_features_are_close(runs, golden_model, golden_processor):
+    case, inputs, _, recorder = runs["vid8_1seg"]
+    frames = list(inputs.frames)[:5]
+    pixels = golden_processor.grounding_pixel_values(frames, is_video=True)
+    with torch.no_grad():
+        state = golden_model.grounding_encoder.condition(enumerate(pixels.split(1)), recorder.seg_embeds[0])
+    for frame in range(5):
+        memory = state.banks[0].conditioning[frame].features[:, 0].float().T.reshape(16, 16, 16)
+        np.testing.assert_allclose(memory, case.arrays["mem0"][frame], atol=0.02, rtol=0.01)  # bf16 has 8 bits

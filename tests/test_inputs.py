@@ -1,0 +1,553 @@
+"""Every kind of image, video and call that a user may try: what works, and what a wrong one is told."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sa2va.processing_sa2va import Sa2VAProcessor, VideoFrames, load_image, open_video, select_key_frames
+
+GOLDEN = Path(__file__).parent / "golden"
+RED, WHITE = (200, 30, 40), (255, 255, 255)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Sa2VAProcessor.from_pretrained(GOLDEN / "ivl_qwen2")
+
+
+def plain(size=(8, 6)):
+    """A red picture; `size` is (width, height)."""
+    return Image.new("RGB", size, RED)
+
+
+def pixels(color=RED):
+    return np.full((6, 8, 3), color, dtype=np.uint8)
+
+
+def numbered_frames(count=4, size=(32, 24)):
+    """Frames whose grey value tells their number."""
+    return [Image.new("RGB", size, (20 * number,) * 3) for number in range(count)]
+
+
+def numbers(frames):
+    """Inverse of `numbered_frames`, up to compression."""
+    return [round(np.asarray(frame).mean() / 20) for frame in frames]
+
+
+def saved(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def rotated_jpeg(folder):
+    """A landscape file that its EXIF orientation 6 stands on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(plain(size=(60, 40)), folder / "rotated.jpg", exif=exif)
+
+
+def half_transparent_palette():
+    image = Image.fromarray(pixels()).quantize(2)
+    image.info["transparency"] = image.getpixel((0, 0))
+    return image
+
+
+# what a user passes as an image -> (width, height) and the colour that every pixel should have
+IMAGES = {
+    "RGB": (lambda _: plain(), (8, 6), RED),
+    "RGBA, transparent, over white": (lambda _: Image.new("RGBA", (8, 6), (200, 30, 40, 0)), (8, 6), WHITE),
+    "RGBA, half transparent": (lambda _: Image.new("RGBA", (8, 6), (0, 0, 0, 128)), (8, 6), (127, 127, 127)),
+    "P": (lambda _: Image.fromarray(pixels()).quantize(2), (8, 6), RED),
+    "P with a transparent colour": (lambda _: half_transparent_palette(), (8, 6), WHITE),
+    "L": (lambda _: Image.new("L", (8, 6), 77), (8, 6), (77, 77, 77)),
+    "LA": (lambda _: Image.new("LA", (8, 6), (77, 255)), (8, 6), (77, 77, 77)),
+    "La": (lambda _: Image.new("LA", (8, 6), (77, 255)).convert("La"), (8, 6), (77, 77, 77)),
+    "I;16": (lambda _: Image.fromarray(np.full((6, 8), 257 * 77, np.uint16)), (8, 6), (77, 77, 77)),
+    "I of 8 bits": (lambda _: Image.new("I", (8, 6), 77), (8, 6), (77, 77, 77)),
+    "I of 16 bits": (lambda _: Image.new("I", (8, 6), 257 * 77), (8, 6), (77, 77, 77)),
+    "F in 0..1": (lambda _: Image.new("F", (8, 6), 0.2), (8, 6), (51, 51, 51)),
+    "F in 0..255": (lambda _: Image.new("F", (8, 6), 51.0), (8, 6), (51, 51, 51)),
+    "1": (lambda _: Image.new("1", (8, 6), 1), (8, 6), WHITE),
+    "CMYK": (lambda _: Image.new("CMYK", (8, 6), (0, 255, 255, 0)), (8, 6), (255, 0, 0)),
+    "HSV": (lambda _: Image.new("HSV", (8, 6), (0, 255, 255)), (8, 6), (255, 0, 0)),
+    "1x1": (lambda _: plain(size=(1, 1)), (1, 1), RED),
+    "20000x20": (lambda _: plain(size=(20000, 20)), (20000, 20), RED),
+    "HWC uint8": (lambda _: pixels(), (8, 6), RED),
+    "CHW uint8": (lambda _: pixels().transpose(2, 0, 1), (8, 6), RED),
+    "HW uint8": (lambda _: np.full((6, 8), 9, np.uint8), (8, 6), (9, 9, 9)),
+    "HW1": (lambda _: np.full((6, 8, 1), 9, np.uint8), (8, 6), (9, 9, 9)),
+    "1HW": (lambda _: np.full((1, 6, 8), 9, np.uint8), (8, 6), (9, 9, 9)),
+    "HWC with alpha": (lambda _: np.zeros((6, 8, 4), np.uint8), (8, 6), WHITE),
+    "one pixel, 1x1x3": (lambda _: np.array([[RED]], np.uint8), (1, 1), RED),
+    "one pixel, 3x1x1": (lambda _: np.array(RED, np.uint8)[:, None, None], (1, 1), RED),
+    "float32": (lambda _: pixels().astype(np.float32) / 255, (8, 6), RED),
+    "float16": (lambda _: np.ones((6, 8, 3), np.float16), (8, 6), WHITE),
+    "bool": (lambda _: np.ones((6, 8), bool), (8, 6), WHITE),
+    "flipped view": (lambda _: pixels()[:, ::-1], (8, 6), RED),
+    "tensor CHW uint8": (lambda _: torch.tensor(pixels()).permute(2, 0, 1), (8, 6), RED),
+    "tensor HWC float": (lambda _: torch.tensor(pixels()) / 255, (8, 6), RED),
+    "tensor bfloat16": (lambda _: torch.ones(3, 6, 8, dtype=torch.bfloat16), (8, 6), WHITE),
+    "tensor with gradient": (lambda _: torch.ones(3, 6, 8, requires_grad=True), (8, 6), WHITE),
+    "path as str": (lambda folder: str(saved(plain(), folder / "a b.ü.png")), (8, 6), RED),
+    "path as Path": (lambda folder: saved(plain(), folder / "a.bmp"), (8, 6), RED),
+    "rotated by EXIF": (lambda folder: rotated_jpeg(folder), (40, 60), None),
+    "rotated by EXIF, opened": (lambda folder: Image.open(rotated_jpeg(folder)), (40, 60), None),
+    "16-bit PNG": (
+        lambda folder: saved(Image.fromarray(np.full((6, 8), 257 * 77, np.uint16)), folder / "deep.png"),
+        (8, 6),
+        (77, 77, 77),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_image_of_any_kind_becomes_rgb(name, tmp_path):
+    make, size, color = IMAGES[name]
+    image = load_image(make(tmp_path))
+    assert (image.mode, image.size) == ("RGB", size)
+    assert color is None or (np.asarray(image) == color).all()
+
+
+def test_home_is_expanded_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    plain().save(tmp_path / "picture.png")
+    assert load_image("~/picture.png").size == (8, 6)
+
+
+def test_damaged_exif_does_not_cost_the_picture():
+    image = plain()
+    image.info["exif"] = b"Exif\x00\x00no tiff header"
+    assert load_image(image).size == (8, 6)
+
+
+def test_loading_twice_rotates_once(tmp_path):
+    assert load_image(load_image(rotated_jpeg(tmp_path))).size == (40, 60)
+
+
+def test_the_users_picture_is_not_touched(tmp_path):
+    given = plain()
+    load_image(given).paste("black", (0, 0, 8, 6))
+    assert given.getpixel((0, 0)) == RED
+
+
+def truncated_png(folder):
+    path = saved(Image.effect_noise((64, 64), 90), folder / "cut.png")
+    path.write_bytes(path.read_bytes()[:1500])
+    return path
+
+
+def text_file(folder, name="words.png"):
+    path = folder / name
+    path.write_text("this is no picture")
+    return path
+
+
+def bomb(folder):
+    """A small file that claims 60000 x 60000 pixels."""
+    data = bytearray(saved(Image.new("1", (8, 8)), folder / "bomb.bmp").read_bytes())
+    data[18:26] = (60000).to_bytes(4, "little") * 2
+    path = folder / "bomb.bmp"
+    path.write_bytes(data)
+    return path
+
+
+# what a user passes as an image -> the error and words of its message
+BAD_IMAGES = {
+    "missing file": (lambda folder: folder / "none.png", FileNotFoundError, "none.png"),
+    "a web address": (lambda _: "https://example.com/a.png", FileNotFoundError, "no URL"),
+    "a folder": (lambda folder: folder, IsADirectoryError, "video="),
+    "no picture inside": (text_file, OSError, "words.png"),
+    "cut file": (truncated_png, OSError, "cut.png"),
+    "decompression bomb": (bomb, ValueError, "bomb.bmp"),
+    "too many pixels": (lambda _: Image.new("1", (20000, 9000)), ValueError, "20000x9000"),
+    "too many pixels in an array": (lambda _: np.broadcast_to(np.uint8(1), (20000, 9000)), ValueError, "9000x20000"),
+    "no pixels": (lambda _: np.zeros((0, 5, 3), np.uint8), ValueError, "0 pixels"),
+    "two channels": (lambda _: np.zeros((5, 5, 2), np.uint8), ValueError, "channels"),
+    "channels first or last": (lambda _: np.zeros((3, 5, 3), np.uint8), ValueError, "ambiguous"),
+    "grey row or column": (lambda _: np.zeros((1, 5, 1), np.uint8), ValueError, "ambiguous"),
+    "one axis": (lambda _: np.zeros(5, np.uint8), ValueError, "axes"),
+    "four axes": (lambda _: np.zeros((1, 5, 5, 3), np.uint8), ValueError, "axes"),
+    "NaN": (lambda _: np.full((5, 5), np.nan), ValueError, "nan"),
+    "infinite": (lambda _: torch.full((3, 5, 5), torch.inf), ValueError, "inf"),
+    "floats to 255": (lambda _: np.full((5, 5), 255.0), ValueError, r"\[0, 1\]"),
+    "negative floats": (lambda _: np.full((5, 5), -0.5), ValueError, r"\[0, 1\]"),
+    "int64": (lambda _: np.zeros((5, 5), np.int64), TypeError, "uint8"),
+    "NaN in mode F": (lambda _: Image.new("F", (5, 5), float("nan")), ValueError, "NaN"),
+    "negative in mode I": (lambda _: Image.new("I", (5, 5), -1), ValueError, "65535"),
+    "a list": (lambda _: [plain()], TypeError, "PIL image"),
+    "bytes": (lambda _: b"\x89PNG", TypeError, "bytes"),
+    "a number": (lambda _: 7, TypeError, "int"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_image_is_explained(name, tmp_path):
+    make, error, words = BAD_IMAGES[name]
+    with pytest.raises(error, match=words):
+        load_image(make(tmp_path))
+
+
+def test_area_counts_not_the_longest_side_and_can_be_raised():
+    with pytest.raises(ValueError, match="max_pixels"):
+        load_image(plain(size=(100, 10)), max_pixels=999)
+    assert load_image(plain(size=(100, 10)), max_pixels=1000).size == (100, 10)
+
+
+def video_file(folder, name, codec, count=4):
+    path = folder / name
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 10, (32, 24))
+    for frame in numbered_frames(count):
+        writer.write(np.asarray(frame)[..., ::-1])
+    writer.release()
+    return path
+
+
+def gif(folder, count=4):
+    frames = numbered_frames(count)
+    return saved(frames[0], folder / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
+
+
+def frame_folder(folder, count=4):
+    """Frames 8, 9, 10, 11 in name, among files that are none."""
+    (folder / "frames").mkdir()
+    for number, frame in enumerate(numbered_frames(count), start=8):
+        frame.save(folder / "frames" / f"Frame{number}.png")
+    (folder / "frames" / "notes.txt").write_text("no frame")
+    (folder / "frames" / "._Frame1.png").write_text("no frame")
+    return folder / "frames"
+
+
+def stacked(count=4):
+    return np.stack([np.asarray(frame) for frame in numbered_frames(count)])
+
+
+class Lazy:
+    """A sequence that loads its items when asked, such as a dataset."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return numbered_frames()[index]
+
+    def __iter__(self):
+        return (self[index] for index in range(4))
+
+
+VIDEOS = {
+    "list of PIL": lambda _: numbered_frames(),
+    "tuple of arrays": lambda _: tuple(stacked()),
+    "list of paths": lambda folder: sorted(frame_folder(folder).glob("F*.png"), key=lambda p: int(p.stem[5:])),
+    "THWC": lambda _: stacked(),
+    "TCHW": lambda _: stacked().transpose(0, 3, 1, 2),
+    "THWC float": lambda _: stacked() / np.float32(255),
+    "tensor TCHW": lambda _: torch.tensor(stacked()).permute(0, 3, 1, 2),
+    "mp4": lambda folder: video_file(folder, "clip.mp4", "mp4v"),
+    "avi, path as str": lambda folder: str(video_file(folder, "clip.avi", "MJPG")),
+    "webm": lambda folder: video_file(folder, "clip.webm", "VP80"),
+    "gif": gif,
+    "folder in natural order": frame_folder,
+    "generator": lambda _: (frame for frame in numbered_frames()),
+    "dataset": lambda _: Lazy(),
+    "opened video": lambda _: open_video(numbered_frames()),
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_video_of_any_kind_gives_its_frames_in_order(name, tmp_path):
+    frames = open_video(VIDEOS[name](tmp_path))
+    assert numbers(frames.take(2)) == [0, 1]
+    assert numbers(frames.select([2, 0])) == [2, 0]
+    assert numbers(iter(frames)) == [0, 1, 2, 3]
+    assert len(frames) == 4
+    assert all(isinstance(frame, Image.Image) and frame.mode == "RGB" for frame in frames.take(1))
+
+
+@pytest.mark.parametrize("name", [name for name in VIDEOS if name != "generator"])
+def test_video_can_be_read_again(name, tmp_path):
+    frames = open_video(VIDEOS[name](tmp_path))
+    assert numbers(iter(frames)) == numbers(iter(frames))
+
+
+def test_colours_of_a_file_are_rgb(tmp_path):
+    path = tmp_path / "red.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (32, 24))
+    writer.write(np.full((24, 32, 3), (0, 0, 255), np.uint8))
+    writer.release()
+    red, green, blue = np.asarray(open_video(path).take(1)[0]).mean(axis=(0, 1))
+    assert red > 200 > 60 > max(green, blue)
+
+
+def test_frames_may_differ_in_size():
+    frames = open_video([plain(size=(8, 6)), plain(size=(9, 9))])
+    assert [frame.size for frame in frames] == [(8, 6), (9, 9)]
+
+
+def test_a_damaged_tail_ends_a_file_early(tmp_path):
+    path = video_file(tmp_path, "clip.avi", "MJPG", count=60)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
+    frames = open_video(path)
+    assert 1 <= len(frames) < 60
+    assert len(list(iter(frames))) == len(frames)
+
+
+def test_a_damaged_tail_ends_a_gif_early(tmp_path):
+    noise = [Image.effect_noise((64, 64), 90) for _ in range(6)]
+    path = saved(noise[0], tmp_path / "clip.gif", save_all=True, append_images=noise[1:])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert 1 <= len(open_video(path)) < 6
+
+
+class Counter:
+    """An endless stream that counts how far it was read."""
+
+    def __init__(self):
+        self.read = 0
+
+    def __iter__(self):
+        while True:
+            self.read += 1
+            yield Image.new("RGB", (4, 4))
+
+
+def test_an_endless_stream_is_read_only_as_far_as_needed():
+    stream = Counter()
+    frames = open_video(stream)
+    assert select_key_frames(frames, 5, "first") == [0, 1, 2, 3, 4]
+    frames.select([0, 6])
+    assert stream.read == 7
+
+
+def test_a_stream_replays_what_was_read_ahead():
+    frames = open_video(iter(numbered_frames(6)))
+    frames.take(3)
+    assert numbers(iter(frames)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_stream_that_has_passed_says_so():
+    frames = open_video(iter(numbered_frames(6)))
+    list(iter(frames))
+    with pytest.raises(ValueError, match="read before"):
+        list(iter(frames))
+
+
+def test_a_stream_knows_its_length_once_it_has_passed():
+    frames = open_video(iter(numbered_frames(6)))
+    for _ in frames:
+        pass
+    assert len(frames) == 6
+
+
+def test_a_file_is_closed_when_reading_stops_early(tmp_path):
+    path = video_file(tmp_path, "clip.avi", "MJPG")
+    frames = open_video(path)
+    next(iter(frames))
+    path.unlink()  # an open file can't be removed on Windows
+    assert not path.exists()
+
+
+def test_only_wanted_frames_are_decoded(tmp_path):
+    paths = [saved(plain(), tmp_path / "a.png"), text_file(tmp_path), saved(plain(), tmp_path / "c.png")]
+    assert len(open_video(paths).select([0, 2])) == 2
+
+
+def test_asking_whether_there_is_a_video_reads_nothing():
+    stream = Counter()
+    assert bool(open_video(stream))
+    assert stream.read == 1
+
+
+def empty_folder(folder):
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+def headless_mp4(folder):
+    path = video_file(folder, "clip.mp4", "mp4v")
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+BAD_VIDEOS = {
+    "empty list": (lambda _: [], ValueError, "empty"),
+    "empty array": (lambda _: np.zeros((0, 4, 6, 3), np.uint8), ValueError, "empty"),
+    "empty generator": (lambda _: iter(()), ValueError, "empty"),
+    "empty folder": (empty_folder, ValueError, "empty"),
+    "missing file": (lambda folder: folder / "none.mp4", FileNotFoundError, "none.mp4"),
+    "no video inside": (lambda folder: text_file(folder, "words.mp4"), ValueError, "words.mp4"),
+    "cut mp4": (headless_mp4, ValueError, "clip.mp4"),
+    "no gif inside": (lambda folder: text_file(folder, "words.gif"), ValueError, "words.gif"),
+    "three axes": (lambda _: np.zeros((4, 6, 3), np.uint8), ValueError, "4 axes"),
+    "one PIL image": (lambda _: plain(), TypeError, "image="),
+    "a number": (lambda _: 3, TypeError, "int"),
+    "bytes": (lambda _: b"RIFF", TypeError, "bytes"),
+    "a dict": (lambda _: {0: plain()}, TypeError, "dict"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VIDEOS)
+def test_bad_video_is_explained(name, tmp_path):
+    make, error, words = BAD_VIDEOS[name]
+    with pytest.raises(error, match=words):
+        open_video(make(tmp_path))
+
+
+# frames in the video, num_frames, frame_sampling -> key frames
+SAMPLINGS = [
+    (8, 5, "first", [0, 1, 2, 3, 4]),
+    (3, 5, "first", [0, 1, 2]),
+    (8, 5, "uniform", [0, 1, 3, 5, 7]),
+    (20, 12, "uniform", [0, 1, 3, 5, 6, 8, 10, 12, 13, 15, 17, 19]),
+    (3, 5, "uniform", [0, 1, 2]),
+    (1, 5, "uniform", [0]),
+    (8, 1, "uniform", [0]),
+    (8, 5, [6, 2, 6], [2, 6]),
+    (8, 5, np.array([7]), [7]),
+    (8, 5, torch.tensor([1, 0]), [0, 1]),
+    (8, 5, range(0, 8, 3), [0, 3, 6]),
+    (8, np.int64(2), "first", [0, 1]),
+]
+
+
+@pytest.mark.parametrize(("count", "num_frames", "sampling", "expected"), SAMPLINGS)
+def test_key_frames(count, num_frames, sampling, expected):
+    chosen = select_key_frames(open_video(numbered_frames(count)), num_frames, sampling)
+    assert chosen == expected
+    assert all(type(index) is int for index in chosen)
+
+
+BAD_SAMPLINGS = [
+    (5, "middle", ValueError, "'first', 'uniform'"),
+    (5, [8], ValueError, "8 frames"),
+    (5, [-1], ValueError, "negative"),
+    (5, [], ValueError, "empty"),
+    (5, [1.5], TypeError, "integer"),
+    (5, [True], TypeError, "integer"),
+    (5, 3, TypeError, "list of frame numbers"),
+    (0, "first", ValueError, "at least 1"),
+    (-2, "uniform", ValueError, "at least 1"),
+    (2.0, "first", TypeError, "integer"),
+    ("5", "first", TypeError, "integer"),
+    (True, "first", TypeError, "integer"),
+]
+
+
+@pytest.mark.parametrize(("num_frames", "sampling", "error", "words"), BAD_SAMPLINGS)
+def test_bad_choice_of_frames_is_explained(num_frames, sampling, error, words):
+    with pytest.raises(error, match=words):
+        select_key_frames(open_video(numbered_frames(8)), num_frames, sampling)
+
+
+def test_a_frame_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="no frame 9"):
+        VideoFrames.select(open_video(numbered_frames(3)), [0, 9])
+
+
+ASK = "Please segment the red square."
+TOKENS = "<img>" + "<IMG_CONTEXT>" * 256 + "</img>"
+PAST = f"<|im_start|>user\n{TOKENS}Hi.<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+PAST_REGION = PAST.replace("Hi.", "\nregion1<vp>" + "<IMG_CONTEXT>" * 256 + "</vp>.\n")
+REGION = np.ones((1, 4, 6))
+
+# arguments of a call -> the error and words of its message; a picture of 1 tile is added unless the row has its own
+BAD_CALLS = {
+    "no text": ({}, TypeError, "text must be a string"),
+    "text is a number": ({"text": 5}, TypeError, "int"),
+    "text is empty": ({"text": "  "}, ValueError, "says nothing"),
+    "text is only the tag": ({"text": "<image>"}, ValueError, "says nothing"),
+    "two tags": ({"text": "<image> and <image>"}, ValueError, "2 <image> tags"),
+    "image token in text": ({"text": "What is <IMG_CONTEXT>?"}, ValueError, "IMG_CONTEXT"),
+    "image start in text": ({"text": "What is <img>?"}, ValueError, "<img>"),
+    "region start in text": ({"text": "What is <vp>?"}, ValueError, "<vp>"),
+    "tag without a picture": ({"text": "<image>" + ASK, "image": None}, ValueError, "no picture"),
+    "regions without a picture": (
+        {"text": ASK, "image": None, "mask_prompts": REGION},
+        ValueError,
+        "image= or video=",
+    ),
+    "past picture without a picture": ({"text": ASK, "image": None, "past_text": PAST}, ValueError, "same image="),
+    "image and video": ({"text": ASK, "video": [plain()]}, ValueError, "Both"),
+    "empty video": ({"text": ASK, "image": None, "video": []}, ValueError, "empty"),
+    "past_text is a list": ({"text": ASK, "past_text": [PAST]}, TypeError, "past_text"),
+    "unexpanded tag in past_text": ({"text": ASK, "past_text": "<image>Hi"}, ValueError, "past_text holds <image>"),
+    "another picture than before": (
+        {"text": ASK, "image": plain(size=(90, 60)), "past_text": PAST},
+        ValueError,
+        "1792",
+    ),
+    "video after an image": (
+        {"text": ASK, "image": None, "video": numbered_frames(2), "past_text": PAST},
+        ValueError,
+        r"\[256, 256\]",
+    ),
+    "cut past_text": ({"text": ASK, "past_text": PAST[:400]}, ValueError, "cut"),
+    "regions of before missing": ({"text": ASK, "past_text": PAST_REGION}, ValueError, "mask_prompts"),
+    "other regions than before": (
+        {"text": ASK, "past_text": PAST_REGION, "mask_prompts": REGION * 0},
+        ValueError,
+        "mask_prompts",
+    ),
+    "2-D region": ({"text": ASK, "mask_prompts": np.ones((4, 6))}, ValueError, r"\(4, 6\)"),
+    "2-D region in a list": ({"text": ASK, "mask_prompts": [np.ones((4, 6))]}, ValueError, r"\(4, 6\)"),
+    "4-D regions": ({"text": ASK, "mask_prompts": np.ones((1, 1, 4, 6))}, ValueError, r"\(1, 1, 4, 6\)"),
+    "list of two": ({"text": ASK, "mask_prompts": [REGION, REGION]}, ValueError, "np.stack"),
+    "empty list of regions": ({"text": ASK, "mask_prompts": []}, ValueError, "list of 0"),
+    "no region": ({"text": ASK, "mask_prompts": np.ones((0, 4, 6))}, ValueError, r"\(0, 4, 6\)"),
+    "region without pixels": ({"text": ASK, "mask_prompts": np.ones((1, 0, 6))}, ValueError, r"\(1, 0, 6\)"),
+    "NaN region": ({"text": ASK, "mask_prompts": REGION * np.nan}, ValueError, "NaN"),
+    "region in words": ({"text": ASK, "mask_prompts": "the left half"}, TypeError, "str"),
+    "region of strings": ({"text": ASK, "mask_prompts": np.full((1, 6, 8), "a")}, TypeError, "numbers"),
+    "unknown sampling": ({"text": ASK, "frame_sampling": "random"}, ValueError, "'first', 'uniform'"),
+    "no frames asked for": ({"text": ASK, "num_frames": 0}, ValueError, "at least 1"),
+    "half a frame asked for": ({"text": ASK, "num_frames": 1.5}, TypeError, "integer"),
+    "NaN pixels": ({"text": ASK, "image": np.full((6, 8, 3), np.nan)}, ValueError, "nan"),
+    "NaN pixels in a video": ({"text": ASK, "image": None, "video": np.full((2, 6, 8, 3), np.nan)}, ValueError, "nan"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_call_is_explained(name, processor):
+    arguments, error, words = BAD_CALLS[name]
+    with pytest.raises(error, match=words):
+        processor.prepare(**{"image": plain(size=(6, 6)), **arguments})
+
+
+GOOD_CALLS = {
+    "tag in front": {"text": "<image>" + ASK},
+    "tag in the middle": {"text": "Look at <image> and speak."},
+    "no tag": {"text": ASK},
+    "braces": {"text": "a {b} {} c"},
+    "past_text is None": {"text": ASK, "past_text": None},
+    "follow-up": {"text": ASK, "past_text": PAST},
+    "follow-up with tag": {"text": "<image>\n" + ASK, "past_text": PAST},
+    "follow-up on words alone": {"text": ASK, "past_text": "<|im_start|>user\nHi.<|im_end|>\n"},
+    "regions": {"text": ASK, "mask_prompts": REGION},
+    "regions in a list": {"text": ASK, "mask_prompts": [REGION]},
+    "bool regions": {"text": ASK, "mask_prompts": REGION > 0},
+    "bool tensor regions": {"text": ASK, "mask_prompts": torch.ones(2, 4, 6, dtype=torch.bool)},
+    "region of another size": {"text": ASK, "mask_prompts": np.ones((1, 50, 9), np.uint8)},
+    "empty region": {"text": ASK, "mask_prompts": REGION * 0},
+    "regions again": {"text": ASK, "past_text": PAST_REGION, "mask_prompts": REGION},
+    "regions in a follow-up": {"text": ASK, "past_text": PAST, "mask_prompts": REGION},
+    "video": {"text": ASK, "image": None, "video": numbered_frames(7)},
+    "video of one frame": {"text": ASK, "image": None, "video": numbered_frames(1)},
+    "video with regions": {"text": ASK, "image": None, "video": numbered_frames(2), "mask_prompts": REGION},
+    "frames 3 and 1": {"text": ASK, "image": None, "video": numbered_frames(7), "frame_sampling": [3, 1]},
+    "uniform stream": {"text": ASK, "image": None, "video": iter(numbered_frames(7)), "frame_sampling": "uniform"},
+    "words alone": {"text": ASK, "image": None},
+}
+
+
+@pytest.mark.parametrize("name", GOOD_CALLS)
+def test_tokens_and_features_of_a_call_match(name, processor):
+    inputs = processor.prepare(**{"image": plain(size=(6, 6)), **GOOD_CALLS[name]})
+    tiles = 0 if inputs.pixel_values is None else len(inputs.pixel_values)
+    cells = 0 if inputs.prompt_masks is None else int(inputs.prompt_masks.sum())
+    image_token = processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert int((inputs.input_ids == image_token).sum()) == tiles * processor.num_image_token + cells
+    assert "<image>" not in inputs.prompt
