@@ -1,0 +1,377 @@
+"""What `Sa2VAChatModel` promises beside the official numbers: cost, sampling of frames, outputs, threads, losses."""
+
+import copy
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
+
+from sa2va import Sa2VAChatModel, Sa2VAOutput
+from sa2va.processing_sa2va import rle_to_masks
+
+
+
+@pytest.fixture
+def encoded_frames(golden_model):
+    """Counts frames that enter SAM 2's image encoder while the test runs."""
+    counts = []
+    encoder = golden_model.grounding_encoder.sam2_model.image_encoder
+    handle = encoder.register_forward_hook(lambda module, args, output: counts.append(len(args[0])))
+    yield counts
+    handle.remove()
+
+
+
+
+class Scripted:
+    """Logits processor that makes generation write fixed tokens, whatever the picture."""
+
+    def __init__(self, ids: list[int]):
+        self.ids = ids
+
+    def __call__(self, input_ids, scores):
+        step = input_ids.shape[1]
+        forced = torch.full_like(scores, -1e4)
+        forced[:, self.ids[min(step, len(self.ids) - 1)]] = 0
+        return forced
+
+
+def answer_with(model, text: str) -> dict:
+    """Generation arguments under which the answer is `text`."""
+    ids = model.load_processor().tokenizer(text).input_ids
+    return {"logits_processor": [Scripted(ids)]}
+
+
+THREE = "[SEG] and [SEG] and [SEG]<|im_end|>"
+
+
+def iou(a, b) -> float:
+    """IoU of two boolean arrays."""
+    return (a & b).sum() / max((a | b).sum(), 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ cost
+
+
+def test_each_frame_is_encoded_once_for_three_objects(golden_model, clip, encoded_frames):
+    output = golden_model.predict_forward(video=clip, text="all", **answer_with(golden_model, THREE))
+    assert len(output.prediction_masks) == 3
+    assert encoded_frames == [1] * 8
+
+
+def test_an_image_is_encoded_once_for_two_objects(golden_model, golden, encoded_frames):
+    golden_model.predict_forward(**golden.case("img2seg").arguments)
+    assert sum(encoded_frames) == 1
+
+
+def test_an_answer_without_seg_encodes_nothing(golden_model, golden, encoded_frames):
+    golden_model.predict_forward(**golden.case("img_noseg").arguments)
+    assert encoded_frames == []
+
+
+def test_objects_in_chunks_give_the_same_masks(golden_model, clip, monkeypatch):
+    arguments = {"video": clip, "text": "all", "return_mask_logits": True, **answer_with(golden_model, THREE)}
+    together = golden_model.predict_forward(**arguments)
+    monkeypatch.setattr(golden_model.grounding_encoder.config, "max_objects_per_batch", 2)
+    chunked = golden_model.predict_forward(**arguments)
+    np.testing.assert_allclose(chunked.mask_logits, together.mask_logits, atol=1e-3)
+
+
+def test_three_objects_get_the_masks_each_gets_alone(golden_model, golden_processor, clip):
+    inputs = golden_processor.prepare(video=clip, text="x")
+    prompts = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+
+    def track(prompts):
+        with torch.no_grad():
+            return [p.logits for _, p in golden_model._track(inputs, golden_processor, prompts, iter(inputs.frames))]
+
+    together = torch.stack(track(prompts))
+    alone = torch.cat([torch.stack(track(prompts[i : i + 1])) for i in range(3)], dim=1)
+    torch.testing.assert_close(together, alone, atol=1e-3, rtol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- generation
+
+
+def test_a_seg_cut_off_by_max_new_tokens_keeps_its_mask(golden_model, golden):
+    case = golden.case("img1seg")
+    cut = golden_model.predict_forward(**case.arguments, max_new_tokens=3, return_mask_logits=True)
+    assert cut.prediction.endswith("[SEG]")
+    np.testing.assert_allclose(cut.mask_logits[0], case.arrays["final_logits0"], atol=1e-3)
+
+
+def test_a_seg_in_the_prompt_gives_no_mask(golden_model, picture):
+    output = golden_model.predict_forward(image=picture, text="[SEG]?", **answer_with(golden_model, "No.<|im_end|>"))
+    assert output.prediction_masks == []
+
+
+def test_beam_search_gives_the_state_of_the_best_beam(golden_model, golden):
+    case = golden.case("img1seg")
+    output = golden_model.predict_forward(**case.arguments, num_beams=3, return_mask_logits=True)
+    assert output.prediction == case.meta["prediction"]
+    np.testing.assert_allclose(output.mask_logits[0], case.arrays["final_logits0"], atol=1e-3)
+
+
+def test_no_cache_gives_the_same_masks(golden_model, golden):
+    case = golden.case("imgD1seg")
+    output = golden_model.predict_forward(**case.arguments, use_cache=False)
+    assert output.prediction == case.meta["prediction"]
+    assert iou(output.prediction_masks[0], case.mask(0)) >= 0.999
+
+
+def test_sampling_arguments_reach_generate(golden_model, picture):
+    texts = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        sampled = golden_model.predict_forward(
+            image=picture, text="?", do_sample=True, temperature=50.0, top_k=0, max_new_tokens=4
+        )
+        texts.add(sampled.prediction)
+    assert len(texts) > 1
+
+
+def test_a_streamer_sees_the_answer(golden_model, golden_processor, golden):
+    streamer = TextIteratorStreamer(golden_processor.tokenizer)
+    output = golden_model.predict_forward(**golden.case("imgD1seg").arguments, streamer=streamer)
+    assert "".join(streamer) == output.prediction
+
+
+def test_gen_config_is_the_default_of_a_call(golden_model, golden, monkeypatch):
+    monkeypatch.setattr(golden_model, "gen_config", GenerationConfig(max_new_tokens=2, do_sample=False))
+    short = golden_model.predict_forward(**golden.case("imgD1seg").arguments)
+    assert short.prediction == "It is"
+    longer = golden_model.predict_forward(**golden.case("imgD1seg").arguments, max_new_tokens=3)
+    assert longer.prediction == "It is [SEG]"
+
+
+def test_preparing_for_generation_is_harmless(golden_model, golden_processor, monkeypatch):
+    monkeypatch.setattr(golden_model, "gen_config", copy.deepcopy(golden_model.gen_config))
+    golden_model.preparing_for_generation(tokenizer=golden_processor.tokenizer, torch_dtype=torch.float32)
+    assert golden_model.gen_config.max_new_tokens == 2048 and not golden_model.gen_config.do_sample
+
+
+def test_more_than_one_returned_sequence_is_refused(golden_model, picture):
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        golden_model.predict_forward(image=picture, text="?", num_return_sequences=2, num_beams=2)
+
+
+def test_an_end_mark_of_several_tokens_stops_the_answer(golden_model, golden_processor, picture):
+    processor = copy.deepcopy(golden_processor)
+    processor.template = "phi3_chat"
+    script = answer_with(golden_model, "Yes.<|end|>never said, never said, never said")
+    output = golden_model.predict_forward(image=picture, text="?", processor=processor, **script)
+    assert output.prediction == "Yes.<|end|>"
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "processor"])
+@pytest.mark.parametrize("give", ["processor", "its tokenizer"])
+def test_tokenizer_and_processor_may_be_passed_as_either(golden_model, golden_processor, golden, name, give):
+    case = golden.case("imgD1seg")
+    given = golden_processor if give == "processor" else golden_processor.tokenizer
+    assert golden_model.predict_forward(**case.arguments, **{name: given}).prediction == case.meta["prediction"]
+
+
+# ------------------------------------------------------------------------------------------------------ multi-turn
+
+
+def test_past_text_continues_the_conversation(golden_model, golden):
+    first = golden_model.predict_forward(**golden.case("img1seg").arguments)
+    second = golden.case("img_multiturn")
+    arguments = second.arguments | {"past_text": first.past_text}
+    assert golden_model.predict_forward(**arguments).prediction == second.meta["prediction"]
+
+
+def test_a_truncated_answer_is_closed_in_past_text(golden_model, picture):
+    output = golden_model.predict_forward(image=picture, text="?", max_new_tokens=1)
+    assert output.past_text.endswith("<|im_end|>\n")
+
+
+def test_text_alone_gives_no_masks_even_with_seg(golden_model):
+    output = golden_model.predict_forward(text="Hello", **answer_with(golden_model, "[SEG]<|im_end|>"))
+    assert output["prediction_masks"] == [] and output["phrases"] == []
+
+
+# ---------------------------------------------------------------------------------------------------------- video
+
+
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_every_frame_of_a_short_video_gets_a_mask(golden_model, clip, length):
+    output = golden_model.predict_forward(video=clip[:length], text="x", **answer_with(golden_model, "[SEG]<|im_end|>"))
+    assert output.prediction_masks[0].shape == (length, 87, 121)
+
+
+@pytest.mark.parametrize("sampling", ["first", "uniform", [3, 5], [7]])
+def test_any_key_frames_give_a_mask_in_every_frame(golden_model, clip, encoded_frames, sampling):
+    script = answer_with(golden_model, "[SEG]<|im_end|>")
+    output = golden_model.predict_forward(video=clip, text="x", frame_sampling=sampling, num_frames=3, **script)
+    assert output.prediction_masks[0].shape == (8, 87, 121)
+    assert encoded_frames == [1] * 8
+
+
+def test_frames_before_the_first_key_frame_are_tracked_as_if_the_video_ran_backwards(golden_model, clip):
+    script = answer_with(golden_model, "[SEG]<|im_end|>")
+    forwards = golden_model.predict_forward(
+        video=clip[:4], text="x", frame_sampling=[3], return_mask_logits=True, **script
+    )
+    backwards = golden_model.predict_forward(
+        video=clip[3::-1], text="x", frame_sampling=[0], return_mask_logits=True, **script
+    )
+    np.testing.assert_allclose(forwards.mask_logits[0], backwards.mask_logits[0][::-1], atol=1e-3)
+
+
+def test_a_one_shot_iterator_gives_the_masks_of_the_list(golden_model, golden, clip):
+    case = golden.case("vid8_1seg")
+    output = golden_model.predict_forward(video=iter(clip), text=case.arguments["text"])
+    assert iou(output.prediction_masks[0], case.mask(0)) >= 0.999
+
+
+def test_stream_gives_the_masks_of_predict_forward(golden_model, golden):
+    case = golden.case("vid8_1seg")
+    frames = list(golden_model.predict_stream(**case.arguments))
+    assert [frame.frame_index for frame in frames] == list(range(8))
+    assert frames[0].prediction == case.meta["prediction"]
+    assert iou(np.stack([frame.masks[0] for frame in frames]), case.mask(0)) >= 0.999
+
+
+def test_a_stream_without_objects_still_brings_the_answer(golden_model, clip):
+    frames = list(golden_model.predict_stream(video=clip[:2], text="?", **answer_with(golden_model, "No.<|im_end|>")))
+    assert [frame.masks.shape for frame in frames] == [(0, 87, 121)] * 2
+    assert frames[0].prediction == "No.<|im_end|>"
+
+
+def test_a_stream_needs_a_picture(golden_model):
+    with pytest.raises(ValueError, match="image or a video"):
+        next(golden_model.predict_stream(text="Hello"))
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of all tensors that Python can reach."""
+    gc.collect()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if _is_tensor(t)}
+    return sum(storages.values())
+
+
+def _is_tensor(thing) -> bool:
+    return issubclass(type(thing), torch.Tensor)
+
+
+@pytest.mark.slow
+def test_streaming_memory_is_flat_in_the_length_of_the_video(golden_model):
+    generator = np.random.default_rng(0)
+    frames = (Image.fromarray(generator.integers(0, 255, (40, 60, 3), dtype=np.uint8)) for _ in range(125))
+    script = answer_with(golden_model, "[SEG] [SEG]<|im_end|>")
+    alive = {}
+    for frame in golden_model.predict_stream(video=frames, text="x", **script):
+        if frame.frame_index in (30, 120):
+            alive[frame.frame_index] = live_tensor_bytes()
+    assert alive[120] == alive[30]
+
+
+# --------------------------------------------------------------------------------------------------------- outputs
+
+
+def test_output_is_a_dict_and_has_attributes(golden_model, golden):
+    output = golden_model.predict_forward(**golden.case("imgD1seg").arguments)
+    assert isinstance(output, Sa2VAOutput) and output["prediction"] == output.prediction
+    assert output.phrases == ["It is"] and output.mask_logits is None
+    scores = output.mask_scores[0]
+    assert scores["iou"].shape == scores["object"].shape == (1,)
+    assert 0 <= scores["iou"][0] <= 1 and 0 <= scores["object"][0] <= 1
+
+
+def test_raw_masks_are_probabilities_that_the_threshold_cuts(golden_model, golden):
+    arguments = golden.case("img1seg").arguments
+    raw = golden_model.predict_forward(**arguments, return_raw_masks=True).prediction_masks[0]
+    assert raw.dtype == np.float32 and raw.min() >= 0 and raw.max() <= 1
+    strict = golden_model.predict_forward(**arguments, mask_threshold=0.9).prediction_masks[0]
+    np.testing.assert_array_equal(strict, raw > 0.9)
+
+
+def test_rle_and_torch_formats_hold_the_same_masks(golden_model, golden):
+    case = golden.case("vid3_1seg")
+    rle = golden_model.predict_forward(**case.arguments, output_format="rle").prediction_masks[0]
+    tensor = golden_model.predict_forward(**case.arguments, output_format="torch").prediction_masks[0]
+    assert tensor.dtype == torch.bool
+    np.testing.assert_array_equal(rle_to_masks(rle), tensor.numpy())
+
+
+def test_mixed_frame_sizes_share_the_first_frames_size_or_keep_their_own(golden_model, clip):
+    frames = [clip[0], clip[1].resize((50, 40))]
+    script = answer_with(golden_model, "[SEG]<|im_end|>")
+    shared = golden_model.predict_forward(video=frames, text="x", **script)
+    own = golden_model.predict_forward(video=frames, text="x", mask_sizes="own", **script)
+    assert shared.prediction_masks[0].shape == (2, 87, 121)
+    assert [mask.shape for mask in own.prediction_masks[0]] == [(1, 87, 121), (1, 40, 50)]
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"output_format": "png"}, "numpy"),
+        ({"mask_sizes": "big"}, "first"),
+        ({"mask_threshold": 1.5}, "between 0 and 1"),
+        ({"return_raw_masks": True, "output_format": "rle"}, "run-length"),
+    ],
+)
+def test_wrong_options_say_what_is_accepted(golden_model, picture, option, match):
+    with pytest.raises(ValueError, match=match):
+        golden_model.predict_forward(image=picture, text="?", **option)
+
+
+# ------------------------------------------------------------------------------------------- loading and sharing
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM])
+def test_both_auto_classes_load_a_released_folder(golden, auto_class):
+    assert isinstance(auto_class.from_pretrained(golden.folder), Sa2VAChatModel)
+
+
+def test_arguments_that_users_of_the_released_code_pass_are_accepted(golden):
+    model = AutoModel.from_pretrained(
+        golden.folder, torch_dtype=torch.bfloat16, use_flash_attn=True, low_cpu_mem_usage=True, load_in_8bit=False
+    )
+    assert model.dtype == torch.bfloat16
+    assert model.config.llm_config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_half_precision_runs_image_and_video(golden, golden_processor, picture, clip, dtype, attention):
+    model = AutoModel.from_pretrained(golden.folder, dtype=dtype, attn_implementation=attention)
+    script = {"logits_processor": [Scripted(golden_processor.tokenizer("[SEG]<|im_end|>").input_ids)]}
+    still = model.predict_forward(image=picture, text="x", **script)
+    moving = model.predict_forward(video=clip[:7], text="x", **script)
+    assert still.prediction_masks[0].shape == (1, 61, 97) and moving.prediction_masks[0].shape == (7, 87, 121)
+
+
+def test_a_model_cast_after_loading_still_runs(golden_model, golden, picture):
+    cast = copy.deepcopy(golden_model).to(torch.bfloat16)
+    script = answer_with(golden_model, "[SEG]<|im_end|>")
+    assert cast.predict_forward(image=picture, text="x", **script).prediction_masks[0].shape == (1, 61, 97)
+
+
+def test_eight_calls_in_four_threads_give_the_serial_results(golden_model, golden):
+    names = ["imgD1seg", "vid3_1seg", "text_only", "vid1_1seg"] * 2
+
+    def call(name):
+        return golden_model.predict_forward(**golden.case(name).arguments, return_mask_logits=True)
+
+    serial = {name: call(name) for name in set(names)}
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(call, names))
+    for name, result in zip(names, results, strict=True):
+        assert result.prediction == serial[name].prediction
+        for got, wanted in zip(result.mask_logits, serial[name].mask_logits, strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-3)
+
+
+def test_a_call_leaves_mode_dtype_and_random_state_alone(golden_model, golden):
+    state = torch.get_rng_state()
+    dtypes = [p.dtype for p in golden_model.parameters()]
+    golden_model.predict_forward(**golden.case("imgD1seg").arguments)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [p.dtype for p in golden_model.parameters()] == dtypes and not golden_model.training
