@@ -5,7 +5,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,18 +152,18 @@ def video_writer(path: Path, size: tuple[int, int], fps: float) -> Iterator[Call
     """
     import cv2
 
-    odd = tuple(side % 2 for side in size)
-
-    def write(frame: np.ndarray) -> None:
-        padded = np.pad(frame, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
-        writer.write(cv2.cvtColor(padded, cv2.COLOR_RGB2BGR))
-
+    more = [(0, side % 2) for side in size]
     with replacing(path) as temporary:
-        writer = _open_encoder(temporary, (size[1] + odd[1], size[0] + odd[0]), fps)
+        encoder = _open_encoder(temporary, (size[1] + more[1][1], size[0] + more[0][1]), fps)
+
+        def write(frame: np.ndarray) -> None:
+            padded = np.pad(frame, (*more, (0, 0)), mode="edge")
+            encoder.write(cv2.cvtColor(padded, cv2.COLOR_RGB2BGR))
+
         try:
             yield write
         finally:
-            writer.release()
+            encoder.release()
         _check_readable(temporary, path)
 
 
@@ -200,14 +200,10 @@ def _silent_opencv() -> Iterator[None]:
     """Hides what OpenCV prints while formats and encoders are tried out; errors are raised instead."""
     import cv2
 
-    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "8")  # fatal only; read once, when OpenCV first opens a video
+    logging = getattr(cv2.utils, "logging", cv2)  # OpenCV 5 moved it there
+    level = logging.setLogLevel(0)
     try:
         yield
     finally:
-        cv2.utils.logging.setLogLevel(level)
-
-
-def same_size(pictures: Iterable[Image.Image], size: tuple[int, int]) -> Iterator[Image.Image]:
-    """Pictures resized to (h, w), as frames of a folder may differ in size."""
-    for picture in pictures:
-        yield picture if picture.size == size[::-1] else picture.resize(size[::-1])
+        logging.setLogLevel(level)

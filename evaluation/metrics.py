@@ -175,7 +175,7 @@ def average_precision(
     """AP of masks at one IoU threshold (0.5: AP50), all phrases being one class, as GLaMM (arXiv 2311.03356) does.
 
     Computed as COCO does: in each image predictions take, from the surest on, the free target that they overlap most;
-    over all images the precision is then read at 101 levels of recall, at each the best at that recall or a higher one.
+    over all images the precision is then read at 101 levels of recall, at each the best at that recall or above.
 
     Args:
         predictions, targets: one each for every image, in the same order.

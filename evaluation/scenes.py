@@ -251,7 +251,7 @@ def evaluate(
     generate_kwargs = {"max_new_tokens": MAX_NEW_TOKENS, **generate_kwargs}
     measured: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     seconds: dict[str, float] = {}
-    for task in tasks:
+    for task in dict.fromkeys(tasks):
         started = time.perf_counter()
         for index in tqdm(range(count), desc=task, disable=not progress, file=sys.stderr):
             sample = make_sample(seed, index, split=split, task=task, num_frames=num_frames)
@@ -266,13 +266,14 @@ def evaluate(
 
 def _summarize(measured: dict[str, dict[str, list]]) -> dict[str, dict[str, Any]]:
     table = {
-        criterion: {label: _percent(CRITERIA[criterion].summarize(values)) for label, values in groups.items()}
-        for criterion, groups in measured.items()
+        name: {label: _percent(criterion.summarize(values)) for label, values in measured[name].items()}
+        for name, criterion in CRITERIA.items()
+        if name in measured
     }
     return {
-        "scores": {criterion: groups.pop("") for criterion, groups in table.items()},
-        "details": table,
-        "counts": {criterion: len(groups[""]) for criterion, groups in measured.items()},
+        "scores": {criterion: groups[""] for criterion, groups in table.items()},
+        "details": {criterion: {k: v for k, v in groups.items() if k} for criterion, groups in table.items()},
+        "counts": {criterion: len(measured[criterion][""]) for criterion in table},
     }
 
 
