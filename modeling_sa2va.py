@@ -397,10 +397,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         losses = []
         lengths = {len(c) for c, n in zip(clips, objects_per_sample, strict=True) if c is not None and n}
         for length in sorted(lengths):
-            samples = [i for i, clip in enumerate(clips) if clip is not None and prompts[i].numel() and len(clip) == length]
-            predictions = self._segment_samples(
-                torch.stack([clips[i] for i in samples]), [prompts[i] for i in samples]
-            )
+            samples = [
+                i for i, clip in enumerate(clips) if clip is not None and prompts[i].numel() and len(clip) == length
+            ]
+            predictions = self._segment_samples(torch.stack([clips[i] for i in samples]), [prompts[i] for i in samples])
             low_res = torch.cat([p.logits for p in predictions], dim=1)
             for i, masks in zip(samples, low_res.split([len(prompts[i]) for i in samples]), strict=True):
                 output.pred_masks[i] = masks
@@ -496,9 +496,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None:
             raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
-        embeds = self._prompt_embeds(
-            self.special_token_ids(), input_ids, pixel_values, prompt_masks, prompt_mask_tiles
-        )
+        embeds = self._prompt_embeds(self.special_token_ids(), input_ids, pixel_values, prompt_masks, prompt_mask_tiles)
         mask = None if attention_mask is None else attention_mask.to(embeds.device)
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **generate_kwargs)
 
@@ -587,7 +585,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             prediction_masks=[options.pack([frame[i] for frame in masks]) for i in objects],
             past_text=answer.past_text,
             phrases=answer.phrases,
-            mask_scores=[{k: torch.stack([s[k][i] for s in scores]).numpy() for k in ("iou", "object")} for i in objects],
+            mask_scores=[
+                {k: torch.stack([s[k][i] for s in scores]).numpy() for k in ("iou", "object")} for i in objects
+            ],
             mask_logits=[plain.pack([frame[i] for frame in logits]) for i in objects] if return_mask_logits else None,
         )
 
@@ -635,7 +635,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             )
 
     def _resolve_processor(self, tokenizer, processor) -> Sa2VAProcessor:
-        """The processor of a call. Users pass processors as `tokenizer` and the other way round; both are understood."""
+        """The processor of a call; users pass processors as `tokenizer` and the other way round."""
         given = processor if processor is not None else tokenizer
         if given is None:
             return self.load_processor()
@@ -915,7 +915,7 @@ def _point_losses(masks: Tensor, targets: Tensor, config: Sa2VAChatConfig) -> di
 
 
 def _uncertain_points(logits: Tensor, config: Sa2VAChatConfig) -> Tensor:
-    """Points [N, P, 2] in 0..1 as (x, y): mostly where the logits [N, 1, h, w] are near 0 (PointRend, arXiv 1912.08193)."""
+    """Points [N, P, 2] in 0..1 as (x, y), mostly where logits [N, 1, h, w] are near 0 (PointRend, arXiv 1912.08193)."""
     count, device = config.num_points, logits.device
     candidates = torch.rand(len(logits), int(count * config.oversample_ratio), 2, device=device)
     important = int(count * config.importance_sample_ratio)

@@ -487,9 +487,7 @@ def _check_words(text: Any, past_text: Any) -> None:
     if used := [token for token in reserved if token in text]:
         raise ValueError(f"text holds {used}, which stand for image content. Remove them from your words.")
     if IMAGE_TAG in past_text:
-        raise ValueError(
-            f"past_text holds {IMAGE_TAG}. Give the past_text that the previous call returned, unchanged."
-        )
+        raise ValueError(f"past_text holds {IMAGE_TAG}. Give the past_text that the previous call returned, unchanged.")
 
 
 def _check_no_picture(text: str, past_text: str, mask_prompts: Any) -> None:

@@ -23,9 +23,9 @@ from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
 from sam2.modeling.position_encoding import PositionEmbeddingSine, apply_rotary_enc, compute_axial_cis
-from sam2.modeling.sam2_base import SAM2Base
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import Attention, RoPEAttention, TwoWayTransformer
+from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
 
 from .configuration_sa2va import Sa2VAGroundingConfig
@@ -51,7 +51,7 @@ class RotaryAttention(RoPEAttention):
         self.rope_k_repeat = rope_k_repeat
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
-        """Attends from q [B, side * side, C] to k, v [B, L, C_kv]; the last `num_k_exclude_rope` keys stay unrotated."""
+        """Attends from q [B, side * side, C] to k, v [B, L, C_kv]; the last `num_k_exclude_rope` keys stay."""
         q = self._separate_heads(self.q_proj(q), self.num_heads)
         k = self._separate_heads(self.k_proj(k), self.num_heads)
         v = self._separate_heads(self.v_proj(v), self.num_heads)
@@ -251,7 +251,7 @@ class MemoryBank:
                 self.recent[t] = FrameMemory(None, old.object_pointers)
 
     def spatial(self, frame: int) -> list[tuple[int, Tensor]]:
-        """(row of `maskmem_tpos_enc`, features) in SAM 2's order: conditioning frames, then the oldest tracked first."""
+        """(row of `maskmem_tpos_enc`, features) in SAM 2's order: conditioning, then tracked, oldest first."""
         memories = [(self.num_maskmem - 1, self.conditioning[t].features) for t in sorted(self.conditioning)]
         for distance in range(self.num_maskmem - 1, 0, -1):
             memory = self._at_distance(frame, distance)
@@ -260,7 +260,7 @@ class MemoryBank:
         return memories
 
     def pointers(self, frame: int, reverse: bool) -> list[Tensor]:
-        """Object pointers [N, D]: of the conditioning frames already passed, then of the tracked frames, newest first."""
+        """Object pointers [N, D] of the conditioning frames already passed, then of tracked ones, newest first."""
         passed = [t for t in sorted(self.conditioning) if (t >= frame if reverse else t <= frame)]
         pointers = [self.conditioning[t].object_pointers for t in passed]
         for distance in range(1, self.max_object_pointers):
@@ -406,9 +406,7 @@ class Sam2Decoder(nn.Module):
             bank.conditioning[index] = self._remember(features, parts[-1], bank)
         return MaskPrediction.cat(parts)
 
-    def _track_frame(
-        self, index: int, pixel_values: Tensor, banks: list[MemoryBank], reverse: bool
-    ) -> MaskPrediction:
+    def _track_frame(self, index: int, pixel_values: Tensor, banks: list[MemoryBank], reverse: bool) -> MaskPrediction:
         features = self._encode(pixel_values)
         parts = []
         for bank in banks:

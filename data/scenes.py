@@ -246,9 +246,7 @@ def by_relation(rng: np.random.Generator, objects: Objects, kind: str) -> Expres
     """ "circle left of the red square": the anchor is unique, and no other circle is on that side of it."""
     for index, anchor in shuffled(rng, [(a, b) for a in range(len(objects)) for b in range(len(objects)) if a != b]):
         thing, other = objects[index], objects[anchor]
-        names = [
-            name for name in (Noun(other.color, other.shape), *nouns_of(other)) if name.among(objects) == [anchor]
-        ]
+        names = [name for name in (Noun(other.color, other.shape), *nouns_of(other)) if name.among(objects) == [anchor]]
         sides = [word for word in RELATIONS if _offset(thing, other, word) >= POSITION_MARGIN]
         nouns = [noun for noun in nouns_of(thing) if noun == Noun() or not noun.matches(other)]
         if not names or not sides:
@@ -586,9 +584,7 @@ def make_sample(
     raise RuntimeError(f"No scene fits {plan} at {height}x{width} after {MAX_ATTEMPTS} attempts; use another index.")
 
 
-def _finish(
-    task: str, frames: np.ndarray, masks: np.ndarray, objects: Objects, drafts: Sequence[Draft]
-) -> SceneSample:
+def _finish(task: str, frames: np.ndarray, masks: np.ndarray, objects: Objects, drafts: Sequence[Draft]) -> SceneSample:
     turns = tuple(Turn(d.question, d.answer, masks[list(d.targets)], d.targets, d.expected, d.kind) for d in drafts)
     shown = drafts[0].regions
     return SceneSample(task, frames, turns, objects, masks, masks[list(shown), 0] if shown else None)

@@ -1,7 +1,7 @@
-"""From synthetic scenes to training batches: which task at which step, and the tensors `Sa2VAChatModel.forward` takes."""
+"""From synthetic scenes to training batches: which task comes when, and the tensors that `forward` takes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ class Stage:
 
     Attributes:
         until: fraction of all steps at which it ends.
-        tasks: weights of the image tasks.
+        tasks: weights of the image tasks; with none, there are no words in this stage.
         video_share: fraction of the steps that train on clips.
     """
 
@@ -30,11 +30,17 @@ class Stage:
     tasks: Mapping[str, float]
     video_share: float = 0.0
 
+    @property
+    def looks_only(self) -> bool:
+        """Whether only the vision tower learns, from single objects seen close up."""
+        return not self.tasks
 
-# Naming what is there and drawing it first; then relations, absence and questions; then motion and memory.
+
+# Seeing shapes close up; naming what is there and drawing it; relations, absence, questions; motion and memory.
 CURRICULUM = (
-    Stage(0.15, {"refer": 2, "multi": 1, "caption": 2, "region": 1}),
-    Stage(0.45, dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.0, "question": 1.5}),
+    Stage(0.22, {}),
+    Stage(0.35, {"refer": 2, "multi": 1, "caption": 2, "region": 1}),
+    Stage(0.6, dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.0, "question": 1.5}),
     Stage(1.0, dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.0, "question": 1.5}, video_share=0.4),
 )
 
@@ -68,16 +74,35 @@ class ScheduledScenes:
     def __len__(self) -> int:
         return self.steps * self.batch_size
 
-    def __getitem__(self, index: int) -> SceneSample | None:
+    def __getitem__(self, index: int) -> SceneSample | list[SceneSample] | None:
         step, place = divmod(int(index), self.batch_size)
         stage = next(s for s in self.curriculum if step < s.until * self.steps or s is self.curriculum[-1])
         is_video = np.random.default_rng([self.seed, step]).random() < stage.video_share
         if is_video and place >= self.clips_per_batch:
             return None
+        if stage.looks_only:
+            return close_ups(make_sample(self.seed, int(index), task="caption"), self.seed + int(index))
         weights = dict.fromkeys(VIDEO_TASKS, 1.0) if is_video else stage.tasks
         shares = np.array(list(weights.values())) / sum(weights.values())
         task = np.random.default_rng([self.seed, step, place]).choice(list(weights), p=shares)
         return make_sample(self.seed, int(index), task=str(task), num_frames=self.num_frames)
+
+
+def close_ups(sample: SceneSample, seed: int) -> list[SceneSample]:
+    """The scene itself and each of its objects cut out with little around it; no words."""
+    rng = np.random.default_rng([seed, 1])
+    height, width = sample.frames.shape[1:3]
+    views = [replace(sample, turns=())]
+    for thing, masks in zip(sample.objects, sample.object_masks, strict=True):
+        rows, columns = np.nonzero(masks[0])
+        side = max(np.ptp(rows), np.ptp(columns)) * rng.uniform(1.1, 2.0)
+        middle = [(line.min() + line.max()) / 2 + rng.uniform(-0.1, 0.1) * side for line in (rows, columns)]
+        top, left = (max(0, int(centre - side / 2)) for centre in middle)
+        bottom, right = (min(end, int(c + side / 2) + 1) for c, end in zip(middle, (height, width), strict=True))
+        cut = (slice(None), slice(top, bottom), slice(left, right))
+        seen = {"frames": sample.frames[cut], "objects": (thing,), "object_masks": masks[cut][None]}
+        views.append(replace(sample, turns=(), **seen))
+    return views
 
 
 class SceneCollator:
@@ -92,6 +117,8 @@ class SceneCollator:
         self.processor = processor
 
     def __call__(self, samples: Sequence[SceneSample | None]) -> dict[str, Tensor | list[Tensor]]:
+        if isinstance(samples[0], list):
+            return self._looks([view for views in samples for view in views])
         rows = [self._row(sample) for sample in samples if sample is not None]
         pad = self.processor.tokenizer.pad_token_id
         length = max(len(row["input_ids"]) for row in rows)
@@ -112,6 +139,15 @@ class SceneCollator:
             batch["prompt_masks"] = torch.cat([masks for _, masks in regions])
             batch["prompt_mask_tiles"] = torch.tensor([tile for tile, masks in regions for _ in masks])
         return batch
+
+    def _looks(self, views: Sequence[SceneSample]) -> dict[str, Tensor]:
+        """Only pixels and what each image token shows."""
+        pictures = [Image.fromarray(view.frames[0]) for view in views]
+        grid = self.processor.region_grid
+        return {
+            "pixel_values": torch.cat([self.processor.preprocess_image(picture) for picture in pictures]),
+            "cell_classes": torch.cat([_cell_classes(view, 1, grid) for view in views]),
+        }
 
     def _row(self, sample: SceneSample) -> dict:
         frames = [Image.fromarray(frame) for frame in sample.frames]

@@ -1,9 +1,10 @@
 """A Sa2VA of about three million parameters, for learning on two CPU cores: sizes, tokenizer, fresh model.
 
-Same parts and names as the released checkpoints (InternViT, Qwen2, SAM 2), only smaller: pictures of 112 pixels in 64
+Same parts and names as the released checkpoints (InternViT, Qwen2, SAM 2), only smaller: pictures of 56 pixels in 64
 tokens for the language model, 128 pixels for SAM 2.
 """
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, set_seed
 
@@ -15,7 +16,9 @@ SPECIAL_TOKENS = (
     "</vp>",
 )  # fmt: skip
 # How Qwen2 cuts text into words before merging bytes.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def build_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
@@ -50,11 +53,11 @@ def build_config(vocab_size: int) -> Sa2VAChatConfig:
     """Sizes of the small model; losses that train SAM 2's mask candidates and scores from nothing."""
     return Sa2VAChatConfig(
         vision_config={
-            "hidden_size": 96,
-            "intermediate_size": 384,
-            "num_hidden_layers": 3,
+            "hidden_size": 112,
+            "intermediate_size": 448,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "image_size": 112,
+            "image_size": 56,
             "patch_size": 7,
             "initializer_range": 0.08,
         },
@@ -83,7 +86,8 @@ def build_config(vocab_size: int) -> Sa2VAChatConfig:
             "mask_decoder_mlp_dim": 128,
             "iou_head_hidden_dim": 64,
         },
-        force_image_size=112,
+        force_image_size=56,
+        downsample_ratio=1.0,
         max_dynamic_patch=1,
         iou_loss_weight=1.0,
         object_score_loss_weight=0.5,
@@ -94,6 +98,14 @@ def build_config(vocab_size: int) -> Sa2VAChatConfig:
     )
 
 
+def _sine_positions(side: int, width: int) -> torch.Tensor:
+    """Sines of column and row, [side * side, width]: a start from which attention to neighbours is quickly learned."""
+    frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, dim=0)], dim=1)
+
+
 def build_model(seed: int) -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
     """An untrained model and its processor, the same for the same seed."""
     set_seed(seed)
@@ -101,5 +113,9 @@ def build_model(seed: int) -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
     config = build_config(len(tokenizer))
     processor = Sa2VAProcessor.from_config(config, tokenizer)
     model = Sa2VAChatModel(config)
+    grid = config.vision_config.image_size // config.vision_config.patch_size
+    with torch.no_grad():
+        embeddings = model.vision_model.embeddings.position_embeddings
+        embeddings[0, 1:] = 0.5 * _sine_positions(grid, embeddings.shape[-1])
     model.set_processor(processor)
     return model, processor

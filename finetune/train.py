@@ -28,7 +28,7 @@ from sa2va.finetune.tiny import build_model
 PRESETS = {
     # steps, scenes a step, clips a step, frames a clip
     "ten-minutes": {"max_steps": 700, "batch_size": 32, "clips": 4, "frames": 7},
-    "full": {"max_steps": 3600, "batch_size": 32, "clips": 6, "frames": 8},
+    "full": {"max_steps": 2400, "batch_size": 32, "clips": 6, "frames": 8},
     "smoke": {"max_steps": 4, "batch_size": 4, "clips": 2, "frames": 6},
 }
 HEAD_WEIGHTS = {"class_loss": 0.5, "box_loss": 2.0, "cell_loss": 0.5}
@@ -38,8 +38,9 @@ LOSS_NAMES = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_los
 class SceneTrainee(nn.Module):
     """The model with linear heads that exist only while it learns.
 
-    They read colour, shape and box off each `[SEG]` state, and colour and shape off each image token. That is the shortest way for a model
-    without any pretraining to find out what its words are about; the text loss alone takes many times longer.
+    They read colour, shape and box off each `[SEG]` state, and colour and shape off each image token. That is the
+    shortest way for a model without any pretraining to find out what its words are about; the text loss alone takes
+    many times longer.
     """
 
     def __init__(self, model: Sa2VAChatModel):
@@ -50,21 +51,40 @@ class SceneTrainee(nn.Module):
         self.box_head = nn.Linear(hidden_size, 4)
         self.cell_heads = nn.ModuleList(nn.Linear(hidden_size, n + 1) for n in (len(COLORS), len(SHAPES)))
 
-    def forward(self, seg_classes: Tensor, seg_boxes: Tensor, cell_classes: Tensor, **inputs) -> dict[str, Tensor]:
-        """Losses of `Sa2VAChatModel.forward` plus those of the heads; `loss` is their sum."""
+    def forward(
+        self, cell_classes: Tensor, seg_classes: Tensor | None = None, seg_boxes: Tensor | None = None, **inputs
+    ) -> dict[str, Tensor]:
+        """Losses of `Sa2VAChatModel.forward` plus those of the heads; `loss` is their sum.
+
+        Without `input_ids` only the vision tower is run, and `loss` is that of its tokens.
+        """
+        if "input_ids" not in inputs:
+            loss = _cell_loss(self.cell_heads, self.model.get_image_features(inputs["pixel_values"]), cell_classes)
+            return {"loss": loss, "cell_loss": loss}
         output = self.model(**inputs)
         losses = {name: output[name] for name in LOSS_NAMES if output.get(name) is not None}
         if len(seg_classes):
             states = output.seg_hidden_states
             losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
             losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
-        losses["cell_loss"] = _class_loss(self.cell_heads, output.image_hidden_states, cell_classes)
+        losses["cell_loss"] = _cell_loss(self.cell_heads, output.image_hidden_states, cell_classes)
         extra = sum(weight * losses[name] for name, weight in HEAD_WEIGHTS.items() if name in losses)
         return {"loss": output.loss + extra, **losses, "logits": output.logits}
 
 
 def _class_loss(heads: nn.ModuleList, states: Tensor, classes: Tensor) -> Tensor:
     return sum(F.cross_entropy(head(states).flatten(0, -2), classes[..., i].flatten()) for i, head in enumerate(heads))
+
+
+def _cell_loss(heads: nn.ModuleList, states: Tensor, classes: Tensor) -> Tensor:
+    """Cross entropy of image tokens, half of it from the few that show an object."""
+    shows_object = classes[..., 0].flatten() > 0
+    weights = torch.where(shows_object, 0.5 / shows_object.sum().clamp(min=1), 0.5 / (~shows_object).sum().clamp(min=1))
+    losses = (
+        F.cross_entropy(head(states).flatten(0, -2), classes[..., i].flatten(), reduction="none")
+        for i, head in enumerate(heads)
+    )
+    return sum((loss * weights).sum() for loss in losses)
 
 
 class SceneTrainer(Trainer):
@@ -83,12 +103,13 @@ class SceneTrainer(Trainer):
         for name in LOSS_NAMES:
             if name in outputs:
                 self._parts[name].append(outputs[name].item())
-        self._parts["token_accuracy"].append(_token_accuracy(outputs["logits"], inputs["labels"]))
+        if "logits" in outputs:
+            self._parts["token_accuracy"].append(_token_accuracy(outputs["logits"], inputs["labels"]))
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs, *args, **kwargs):
         """Adds the mean of each part since the last log line."""
-        if "loss" in logs:
+        if "loss" in logs and self._parts:
             logs |= {name: round(sum(values) / len(values), 4) for name, values in self._parts.items() if values}
             self._parts.clear()
         super().log(logs, *args, **kwargs)
@@ -107,7 +128,7 @@ def draw_curve(history: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    logs = [entry for entry in history if "lm_loss" in entry]
+    logs = [entry for entry in history if "loss" in entry]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     for name in ("lm_loss", *HEAD_WEIGHTS):
         left.plot(*_series(logs, name), label=name)
@@ -122,7 +143,8 @@ def draw_curve(history: list[dict], path: Path) -> None:
 
 
 def _series(logs: list[dict], name: str) -> tuple[list[int], list[float]]:
-    points = [(entry["step"], entry[name]) for entry in logs if math.isfinite(entry.get(name, math.nan))]
+    points = [(entry["step"], float(entry[name])) for entry in logs if name in entry]
+    points = [(step, value) for step, value in points if math.isfinite(value)]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -140,12 +162,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         "output_dir": "runs/tiny",
         "max_steps": preset["max_steps"],
         "per_device_train_batch_size": preset["batch_size"],
-        "learning_rate": 1.5e-3,
+        "learning_rate": 1.2e-3,
         "warmup_steps": max(1, preset["max_steps"] // 20),
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.02,
         "max_grad_norm": 1.0,
-        "adam_beta2": 0.98,
+        "adam_beta2": 0.99,
         "logging_steps": 10,
         "save_steps": 200,
         "save_total_limit": 2,

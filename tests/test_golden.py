@@ -7,7 +7,6 @@ a few pixels lie so close to a logit of 0 that masks are compared by IoU >= 0.99
 import numpy as np
 import pytest
 import torch
-
 from conftest import GOLDEN, GoldenFamily
 
 CASES = GoldenFamily("ivl_qwen2").cases
@@ -78,7 +77,9 @@ def test_sam2_frames_are_equal(runs, golden_processor, name):
 @pytest.mark.parametrize("name", PICTURES)
 def test_image_features_are_close(runs, name):
     case, _, _, recorder = runs[name]
-    np.testing.assert_allclose(recorder.image_features[0][:, ::16], case.arrays["vit_sub"], atol=TOLERANCE, rtol=RELATIVE)
+    np.testing.assert_allclose(
+        recorder.image_features[0][:, ::16], case.arrays["vit_sub"], atol=TOLERANCE, rtol=RELATIVE
+    )
 
 
 @pytest.mark.parametrize("name", WITH_MASKS)
@@ -108,7 +109,9 @@ def test_low_res_logits_pointers_and_scores_are_close(runs, golden_model, golden
         atol = TOLERANCE if case.meta["frames_meta"][frame][1] else TRACKED_TOLERANCE
         for i in range(case.meta["n_masks"]):
             np.testing.assert_allclose(prediction.logits[i], case.arrays[f"low{i}"][frame], atol=atol, rtol=RELATIVE)
-            np.testing.assert_allclose(prediction.object_pointers[i], case.arrays[f"ptr{i}"][frame], atol=atol, rtol=RELATIVE)
+            np.testing.assert_allclose(
+                prediction.object_pointers[i], case.arrays[f"ptr{i}"][frame], atol=atol, rtol=RELATIVE
+            )
             *ious, object_score = case.arrays[f"dec{i}"][frame]
             np.testing.assert_allclose(prediction.iou_scores[i], max(ious), atol=atol, rtol=RELATIVE)
             np.testing.assert_allclose(prediction.object_scores[i], object_score, atol=atol, rtol=RELATIVE)

@@ -14,7 +14,6 @@ from sa2va import Sa2VAChatModel, Sa2VAOutput
 from sa2va.processing_sa2va import rle_to_masks
 
 
-
 @pytest.fixture
 def encoded_frames(golden_model):
     """Counts frames that enter SAM 2's image encoder while the test runs."""
@@ -23,8 +22,6 @@ def encoded_frames(golden_model):
     handle = encoder.register_forward_hook(lambda module, args, output: counts.append(len(args[0])))
     yield counts
     handle.remove()
-
-
 
 
 class Scripted:

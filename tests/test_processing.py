@@ -269,9 +269,7 @@ def test_call_returns_what_prepare_does(processor, pictures):
     called = processor(images=pictures["imgA"], return_tensors="pt", **given)
     prepared = processor.prepare(pictures["imgA"], **given)
     assert (
-        set(called)
-        == {"input_ids", "attention_mask", "pixel_values", "prompt_masks"}
-        == {*processor.model_input_names}
+        set(called) == {"input_ids", "attention_mask", "pixel_values", "prompt_masks"} == {*processor.model_input_names}
     )
     assert all(torch.equal(called[name], getattr(prepared, name)) for name in called)
 
