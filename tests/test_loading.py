@@ -1,0 +1,153 @@
+"""Both doors: the installed package `sa2va`, and transformers' module loader on a flat folder; layouts; configs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor
+
+ROOT = Path(__file__).parents[1]
+CORE_FILES = ("configuration_sa2va.py", "modeling_sa2va.py", "processing_sa2va.py", "sam2_decoder.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_sa2va.Sa2VAChatConfig",
+    "AutoModel": "modeling_sa2va.Sa2VAChatModel",
+    "AutoModelForCausalLM": "modeling_sa2va.Sa2VAChatModel",
+    "AutoProcessor": "processing_sa2va.Sa2VAProcessor",
+}
+
+FLAT_SCRIPT = """
+import sys
+from PIL import Image
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+try:
+    import sa2va
+    sys.exit("the package can be imported, so this proves nothing")
+except ImportError:
+    pass
+folder = sys.argv[1]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+output = model.predict_forward(image=Image.new("RGB", (40, 30)), text="Can you segment the person?")
+print(type(model).__module__.split(".")[0], output["prediction"], len(output["prediction_masks"]))
+"""
+
+
+@pytest.fixture
+def flat_folder(golden, tmp_path) -> Path:
+    """The core files, config and weights in one folder with dots and spaces in its name."""
+    folder = tmp_path / "my model v1.0 (copy)"
+    shutil.copytree(golden.folder, folder, ignore=shutil.ignore_patterns("golden*"))
+    for name in CORE_FILES:
+        shutil.copy(ROOT / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_flat_folder_loads_offline_with_trust_remote_code(flat_folder, tmp_path):
+    # -P and a foreign working directory hide a checkout; an editable install is hidden by shadowing its name.
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    (shadow / "sa2va.py").write_text("raise ImportError('hidden')")
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "PYTHONPATH": str(shadow),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FLAT_SCRIPT, str(flat_folder)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    module, *_ = done.stdout.split()
+    assert module == "transformers_modules"
+
+
+def test_the_package_wins_over_an_auto_map_that_points_elsewhere(golden):
+    assert "auto_map" in json.loads((golden.folder / "config.json").read_text())
+    for trust in (False, True):
+        assert type(AutoModel.from_pretrained(golden.folder, trust_remote_code=trust)) is Sa2VAChatModel
+        assert type(AutoProcessor.from_pretrained(golden.folder, trust_remote_code=trust)) is Sa2VAProcessor
+
+
+def test_loading_a_released_folder_reports_no_missing_or_unexpected_key(golden):
+    _, report = AutoModel.from_pretrained(golden.folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "1MB"])
+def test_saving_gives_the_released_layout_bit_for_bit(golden, golden_model, tmp_path, shard_size):
+    golden_model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    saved = {}
+    for file in tmp_path.glob("*.safetensors"):
+        saved |= load_file(file)
+    released = load_file(golden.folder / "model.safetensors")
+    assert saved.keys() == released.keys()
+    assert all(torch.equal(saved[name], released[name]) for name in released)
+
+
+def test_a_saved_checkpoint_loads_to_the_same_model(golden, golden_model, golden_processor, tmp_path):
+    golden_model.save_pretrained(tmp_path)
+    golden_processor.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    case = golden.case("imgD1seg")
+    assert again.predict_forward(**case.arguments).prediction == case.meta["prediction"]
+
+
+def test_a_released_config_keeps_every_value_through_saving(golden, tmp_path):
+    released = json.loads((golden.folder / "config.json").read_text())
+    Sa2VAChatConfig.from_pretrained(golden.folder).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for section in ("vision_config", "llm_config", "grounding_config"):
+        for name, value in released[section].items():
+            if name != "torch_dtype":  # today's name is dtype
+                assert saved[section][name] == value, f"{section}.{name}"
+    for name in ("template", "select_layer", "downsample_ratio", "ps_version", "max_dynamic_patch", "hidden_size"):
+        assert saved[name] == released[name]
+
+
+def test_a_config_without_grounding_config_means_sam2_hiera_l_at_1024(golden):
+    released = json.loads((golden.folder / "config.json").read_text())
+    released.pop("grounding_config")
+    grounding = Sa2VAChatConfig(**released).grounding_config
+    assert (grounding.image_size, grounding.embed_dim, grounding.d_model) == (1024, 144, 256)
+    assert grounding.stages == [2, 6, 36, 4] and grounding.backbone_channel_list == [1152, 576, 288, 144]
+
+
+def test_an_unknown_language_model_is_named():
+    with pytest.raises(ValueError, match="no_such_model"):
+        Sa2VAChatConfig(llm_config={"model_type": "no_such_model"})
+
+
+def test_auto_config_knows_the_model_type(golden):
+    assert type(AutoConfig.from_pretrained(golden.folder)) is Sa2VAChatConfig
+
+
+def test_a_qwen3_language_model_builds_and_answers(golden, golden_processor, picture):
+    config = Sa2VAChatConfig.from_pretrained(golden.folder).to_dict()
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    llm = {name: config["llm_config"][name] for name in (*sizes, "num_key_value_heads")}
+    config = Sa2VAChatConfig(**(config | {"llm_config": llm | {"model_type": "qwen3", "head_dim": 40}}))
+    model = Sa2VAChatModel(config).eval()
+    output = model.predict_forward(image=picture, text="?", processor=golden_processor, max_new_tokens=3)
+    assert type(model.language_model).__name__ == "Qwen3ForCausalLM" and isinstance(output.prediction, str)
+
+
+def test_a_model_from_a_config_asks_for_a_processor(golden, picture):
+    model = Sa2VAChatModel(Sa2VAChatConfig.from_pretrained(golden.folder))
+    model.config._name_or_path = model.name_or_path = ""
+    with pytest.raises(ValueError, match="set_processor"):
+        model.predict_forward(image=picture, text="?")

@@ -1,0 +1,166 @@
+"""Losses of `forward`, and the training script: it learns, and goes on after a stop as if there had been none."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from sa2va.data.scenes import make_sample
+from sa2va.finetune import train
+from sa2va.finetune.batches import CURRICULUM, SceneCollator, ScheduledScenes, Stage
+from sa2va.finetune.tiny import build_model
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """An untrained small model and its processor."""
+    return build_model(0)
+
+
+def arguments_of(batch: dict) -> dict:
+    """A batch without what only training heads read."""
+    return {k: v for k, v in batch.items() if k not in ("seg_classes", "seg_boxes", "cell_classes")}
+
+
+def batch_of(processor, *tasks: str, num_frames: int = 7) -> dict:
+    """A batch of one scene of each task."""
+    scenes = [make_sample(0, i, task=task, num_frames=num_frames) for i, task in enumerate(tasks)]
+    return SceneCollator(processor)(scenes)
+
+
+def test_a_batch_may_mix_pictures_clips_and_samples_without_masks(tiny):
+    model, processor = tiny
+    batch = batch_of(processor, "refer", "video_multi", "absent", "caption", "region", "followup")
+    output = model(**arguments_of(batch))
+    assert torch.isfinite(output.loss)
+    for predicted, wanted in zip(output.pred_masks, batch["mask_labels"], strict=True):
+        assert len(predicted) == len(wanted)
+    assert output.pred_masks[1].shape[1] == 7
+    for name in ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss"):
+        assert output[name].ndim == 0
+
+
+def test_loss_is_the_weighted_sum_of_its_parts(tiny):
+    model, processor = tiny
+    config = model.config
+    output = model(**arguments_of(batch_of(processor, "refer", "multi")))
+    expected = (
+        output.lm_loss
+        + config.mask_loss_weight * output.mask_loss
+        + config.dice_loss_weight * output.dice_loss
+        + config.iou_loss_weight * output.iou_loss
+        + config.object_score_loss_weight * output.object_score_loss
+    )
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_a_batch_gives_the_masks_its_samples_give_alone(tiny):
+    model, processor = tiny
+    model.eval()
+    together = model(**arguments_of(batch_of(processor, "refer", "multi"))).pred_masks[0]
+    alone = model(**arguments_of(batch_of(processor, "refer"))).pred_masks[0]
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_tracked_frames_teach_the_memory_modules():
+    model, processor = build_model(0)
+    sam2 = model.grounding_encoder.sam2_model
+    torch.nn.init.constant_(sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias, 10.0)  # else no pointers pass
+    model(**arguments_of(batch_of(processor, "video_refer"))).loss.backward()
+    for module in (sam2.memory_attention, sam2.memory_encoder, sam2.obj_ptr_proj):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_frozen_parts_and_gradient_checkpointing_work():
+    model, processor = build_model(0)
+    model.vision_model.requires_grad_(False)
+    model.grounding_encoder.sam2_model.image_encoder.requires_grad_(False)
+    model.train()
+    arguments = arguments_of(batch_of(processor, "refer", "absent"))
+    plain = model(**arguments).loss
+    model.gradient_checkpointing_enable()
+    checkpointed = model(**arguments).loss
+    checkpointed.backward()
+    torch.testing.assert_close(checkpointed, plain)
+    assert model.vision_model.embeddings.cls_token.grad is None
+    assert model.text_hidden_fcs[0].weight.grad is not None
+
+
+def test_point_sampling_estimates_the_full_loss(tiny):
+    model, processor = tiny
+    arguments = arguments_of(batch_of(processor, "multi"))
+    full = model(**arguments)
+    settings = {"num_points": 4096, "importance_sample_ratio": 0.0}
+    before = {name: getattr(model.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(model.config, name, value)
+        torch.manual_seed(0)
+        sampled = model(**arguments)
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)
+    torch.testing.assert_close(sampled.mask_loss, full.mask_loss, rtol=0.05, atol=0.01)
+    torch.testing.assert_close(sampled.dice_loss, full.dice_loss, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 20, 20), (1, 2, 20, 20), (20, 20)])
+def test_masks_that_do_not_fit_the_answer_are_refused(tiny, shape):
+    model, processor = tiny
+    arguments = arguments_of(batch_of(processor, "refer"))
+    with pytest.raises(ValueError, match="mask_labels"):
+        model(**arguments | {"mask_labels": [torch.zeros(shape)]})
+
+
+def test_placeholders_that_do_not_fit_the_picture_are_refused(tiny):
+    model, processor = tiny
+    arguments = arguments_of(batch_of(processor, "refer"))
+    with pytest.raises(ValueError, match="image placeholders"):
+        model(**arguments | {"pixel_values": arguments["pixel_values"].repeat(2, 1, 1, 1)})
+
+
+def test_labels_cover_exactly_the_answers(tiny):
+    _, processor = tiny
+    scene = make_sample(0, 1, task="followup")
+    batch = SceneCollator(processor)([scene])
+    kept = batch["input_ids"][0][batch["labels"][0] != -100]
+    assert processor.tokenizer.decode(kept) == "".join(f"{turn.answer}<|im_end|>" for turn in scene.turns)
+
+
+def test_training_prompts_are_those_of_prediction(tiny):
+    from PIL import Image
+
+    _, processor = tiny
+    scene = make_sample(0, 2, task="refer")
+    asked = processor.prepare(image=Image.fromarray(scene.frames[0]), text=scene.turns[0].question).input_ids[0]
+    trained = SceneCollator(processor)([scene])["input_ids"][0]
+    assert torch.equal(trained[: len(asked)], asked)
+
+
+def test_the_schedule_is_the_same_for_the_same_seed_and_follows_its_stages():
+    stages = (Stage(0.5, {"absent": 1.0}), Stage(1.0, {"caption": 1.0}, video_share=1.0))
+    first, second = (ScheduledScenes(3, 4, 4, 2, 6, stages) for _ in range(2))
+    assert (first[5].frames == second[5].frames).all()
+    assert [first[i].task for i in range(8)] == ["absent"] * 8
+    assert first[8].task.startswith("video") and first[10] is None
+    assert CURRICULUM[-1].until == 1.0
+
+
+@pytest.mark.slow
+def test_training_stopped_and_resumed_reaches_the_same_loss(tmp_path):
+    common = ["--preset", "smoke", "--save_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"]
+    common += ["--dataloader_num_workers", "0"]
+
+    def losses(folder):
+        state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+        return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+    final = train.main([*common, "--output_dir", str(tmp_path / "whole")])
+    stopped = tmp_path / "stopped"
+    (stopped).mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(stopped / "checkpoint-2")  # what a kill after step 2 leaves
+    train.main([*common, "--output_dir", str(stopped)])
+    assert losses(stopped)[2:] == pytest.approx(losses(tmp_path / "whole")[2:], rel=1e-4)
+    assert (final / "curve.png").stat().st_size > 10_000
+    assert AutoModel.from_pretrained(final).load_processor().image_size == 56
