@@ -94,6 +94,12 @@ def build_config(vocab_size: int) -> Sa2VAChatConfig:
         num_points=0,
         supervise_all_masks=True,
         architectures=["Sa2VAChatModel"],
+        auto_map={
+            "AutoConfig": "configuration_sa2va.Sa2VAChatConfig",
+            "AutoModel": "modeling_sa2va.Sa2VAChatModel",
+            "AutoModelForCausalLM": "modeling_sa2va.Sa2VAChatModel",
+            "AutoProcessor": "processing_sa2va.Sa2VAProcessor",
+        },
         dtype="float32",
     )
 
