@@ -27,6 +27,7 @@ from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import Attention, RoPEAttention, TwoWayTransformer
 from sam2.modeling.sam2_base import SAM2Base
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .configuration_sa2va import Sa2VAGroundingConfig
 
@@ -68,15 +69,29 @@ def _position_encoding(channels: int) -> PositionEmbeddingSine:
     return PositionEmbeddingSine(num_pos_feats=channels, normalize=True, temperature=10000, warmup_cache=False)
 
 
+class _LinspaceOnCpu(TorchFunctionMode):
+    """Hiera reads its drop path rates out of a `torch.linspace`, which on the meta device holds nothing to read.
+
+    Newer transformers take care of this while they load a model, the first of version 5 did not.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.linspace:
+            kwargs.setdefault("device", "cpu")
+        return function(*args, **kwargs)
+
+
 def _build_image_encoder(config: Sa2VAGroundingConfig) -> ImageEncoder:
-    trunk = Hiera(
-        embed_dim=config.embed_dim,
-        num_heads=config.num_heads,
-        stages=tuple(config.stages),
-        global_att_blocks=tuple(config.global_att_blocks),
-        window_pos_embed_bkg_spatial_size=tuple(config.window_pos_embed_bkg_spatial_size),
-        window_spec=tuple(config.window_spec),
-    )
+    with _LinspaceOnCpu():
+        trunk = Hiera(
+            embed_dim=config.embed_dim,
+            num_heads=config.num_heads,
+            stages=tuple(config.stages),
+            global_att_blocks=tuple(config.global_att_blocks),
+            window_pos_embed_bkg_spatial_size=tuple(config.window_pos_embed_bkg_spatial_size),
+            window_spec=tuple(config.window_spec),
+        )
     neck = FpnNeck(
         position_encoding=_position_encoding(config.d_model),
         d_model=config.d_model,

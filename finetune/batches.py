@@ -74,6 +74,11 @@ class ScheduledScenes:
     def __len__(self) -> int:
         return self.steps * self.batch_size
 
+    @property
+    def first_words(self) -> int:
+        """The step at which the stages that only look are over."""
+        return round(self.steps * max((stage.until for stage in self.curriculum if stage.looks_only), default=0))
+
     def __getitem__(self, index: int) -> SceneSample | list[SceneSample] | None:
         step, place = divmod(int(index), self.batch_size)
         stage = next(s for s in self.curriculum if step < s.until * self.steps or s is self.curriculum[-1])

@@ -97,6 +97,19 @@ class SceneTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Warms up once more where words begin: most modules stood still, and full steps would spoil them."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        start, length = self.train_dataset.first_words, max(1, self.args.warmup_steps)
+
+        def again(step: int) -> float:
+            return 1.0 if step < start else min(1.0, (step - start + 1) / length)
+
+        scheduler.lr_lambdas = [
+            lambda step, planned=planned: planned(step) * again(step) for planned in scheduler.lr_lambdas
+        ]
+        return scheduler
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """Runs the trainee and notes the parts for the next log line."""
         outputs = model(**inputs)

@@ -147,6 +147,18 @@ def test_the_schedule_is_the_same_for_the_same_seed_and_follows_its_stages():
     assert CURRICULUM[-1].until == 1.0
 
 
+def test_the_learning_rate_warms_up_again_where_words_begin(tmp_path):
+    model, _ = build_model(0)
+    _, arguments = train.parse_arguments(
+        ["--preset", "smoke", "--output_dir", str(tmp_path), "--max_steps", "100", "--warmup_steps", "10"]
+    )
+    dataset = ScheduledScenes(0, 100, 4, 2, 6, (Stage(0.3, {}), Stage(1.0, {"refer": 1.0})))
+    trainer = train.SceneTrainer(model=train.SceneTrainee(model), args=arguments, train_dataset=dataset)
+    trainer.create_optimizer_and_scheduler(100)
+    rate, *_ = trainer.lr_scheduler.lr_lambdas
+    assert rate(29) > 0.5 and rate(30) < 0.1 and rate(40) > 0.5 and rate(99) < 0.01
+
+
 @pytest.mark.slow
 def test_training_stopped_and_resumed_reaches_the_same_loss(tmp_path):
     common = ["--preset", "smoke", "--save_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"]

@@ -1,0 +1,32 @@
+"""The README's Python snippets run, in order, on the small checkpoint."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def namespace():
+    """What earlier snippets defined."""
+    return {}
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet_runs(number, namespace, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    snippet = SNIPPETS[number].replace("ByteDance/Sa2VA-4B", "sa2va-tiny")
+    exec(compile(snippet, f"README.md, snippet {number + 1}", "exec"), namespace)
+
+
+def test_the_first_snippet_finds_an_object(namespace):
+    assert len(namespace["masks"]) == 1 and namespace["masks"][0].shape == (1, 360, 480)
+
+
+def test_every_local_file_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text()
+    for name in set(re.findall(r"(?:demo|docs|finetune|evaluation|data|tests)/[\w./-]+\.(?:py|png|mp4)", text)):
+        assert (ROOT / name).exists(), name
