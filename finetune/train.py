@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from sa2va import Sa2VAChatModel
+from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.data.scenes import COLORS, SHAPES
-from sa2va.finetune.batches import IGNORE_INDEX, SceneCollator, ScheduledScenes
+from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, SceneCollator, ScheduledScenes
 from sa2va.finetune.tiny import build_model
 
 PRESETS = {
@@ -166,6 +166,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="ten-minutes", help="how long to learn")
     parser.add_argument("--clips_per_batch", type=int, help="clips in a step that trains on clips")
+    parser.add_argument("--init", metavar="FOLDER", help="go on from a saved model, with the last stage's mix of tasks")
+    parser.add_argument("--masks_only", action="store_true", help="freeze what reads and writes; SAM 2 alone learns")
     parser.add_argument("--num_frames", type=int, help="frames in a clip; those after the key frames are tracked")
     options, rest = parser.parse_known_args(argv)
     preset = PRESETS[options.preset]
@@ -197,16 +199,28 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     return options, arguments
 
 
+def start(folder: str | None, seed: int) -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
+    """A fresh small model, or a saved one with its processor."""
+    if folder is None:
+        return build_model(seed)
+    set_seed(seed)
+    model = Sa2VAChatModel.from_pretrained(folder)
+    return model, model.load_processor()
+
+
 def main(argv: list[str] | None = None) -> Path:
     """Trains, or goes on training, and returns the folder with the result."""
     options, arguments = parse_arguments(argv)
-    model, processor = build_model(arguments.seed)
+    model, processor = start(options.init, arguments.seed)
+    for part in (model.vision_model, model.mlp1, model.language_model):
+        part.requires_grad_(not options.masks_only)
     dataset = ScheduledScenes(
         arguments.seed,
         arguments.max_steps * arguments.gradient_accumulation_steps,
         arguments.per_device_train_batch_size * arguments.world_size,
         options.clips_per_batch,
         options.num_frames,
+        CURRICULUM[-1:] if options.init else CURRICULUM,
     )
     trainer = SceneTrainer(
         model=SceneTrainee(model), args=arguments, train_dataset=dataset, data_collator=SceneCollator(processor)
