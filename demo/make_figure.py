@@ -22,8 +22,8 @@ from sa2va.demo.predict import DEFAULT_MODEL, load_model, predict
 from sa2va.processing_sa2va import draw_overlay, object_color
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "overview.png"
-IMAGE_QUESTION = "Please segment the circle left of the red star in this image."
-VIDEO_QUESTION = "Can you segment the square moving right in this video?"
+IMAGE_QUESTION = "Please segment the red star in this image."
+VIDEO_QUESTION = "Segment the blue square in this video."
 VIDEO_FRAMES = (0, 8, 14, 23)  # it starts, nears the cross, is behind it, has passed it
 
 WIDTH, MARGIN, GAP = 1200, 24, 12  # pixels

@@ -20,10 +20,8 @@ def test_snippet_runs(number, namespace, monkeypatch):
     monkeypatch.chdir(ROOT)
     snippet = SNIPPETS[number].replace("ByteDance/Sa2VA-4B", "sa2va-tiny")
     exec(compile(snippet, f"README.md, snippet {number + 1}", "exec"), namespace)
-
-
-def test_the_first_snippet_finds_an_object(namespace):
-    assert len(namespace["masks"]) == 1 and namespace["masks"][0].shape == (1, 360, 480)
+    if number == 0:  # the promise of the first one: a mask for the object it asks for
+        assert [mask.shape for mask in namespace["masks"]] == [(1, 360, 480)]
 
 
 def test_every_local_file_the_readme_names_exists():
