@@ -3,14 +3,19 @@
 * `Sa2VAVisionConfig`    InternViT, in the field names of the released config.json
 * `Sa2VAGroundingConfig` SAM 2: its sizes, how key frames are chosen, what memory keeps
 * `Sa2VAChatConfig`      the whole model; reads a released config.json unchanged and writes one the official code reads
+* `Sa2VAChatConfigQwen`  the same around Qwen2.5-VL or Qwen3-VL; `Sa2VAChatConfig(text_config=...)` makes one
 """
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 FRAME_SAMPLINGS = ("first", "uniform")
+QWEN_VL_TYPES = ("qwen2_5_vl", "qwen3_vl")
+_PROMPT_DECODER_KEY = "grounding_encoder.sam2_model.sam_mask_decoder_modified.iou_token.weight"
 
 
 class Sa2VAVisionConfig(PreTrainedConfig):
@@ -70,7 +75,10 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
     Sizes (`embed_dim` ... `max_object_pointers`) follow `sam2_hiera_l.yaml` of the `sam2` package. The rest is ours:
 
     num_key_frames: how many frames of a video the language model sees and prompts (released: 5).
-    frame_sampling: "first" (released) or "uniform", which the paper's ablation prefers.
+    frame_sampling: "first" (released) or "uniform", which the paper's ablation prefers and Sa2VA-i was made for.
+    separate_prompt_decoder: Sa2VA-i: a mask decoder of its own (`sam_mask_decoder_modified`) answers the prompts, and
+        its masks are what the plain decoder tracks. None, as in every released config.json, means that the weights
+        tell: see `Sa2VAChatConfig.from_dict`.
     memory_dtype: dtype in which memory features are kept between frames. "bfloat16" as released, None keeps them in
         the dtype of the model.
     max_objects_per_batch: objects that go through decoder and memory attention at once; more are taken in chunks.
@@ -99,12 +107,13 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
         num_maskmem: int = 7,
         max_object_pointers: int = 16,
         num_key_frames: int = 5,
-        frame_sampling: str = "first",
+        frame_sampling: str | None = None,
+        separate_prompt_decoder: bool | None = None,
         memory_dtype: str | None = "bfloat16",
         max_objects_per_batch: int = 16,
         **kwargs,
     ):
-        if frame_sampling not in FRAME_SAMPLINGS:
+        if frame_sampling not in (None, *FRAME_SAMPLINGS):
             raise ValueError(f"frame_sampling={frame_sampling!r} is unknown. Use one of {FRAME_SAMPLINGS}.")
         self.image_size = image_size
         self.embed_dim = embed_dim
@@ -124,7 +133,8 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
         self.num_maskmem = num_maskmem
         self.max_object_pointers = max_object_pointers
         self.num_key_frames = num_key_frames
-        self.frame_sampling = frame_sampling
+        self.separate_prompt_decoder = separate_prompt_decoder
+        self.frame_sampling = frame_sampling or ("uniform" if separate_prompt_decoder else "first")
         self.memory_dtype = memory_dtype
         self.max_objects_per_batch = max_objects_per_batch
         super().__init__(**kwargs)
@@ -163,8 +173,8 @@ def _with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:
         config["rope_theta"] = rope.pop("rope_theta")
-        scaled = rope.get("rope_type", "default") != "default"
-        config["rope_scaling"] = {**rope, "type": rope["rope_type"]} if scaled else None
+        scaled = rope.get("rope_type", "default") != "default" or "mrope_section" in rope
+        config["rope_scaling"] = {**rope, "type": rope.get("rope_type", "default")} if scaled else None
     return config
 
 
@@ -248,6 +258,30 @@ class Sa2VAChatConfig(PreTrainedConfig):
         kwargs["hidden_size"] = self.llm_config.hidden_size
         super().__init__(**kwargs)
 
+    def __new__(cls, *args, text_config=None, **kwargs):
+        return super().__new__(Sa2VAChatConfigQwen if cls is Sa2VAChatConfig and text_config is not None else cls)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "Sa2VAChatConfig":
+        """transformers' `from_pretrained`; see `from_dict` for what is read beside config.json."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """transformers' `from_dict`, which tells Sa2VA-i from Sa2VA.
+
+        Their config.json are alike, but the weights of Sa2VA-i hold a second mask decoder. So if `config_dict` does not
+        say whether there is one, the checkpoint at `name_or_path` is asked: its weight index or safetensors header.
+        """
+        grounding = dict(config_dict.get("grounding_config") or {})
+        name = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
+        if name and grounding.get("separate_prompt_decoder") is None:
+            revision = config_dict.get("_commit_hash")
+            grounding["separate_prompt_decoder"] = has_prompt_decoder(str(name), revision)
+            config_dict = {**config_dict, "grounding_config": grounding}
+        return super().from_dict(config_dict, **kwargs)
+
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The language model's config, where transformers looks for vocabulary, cache and generation settings."""
         return self.llm_config
@@ -259,4 +293,140 @@ class Sa2VAChatConfig(PreTrainedConfig):
         return output
 
 
-__all__ = ["Sa2VAChatConfig", "Sa2VAGroundingConfig", "Sa2VAVisionConfig"]
+class Sa2VAChatConfigQwen(Sa2VAChatConfig):
+    """Sa2VA around a whole Qwen2.5-VL or Qwen3-VL: vision tower and language model are transformers' own.
+
+    Args:
+        text_config, vision_config: as in transformers' `Qwen2_5_VLConfig` and `Qwen3VLConfig`; `model_type` of
+            `vision_config` says which of the two. `llm_config` is another name of `text_config`.
+        grounding_config, mask_loss_weight ... supervise_all_masks: see `Sa2VAChatConfig`.
+        image_token_id, video_token_id, vision_start_token_id, vision_end_token_id: ids of Qwen's vision tokens.
+
+    Raises:
+        ValueError, TypeError: a sub-config of unknown type.
+    """
+
+    attribute_map = {"llm_config": "text_config"}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "grounding_config": Sa2VAGroundingConfig}
+
+    def __init__(
+        self,
+        text_config=None,
+        vision_config=None,
+        grounding_config=None,
+        template: str = "qwen_chat",
+        mask_loss_weight: float = 2.0,
+        dice_loss_weight: float = 0.5,
+        iou_loss_weight: float = 0.0,
+        object_score_loss_weight: float = 0.0,
+        num_points: int = 12544,
+        oversample_ratio: float = 3.0,
+        importance_sample_ratio: float = 0.75,
+        supervise_all_masks: bool = False,
+        image_token_id: int = 151655,
+        video_token_id: int = 151656,
+        vision_start_token_id: int = 151652,
+        vision_end_token_id: int = 151653,
+        tie_word_embeddings: bool = False,
+        **kwargs,
+    ):
+        self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
+        self.vision_start_token_id = vision_start_token_id
+        self.vision_end_token_id = vision_end_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        library = _qwen_config(text_config, vision_config)
+        self.text_config, self.vision_config = library.text_config, library.vision_config
+        self.grounding_config = _sub_config(Sa2VAGroundingConfig, grounding_config, "grounding_config")
+        self.template = template
+        self.mask_loss_weight = mask_loss_weight
+        self.dice_loss_weight = dice_loss_weight
+        self.iou_loss_weight = iou_loss_weight
+        self.object_score_loss_weight = object_score_loss_weight
+        self.num_points = num_points
+        self.oversample_ratio = oversample_ratio
+        self.importance_sample_ratio = importance_sample_ratio
+        self.supervise_all_masks = supervise_all_masks
+        PreTrainedConfig.__init__(self, **kwargs)
+
+    @property
+    def qwen_vl_type(self) -> str:
+        """ "qwen2_5_vl" or "qwen3_vl"."""
+        return self.vision_config.model_type.removesuffix("_vision")
+
+    def qwen_vl_config(self) -> PreTrainedConfig:
+        """transformers' config of the vision-language model; shares its sub-configs with this one."""
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        return CONFIG_MAPPING[self.qwen_vl_type](
+            text_config=self.text_config,
+            vision_config=self.vision_config,
+            tie_word_embeddings=self.tie_word_embeddings,
+            dtype=self.dtype,
+            **{name: getattr(self, name) for name in names},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in config.json: readable by this package and, key by key, by the official code."""
+        output = PreTrainedConfig.to_dict(self)
+        output["text_config"] = _with_legacy_rope(copy.deepcopy(output["text_config"]))
+        output["vision_config"] = {**output["vision_config"], "model_type": self.qwen_vl_type}
+        return output
+
+
+def _qwen_config(text_config: Any, vision_config: Any) -> PreTrainedConfig:
+    """transformers' config of the Qwen-VL that these two describe; Qwen2.5-VL if they don't say."""
+    if isinstance(vision_config, PreTrainedConfig):
+        named = vision_config.model_type
+    else:
+        named = (vision_config or {}).get("model_type", QWEN_VL_TYPES[0])
+    model_type = named.removesuffix("_vision")
+    if model_type not in QWEN_VL_TYPES:
+        raise ValueError(f"vision_config.model_type={named!r} beside a text_config: one of {QWEN_VL_TYPES} is needed.")
+    if isinstance(text_config, dict):
+        text_config = {"tie_word_embeddings": False, **text_config}  # every released checkpoint stores both matrices
+    if isinstance(vision_config, dict):
+        vision_config = {**vision_config, "model_type": model_type}
+    return CONFIG_MAPPING[model_type](text_config=text_config, vision_config=vision_config, tie_word_embeddings=False)
+
+
+def has_prompt_decoder(name_or_path: str, revision: str | None = None) -> bool:
+    """Whether a checkpoint's weights hold Sa2VA-i's second mask decoder; no weights are read.
+
+    Args:
+        name_or_path: folder, or name on the Hugging Face Hub (asked over the network only for headers).
+        revision: of the Hub repository.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return _PROMPT_DECODER_KEY in _hub_weight_names(name_or_path, revision)
+    index, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return _PROMPT_DECODER_KEY in json.loads(index.read_text())["weight_map"]
+    if weights.is_file():
+        from safetensors import safe_open
+
+        with safe_open(weights, framework="pt") as file:
+            return _PROMPT_DECODER_KEY in file.keys()  # noqa: SIM118  (not a dict)
+    return False
+
+
+def _hub_weight_names(name: str, revision: str | None) -> frozenset[str]:
+    """Names of a Hub repository's weights, from the cache if they are there; empty if they can't be found out."""
+    from huggingface_hub import get_safetensors_metadata, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        if (cached / "model.safetensors.index.json").is_file() or (cached / "model.safetensors").is_file():
+            return frozenset({_PROMPT_DECODER_KEY} if has_prompt_decoder(str(cached)) else ())
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    try:
+        metadata = get_safetensors_metadata(name, revision=revision)
+    except (HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OSError):
+        return frozenset()
+    return frozenset(key for file in metadata.files_metadata.values() for key in file.tensors)
+
+
+__all__ = ["Sa2VAChatConfig", "Sa2VAChatConfigQwen", "Sa2VAGroundingConfig", "Sa2VAVisionConfig"]

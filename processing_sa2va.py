@@ -11,6 +11,7 @@ the released Sa2VA (arXiv 2501.04001).
 
 import colorsys
 import itertools
+import math
 import os
 import re
 import struct
@@ -30,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig
+from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAChatConfigQwen
 
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow stops too: a guard against decompression bombs
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in [0, 1]
@@ -464,13 +465,13 @@ def _region_sentence(region_tokens: Sequence[int]) -> str:
     return f"\nThere are {len(region_tokens)} part regions in the picture: {regions}.\n"
 
 
-def _token_counts(text: str, start: str, end: str) -> list[int]:
-    """Number of image tokens in every start...end block of a text."""
+def _token_counts(text: str, start: str, token: str, end: str) -> list[int]:
+    """How often a token stands in every start...end block of a text."""
     blocks = re.findall(f"{re.escape(start)}(.*?){re.escape(end)}", text, flags=re.DOTALL)
-    return [block.count(IMAGE_TOKEN) for block in blocks]
+    return [block.count(token) for block in blocks]
 
 
-def _check_words(text: Any, past_text: Any) -> None:
+def _check_words(text: Any, past_text: Any, reserved: Sequence[str]) -> None:
     for name, words in {"text": text, "past_text": past_text}.items():
         if not isinstance(words, str):
             raise TypeError(
@@ -483,20 +484,19 @@ def _check_words(text: Any, past_text: Any) -> None:
             f"text holds {text.count(IMAGE_TAG)} {IMAGE_TAG} tags. Write at most one: it stands for the whole image "
             "or video; without any it is put in front."
         )
-    reserved = (IMAGE_START, IMAGE_TOKEN, IMAGE_END, REGION_START, REGION_END)
     if used := [token for token in reserved if token in text]:
         raise ValueError(f"text holds {used}, which stand for image content. Remove them from your words.")
     if IMAGE_TAG in past_text:
         raise ValueError(f"past_text holds {IMAGE_TAG}. Give the past_text that the previous call returned, unchanged.")
 
 
-def _check_no_picture(text: str, past_text: str, mask_prompts: Any) -> None:
+def _check_no_picture(text: str, past_text: str, mask_prompts: Any, image_token: str) -> None:
     """A call without image and video must not speak of one."""
     if mask_prompts is not None:
         raise ValueError("mask_prompts point into a picture, but there is none. Give image= or video= too.")
     if IMAGE_TAG in text:
         raise ValueError(f"text holds {IMAGE_TAG}, but there is no picture. Give image= or video=, or remove the tag.")
-    if IMAGE_TOKEN in past_text:
+    if image_token in past_text:
         raise ValueError("past_text talks about a picture. Give the same image= or video= (and mask_prompts=) again.")
 
 
@@ -509,6 +509,8 @@ class Sa2VAInputs:
         input_ids: int64 [1, L].
         attention_mask: int64 [1, L], ones.
         pixel_values: float32 [tiles, 3, image_size, image_size], normalised; a video has one tile per key frame.
+            Qwen-VL: [patches, channels * temporal * patch * patch] of all pictures.
+        image_grid_thw: int64 [pictures, 3], Qwen-VL's frames, rows and columns of patches; else None.
         prompt_masks: bool [R, g, g], the cells of each visual prompt in the last tile of an image, the first of a
             video. Their tokens in the prompt follow those of all tiles, region by region, row by row.
         frames: all frames; an image is a video of one.
@@ -521,6 +523,7 @@ class Sa2VAInputs:
     input_ids: Tensor
     attention_mask: Tensor
     pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
     prompt_masks: Tensor | None = None
     frames: VideoFrames | None = None
     key_frames: list[int] = field(default_factory=list)
@@ -575,9 +578,8 @@ def _constants(dtype: torch.dtype, like: Tensor) -> tuple[Tensor, Tensor]:
 class Sa2VAProcessor(ProcessorMixin):
     """Everything between a user and `Sa2VAChatModel` that needs no weights.
 
-    The family of vision-language model decides `picture_tokens`, `build_prompt`, `preprocess_image`,
-    `preprocess_key_frames` and `preprocess_mask_prompts`. Here they are the InternVL family's; another family is a
-    subclass that overrides them. No call leaves anything behind: threads may share a processor.
+    The family of vision-language model decides `preprocess_picture`, `build_prompt`, `preprocess_mask_prompts` and the
+    tokens that stand for a picture. Here they are the InternVL family's; `Sa2VAProcessorQwen` overrides them. No call leaves anything behind: threads may share a processor.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
@@ -594,6 +596,8 @@ class Sa2VAProcessor(ProcessorMixin):
         TypeError: `tokenizer` is no tokenizer.
         ValueError: unknown template or sampling, impossible sizes.
     """
+
+    image_start, image_token, image_end = IMAGE_START, IMAGE_TOKEN, IMAGE_END
 
     def __init__(
         self,
@@ -634,8 +638,11 @@ class Sa2VAProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
-    def from_config(cls, config: Sa2VAChatConfig, tokenizer) -> "Sa2VAProcessor":
-        """The processor of a checkpoint, from its configuration and tokenizer."""
+    def from_config(cls, config: Sa2VAChatConfig, tokenizer, image_processor=None) -> "Sa2VAProcessor":
+        """The processor of a checkpoint, from its configuration and tokenizer (and Qwen-VL's image processor)."""
+        if isinstance(config, Sa2VAChatConfigQwen):
+            settings = Sa2VAProcessorQwen._settings_of(config)
+            return Sa2VAProcessorQwen(image_processor=image_processor, tokenizer=tokenizer, **settings)
         return cls(tokenizer, **cls._settings_of(config))
 
     @staticmethod
@@ -667,7 +674,9 @@ class Sa2VAProcessor(ProcessorMixin):
         if kwargs.get("config") is None:
             hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
             kwargs["config"] = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if cls is Sa2VAProcessor and isinstance(kwargs["config"], Sa2VAChatConfigQwen):
+            cls = Sa2VAProcessorQwen
+        return super(Sa2VAProcessor, cls).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @staticmethod
     def _find_config(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> Sa2VAChatConfig | None:
@@ -676,7 +685,9 @@ class Sa2VAProcessor(ProcessorMixin):
             found, _ = Sa2VAChatConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         except OSError:
             return None
-        return Sa2VAChatConfig.from_dict(found) if found else None
+        if not found:
+            return None
+        return Sa2VAChatConfig.from_dict(found, name_or_path=str(pretrained_model_name_or_path))
 
     @classmethod
     def get_processor_dict(
@@ -685,7 +696,7 @@ class Sa2VAProcessor(ProcessorMixin):
         """transformers' hook that reads processor_config.json; what that lacks comes from `config`."""
         config = kwargs.pop("config", None)
         saved, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        if config is None and "image_size" not in saved:
+        if config is None and "grounding_image_size" not in saved:
             raise OSError(
                 f"{str(pretrained_model_name_or_path)!r} holds neither a processor_config.json nor a config.json of "
                 "Sa2VA. Give the folder or Hub name of a checkpoint."
@@ -712,17 +723,20 @@ class Sa2VAProcessor(ProcessorMixin):
         """Keys of what a call returns."""
         return [*super().model_input_names, "pixel_values", "prompt_masks"]
 
-    def picture_tokens(self, num_tiles: int, is_video: bool) -> str:
-        """What the tag stands for: all tiles of an image in one block, or a block (a line) per key frame."""
+    def image_tokens(self, num_tiles: int, is_video: bool) -> list[int]:
+        """Tokens in each block of a picture: all tiles of an image in one block, or a block for each key frame."""
         blocks, tiles = (num_tiles, 1) if is_video else (1, num_tiles)
-        return "\n".join([IMAGE_START + IMAGE_TOKEN * (tiles * self.num_image_token) + IMAGE_END] * blocks)
+        return [tiles * self.num_image_token] * blocks
+
+    def picture_tokens(self, image_tokens: Sequence[int]) -> str:
+        """What the tag stands for: a line for each block."""
+        return "\n".join(self.image_start + self.image_token * count + self.image_end for count in image_tokens)
 
     def build_prompt(
         self,
         text: str,
         *,
-        num_tiles: int | None = None,
-        is_video: bool = False,
+        image_tokens: Sequence[int] | None = None,
         region_tokens: Sequence[int] | None = None,
         past_text: str = "",
     ) -> str:
@@ -734,20 +748,19 @@ class Sa2VAProcessor(ProcessorMixin):
 
         Args:
             text: the user's words.
-            num_tiles: tiles of the image, or key frames of the video; None without a picture.
-            is_video: whether it is a video.
+            image_tokens: see the method of this name; None without a picture.
             region_tokens: number of tokens of each visual prompt.
             past_text: earlier turns, verbatim, image tokens expanded.
         """
         regions = "" if region_tokens is None else _region_sentence(region_tokens)
-        if num_tiles is None:
+        if image_tokens is None:
             turn = text.replace(IMAGE_TAG, "")
-        elif _token_counts(past_text, IMAGE_START, IMAGE_END):
+        elif self._pictures_in(past_text):
             regions = "" if REGION_START in past_text else regions.lstrip("\n")
             turn = regions + text.replace(f"{IMAGE_TAG}\n", "").replace(IMAGE_TAG, "")
         else:
             turn = text if IMAGE_TAG in text else IMAGE_TAG + text
-            turn = turn.replace(IMAGE_TAG, self.picture_tokens(num_tiles, is_video) + regions)
+            turn = turn.replace(IMAGE_TAG, self.picture_tokens(image_tokens) + regions)
         return past_text + _find_template(self.template).instruction.format(text=turn)
 
     def preprocess_image(self, image: Image.Image) -> Tensor:
@@ -840,12 +853,12 @@ class Sa2VAProcessor(ProcessorMixin):
         past_text = "" if past_text is None else past_text
         num_frames = self.num_key_frames if num_frames is None else num_frames
         frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
-        _check_words(text, past_text)
+        _check_words(text, past_text, self._reserved_words)
         _check_sampling(num_frames, frame_sampling)
         if image is not None and video is not None:
             raise ValueError("Both image and video are given. Give one of them.")
         if image is None and video is None:
-            _check_no_picture(text, past_text, mask_prompts)
+            _check_no_picture(text, past_text, mask_prompts, self.image_token)
             return self._tokenize(self.build_prompt(text, past_text=past_text))
         frames = _frames_of_sequence([load_image(image)]) if video is None else open_video(video)
         key_frames = [0] if video is None else select_key_frames(frames, num_frames, frame_sampling)
@@ -859,7 +872,7 @@ class Sa2VAProcessor(ProcessorMixin):
         masks = None if mask_prompts is None else self.preprocess_mask_prompts(mask_prompts)
         first, *shown = frames.select([0, *key_frames])
         return {
-            "pixel_values": self.preprocess_key_frames(shown) if is_video else self.preprocess_image(first),
+            **self.preprocess_picture(shown, is_video),
             "prompt_masks": masks,
             "frames": frames,
             "key_frames": key_frames,
@@ -867,19 +880,32 @@ class Sa2VAProcessor(ProcessorMixin):
             "size": (first.height, first.width),
         }
 
-    def _picture_prompt(self, text: str, past_text: str, picture: Mapping[str, Any]) -> str:
-        num_tiles, is_video, masks = len(picture["pixel_values"]), picture["is_video"], picture["prompt_masks"]
-        regions = None if masks is None else masks.flatten(1).sum(1).tolist()
-        self._check_past_picture(past_text, self.picture_tokens(num_tiles, is_video), regions)
-        return self.build_prompt(
-            text, num_tiles=num_tiles, is_video=is_video, region_tokens=regions, past_text=past_text
-        )
+    def preprocess_picture(self, pictures: Sequence[Image.Image], is_video: bool) -> dict[str, Tensor]:
+        """What the vision tower reads of an image (one picture) or of a video's key frames, by its name in a call."""
+        pixels = self.preprocess_key_frames(pictures) if is_video else self.preprocess_image(pictures[0])
+        return {"pixel_values": pixels}
 
-    def _check_past_picture(self, past_text: str, picture: str, given_regions: list[int] | None) -> None:
+    def _image_tokens_of(self, picture: Mapping[str, Any]) -> list[int]:
+        return self.image_tokens(len(picture["pixel_values"]), picture["is_video"])
+
+    def _picture_prompt(self, text: str, past_text: str, picture: Mapping[str, Any]) -> str:
+        image_tokens, masks = self._image_tokens_of(picture), picture["prompt_masks"]
+        regions = None if masks is None else masks.flatten(1).sum(1).tolist()
+        self._check_past_picture(past_text, image_tokens, regions)
+        return self.build_prompt(text, image_tokens=image_tokens, region_tokens=regions, past_text=past_text)
+
+    def _pictures_in(self, text: str) -> list[int]:
+        return _token_counts(text, self.image_start, self.image_token, self.image_end)
+
+    @property
+    def _reserved_words(self) -> tuple[str, ...]:
+        return (self.image_start, self.image_token, self.image_end, REGION_START, REGION_END)
+
+    def _check_past_picture(self, past_text: str, given: Sequence[int], given_regions: list[int] | None) -> None:
         """What earlier turns show must be what is given now: its features take the place of their tokens."""
-        shown, given = (_token_counts(words, IMAGE_START, IMAGE_END) for words in (past_text, picture))
-        regions = _token_counts(past_text, REGION_START, REGION_END)
-        if past_text.count(IMAGE_TOKEN) != sum(shown) + sum(regions):
+        shown, given = self._pictures_in(past_text), list(given)
+        regions = _token_counts(past_text, REGION_START, self.image_token, REGION_END)
+        if past_text.count(self.image_token) != sum(shown) + sum(regions):
             raise ValueError("past_text is cut inside a picture. Give it as the previous call returned it, unchanged.")
         if shown and shown != given:
             raise ValueError(
@@ -894,9 +920,9 @@ class Sa2VAProcessor(ProcessorMixin):
 
     def _tokenize(self, prompt: str, **picture: Any) -> Sa2VAInputs:
         encoded = self.tokenizer(prompt, return_tensors="pt")
-        image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        if encoded.input_ids[0].tolist().count(image_token_id) != prompt.count(IMAGE_TOKEN):
-            raise ValueError(f"{IMAGE_TOKEN} is not one token of this tokenizer. Use the checkpoint's own.")
+        image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        if encoded.input_ids[0].tolist().count(image_token_id) != prompt.count(self.image_token):
+            raise ValueError(f"{self.image_token} is not one token of this tokenizer. Use the checkpoint's own.")
         return Sa2VAInputs(prompt, encoded.input_ids, encoded.attention_mask, **picture)
 
     def __call__(
@@ -931,7 +957,7 @@ class Sa2VAProcessor(ProcessorMixin):
             raise TypeError(f"Unknown arguments {sorted(unknown)}. See Sa2VAProcessor.prepare for the accepted ones.")
         images, text = _single(images), _single(text)
         inputs = self.prepare(images, videos, text, past_text, mask_prompts, num_frames, frame_sampling)
-        names = ("input_ids", "attention_mask", "pixel_values", "prompt_masks")
+        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "prompt_masks")
         data = {name: value for name in names if (value := getattr(inputs, name)) is not None}
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -961,6 +987,158 @@ class Sa2VAProcessor(ProcessorMixin):
         in (or follows, if that has no words), without special tokens; "" if there are no words.
         """
         return [_phrase_at(prediction, match.start()) for match in re.finditer(re.escape(SEG_TOKEN), prediction)]
+
+
+class Sa2VAProcessorQwen(Sa2VAProcessor):
+    """The processor of Sa2VA around Qwen2.5-VL or Qwen3-VL: transformers' image processor and the checkpoint's template.
+
+    A picture is resized twice, as released: to multiples of 28 by Pillow (what `qwen_vl_utils` does while reading it,
+    for both families), then by the image processor, within `min_pixels` and `max_pixels`. Key frames of a video are
+    shown as pictures one after the other. The picture always stands first.
+
+    Args:
+        image_processor: transformers' `Qwen2VLImageProcessor`.
+        tokenizer: the checkpoint's tokenizer.
+        grounding_image_size, num_key_frames, frame_sampling: as for `Sa2VAProcessor`.
+        min_pixels, max_pixels: area that the image processor resizes every picture to.
+        chat_template: the checkpoint's; default is the tokenizer's.
+        stop_words: texts that end an answer.
+
+    Raises:
+        ValueError: unknown sampling, or there is no chat template.
+    """
+
+    image_start, image_token, image_end = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        grounding_image_size: int = 1024,
+        num_key_frames: int = 5,
+        frame_sampling: str | Sequence[int] = "first",
+        min_pixels: int = 512 * 28 * 28,
+        max_pixels: int = 2048 * 28 * 28,
+        chat_template: str | None = None,
+        stop_words: Sequence[str] = ("<|im_end|>",),
+        **kwargs,
+    ):
+        _check_sampling(num_key_frames, frame_sampling)
+        self.grounding_image_size = grounding_image_size
+        self.num_key_frames = num_key_frames
+        self.frame_sampling = frame_sampling
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+        self._stop_words = tuple(stop_words)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        if not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
+            raise ValueError("This checkpoint has no chat template. Put its chat_template.jinja beside the tokenizer.")
+
+    @staticmethod
+    def _settings_of(config: Sa2VAChatConfig) -> dict[str, Any]:
+        grounding = config.grounding_config
+        return {
+            "grounding_image_size": grounding.image_size,
+            "num_key_frames": grounding.num_key_frames,
+            "frame_sampling": grounding.frame_sampling,
+        }
+
+    @property
+    def stop_words(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        return self._stop_words
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Keys of what a call returns."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw"]
+
+    def picture_tokens(self, image_tokens: Sequence[int]) -> str:
+        """What the template's `<|image_pad|>` stand for: a block for each picture, without separators."""
+        return "".join(self.image_start + self.image_token * count + self.image_end for count in image_tokens)
+
+    def preprocess_picture(self, pictures: Sequence[Image.Image], is_video: bool) -> dict[str, Tensor]:
+        """RGB pictures -> `pixel_values` float32 [patches, values] and `image_grid_thw` int64 [pictures, 3].
+
+        Raises:
+            ValueError: a picture is more than 200 times longer than wide.
+        """
+        read = [picture.resize(_qwen_size(*picture.size), Image.Resampling.BICUBIC) for picture in pictures]
+        limits = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        encoded = self.image_processor(images=read, size=limits, return_tensors="pt")
+        return {"pixel_values": encoded["pixel_values"], "image_grid_thw": encoded["image_grid_thw"]}
+
+    def _image_tokens_of(self, picture: Mapping[str, Any]) -> list[int]:
+        return (picture["image_grid_thw"].prod(dim=-1) // self.image_processor.merge_size**2).tolist()
+
+    def build_prompt(
+        self,
+        text: str,
+        *,
+        image_tokens: Sequence[int] | None = None,
+        region_tokens: Sequence[int] | None = None,
+        past_text: str = "",
+    ) -> str:
+        """Writes the conversation up to where the answer begins, by the checkpoint's chat template.
+
+        If `past_text` shows the picture already, it isn't shown again. A `past_text` without turns is taken for words
+        that stand before `text`, as released.
+
+        Args:
+            text: the user's words; their `<image>` tag is dropped.
+            image_tokens: tokens of each picture; None without one.
+            region_tokens: must be None, see `preprocess_mask_prompts`.
+            past_text: earlier turns, verbatim, image tokens expanded.
+        """
+        goes_on = "<|im_start|>" in past_text
+        words = text.replace(IMAGE_TAG, "")
+        shown = [] if image_tokens is None or self._pictures_in(past_text) else image_tokens
+        turn = self._turn(words if goes_on else past_text + words, len(shown), first=not goes_on)
+        turn = turn.replace(self.picture_tokens([1] * len(shown)), self.picture_tokens(shown), 1) if shown else turn
+        return past_text + turn if goes_on else turn
+
+    def _turn(self, words: str, num_pictures: int, first: bool) -> str:
+        """The template's text of one turn of the user; only the first has what the template says before it."""
+        content = [{"type": "image"}] * num_pictures + [{"type": "text", "text": words}]
+        turn = {"role": "user", "content": content}
+        if first:
+            return self._render([turn], add_generation_prompt=True)
+        before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        whole = self._render([*before, turn], add_generation_prompt=True)
+        return whole.removeprefix(self._render(before))
+
+    def _render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        template = self.chat_template or self.tokenizer.chat_template
+        return self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
+
+    def preprocess_mask_prompts(self, mask_prompts: Any) -> Tensor:
+        """Not for this family.
+
+        Raises:
+            ValueError: always. These checkpoints never saw `<vp>` regions in training, so that any way of showing
+                them one would be a guess; the released code drops the masks without a word.
+        """
+        raise ValueError(
+            "mask_prompts need a checkpoint of the InternVL family (Sa2VA-1B, -4B, -8B, -26B, -InternVL3-*): those "
+            "around Qwen-VL were not trained on regions. Crop the picture to the region, or drop mask_prompts."
+        )
+
+
+def _qwen_size(width: int, height: int, factor: int = 28) -> tuple[int, int]:
+    """Width and height, multiples of `factor`, at which `qwen_vl_utils` reads a picture: 4 to 16384 cells in area."""
+    if max(width, height) > 200 * min(width, height):
+        raise ValueError(
+            f"The picture is {width}x{height}. Qwen-VL reads sides of at most 200 to 1: crop it, or use a checkpoint of "
+            "the InternVL family."
+        )
+    least, most = 4 * factor**2, 16384 * factor**2
+    sides = [max(factor, round(side / factor) * factor) for side in (width, height)]
+    area = sides[0] * sides[1]
+    if area > most or area < least:
+        scale = math.sqrt((most if area > most else least) / (width * height))
+        rounded = math.floor if area > most else math.ceil
+        sides = [max(factor, rounded(side * scale / factor) * factor) for side in (width, height)]
+    return sides[0], sides[1]
 
 
 _SHARED_PHRASE = re.compile(r"<p>((?:(?!<p>|</p>).)*)</p>(?:\s|,|;|&|\band\b|\[SEG\])*$", re.DOTALL)
@@ -1113,6 +1291,7 @@ __all__ = [
     "PromptTemplate",
     "Sa2VAInputs",
     "Sa2VAProcessor",
+    "Sa2VAProcessorQwen",
     "VideoFrames",
     "choose_tiling",
     "draw_overlay",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sa2va import Sa2VAProcessor
 from sa2va.data.scenes import COLORS, IMAGE_TASKS, SHAPES, VIDEO_TASKS, SceneSample, make_sample
+from sa2va.modeling_sa2va import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 COLOR_NAMES = tuple(COLORS)
 
 
@@ -37,11 +37,12 @@ class Stage:
 
 
 # Seeing shapes close up; naming what is there and drawing it; relations, absence, questions; motion and memory.
+_ALL_IMAGE_TASKS = dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.5, "question": 2.0, "absent": 1.5, "multi": 1.5}
 CURRICULUM = (
     Stage(0.22, {}),
     Stage(0.35, {"refer": 2, "multi": 1, "caption": 2, "region": 1}),
-    Stage(0.6, dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.0, "question": 1.5}),
-    Stage(1.0, dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.0, "question": 1.5}, video_share=0.4),
+    Stage(0.6, _ALL_IMAGE_TASKS),
+    Stage(1.0, _ALL_IMAGE_TASKS, video_share=0.3),
 )
 
 
@@ -114,8 +115,9 @@ class SceneCollator:
     """Turns scenes into the arguments of `forward`, and the classes that training-only heads learn.
 
     Returned beside the arguments: `seg_classes` int64 [M, 2], colour and shape of every `[SEG]`; `seg_boxes` float32
-    [M, 4], its box in the first frame as centre and size in 0..1; `cell_classes` int64 [tiles, tokens, 2], colour and
-    shape of the object that covers most of each image token (0 is background).
+    [M, 4], its box in the first frame as centre and size in 0..1; `cell_classes` int64 [tiles, tokens, 2] and
+    `cell_boxes` float32 [tiles, tokens, 4], colour, shape and box of the object that covers most of each image token
+    (all 0 is background).
     """
 
     def __init__(self, processor: Sa2VAProcessor):
@@ -137,6 +139,7 @@ class SceneCollator:
             "seg_classes": torch.tensor([pair for row in rows for pair in row["seg_classes"]]).reshape(-1, 2),
             "seg_boxes": torch.cat([_boxes(row["mask_labels"][:, 0]) for row in rows]),
             "cell_classes": torch.cat([row["cell_classes"] for row in rows]),
+            "cell_boxes": torch.cat([row["cell_boxes"] for row in rows]),
         }
         tiles = np.cumsum([0] + [len(row["pixel_values"]) for row in rows])
         regions = [(tile, row["regions"]) for tile, row in zip(tiles, rows, strict=False) if row["regions"] is not None]
@@ -149,9 +152,11 @@ class SceneCollator:
         """Only pixels and what each image token shows."""
         pictures = [Image.fromarray(view.frames[0]) for view in views]
         grid = self.processor.region_grid
+        classes, boxes = zip(*(_cells(view, 1, grid) for view in views), strict=True)
         return {
             "pixel_values": torch.cat([self.processor.preprocess_image(picture) for picture in pictures]),
-            "cell_classes": torch.cat([_cell_classes(view, 1, grid) for view in views]),
+            "cell_classes": torch.cat(classes),
+            "cell_boxes": torch.cat(boxes),
         }
 
     def _row(self, sample: SceneSample) -> dict:
@@ -162,6 +167,7 @@ class SceneCollator:
         pixel_values = processor.preprocess_key_frames(shown) if is_video else processor.preprocess_image(frames[0])
         regions = None if sample.regions is None else processor.preprocess_mask_prompts(sample.regions)
         input_ids, labels = self._conversation(sample, len(pixel_values), is_video, regions)
+        cell_classes, cell_boxes = _cells(sample, len(pixel_values), processor.region_grid)
         return {
             "input_ids": input_ids,
             "labels": labels,
@@ -170,7 +176,8 @@ class SceneCollator:
             "mask_labels": torch.from_numpy(np.concatenate([turn.masks for turn in sample.turns])),
             "regions": regions,
             "seg_classes": [_classes(sample.objects[i]) for turn in sample.turns for i in turn.targets],
-            "cell_classes": _cell_classes(sample, len(pixel_values), processor.region_grid),
+            "cell_classes": cell_classes,
+            "cell_boxes": cell_boxes,
         }
 
     def _conversation(
@@ -183,8 +190,7 @@ class SceneCollator:
         for turn in sample.turns:
             prompt = self.processor.build_prompt(
                 turn.question,
-                num_tiles=num_tiles,
-                is_video=is_video,
+                image_tokens=self.processor.image_tokens(num_tiles, is_video),
                 region_tokens=region_tokens,
                 past_text=past_text,
             )
@@ -218,13 +224,20 @@ def _boxes(masks: Tensor) -> Tensor:
     return torch.stack([x, y, width, height], dim=1)
 
 
-def _cell_classes(sample: SceneSample, num_tiles: int, grid: int) -> Tensor:
-    """Colour and shape (from 1) of the object that covers most of each token, if it covers a quarter of it."""
-    classes = np.array([(0, 0), *((c + 1, s + 1) for c, s in map(_classes, sample.objects))])
-    tiles = []
+def _cells(sample: SceneSample, num_tiles: int, grid: int) -> tuple[Tensor, Tensor]:
+    """What each token shows: the object that covers most of it, if it covers a quarter of it.
+
+    Returns:
+        Colour and shape, from 1, int64 [tiles, grid * grid, 2], and the object's box, float32 [tiles, grid * grid, 4];
+        zeros for background.
+    """
+    classes = torch.tensor([(0, 0), *((c + 1, s + 1) for c, s in map(_classes, sample.objects))])
+    winners, boxes = [], []
     for t in range(num_tiles):
-        masks = sample.object_masks[:, t].astype(np.float32)
-        covered = np.stack([cv2.resize(mask, (grid, grid), interpolation=cv2.INTER_AREA) for mask in masks])
-        winner = np.where(covered.max(axis=0) > 0.25, covered.argmax(axis=0) + 1, 0)
-        tiles.append(classes[winner].reshape(-1, 2))
-    return torch.from_numpy(np.stack(tiles))
+        masks = sample.object_masks[:, t]
+        covered = [cv2.resize(mask.astype(np.float32), (grid, grid), interpolation=cv2.INTER_AREA) for mask in masks]
+        covered = np.stack([np.full((grid, grid), 0.25, np.float32), *covered])
+        winner = torch.from_numpy(covered.argmax(axis=0).ravel())
+        winners.append(winner)
+        boxes.append(torch.cat([torch.zeros(1, 4), _boxes(torch.from_numpy(masks))])[winner])
+    return classes[torch.stack(winners)], torch.stack(boxes)

@@ -31,16 +31,15 @@ PRESETS = {
     "full": {"max_steps": 2400, "batch_size": 32, "clips": 6, "frames": 8},
     "smoke": {"max_steps": 4, "batch_size": 4, "clips": 2, "frames": 6},
 }
-HEAD_WEIGHTS = {"class_loss": 0.5, "box_loss": 2.0, "cell_loss": 0.5}
+HEAD_WEIGHTS = {"class_loss": 0.5, "box_loss": 2.0, "cell_loss": 0.5, "cell_box_loss": 2.0}
 LOSS_NAMES = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss", *HEAD_WEIGHTS)
 
 
 class SceneTrainee(nn.Module):
     """The model with linear heads that exist only while it learns.
 
-    They read colour, shape and box off each `[SEG]` state, and colour and shape off each image token. That is the
-    shortest way for a model without any pretraining to find out what its words are about; the text loss alone takes
-    many times longer.
+    They read colour, shape and box off each `[SEG]` state and off each image token. That is the shortest way for a
+    model without any pretraining to find out what its words are about; the text loss alone takes many times longer.
     """
 
     def __init__(self, model: Sa2VAChatModel):
@@ -50,26 +49,43 @@ class SceneTrainee(nn.Module):
         self.seg_heads = nn.ModuleList(nn.Linear(hidden_size, n) for n in (len(COLORS), len(SHAPES)))
         self.box_head = nn.Linear(hidden_size, 4)
         self.cell_heads = nn.ModuleList(nn.Linear(hidden_size, n + 1) for n in (len(COLORS), len(SHAPES)))
+        self.cell_box_head = nn.Linear(hidden_size, 4)
 
     def forward(
-        self, cell_classes: Tensor, seg_classes: Tensor | None = None, seg_boxes: Tensor | None = None, **inputs
+        self,
+        cell_classes: Tensor,
+        cell_boxes: Tensor,
+        seg_classes: Tensor | None = None,
+        seg_boxes: Tensor | None = None,
+        **inputs,
     ) -> dict[str, Tensor]:
         """Losses of `Sa2VAChatModel.forward` plus those of the heads; `loss` is their sum.
 
         Without `input_ids` only the vision tower is run, and `loss` is that of its tokens.
         """
         if "input_ids" not in inputs:
-            loss = _cell_loss(self.cell_heads, self.model.get_image_features(inputs["pixel_values"]), cell_classes)
-            return {"loss": loss, "cell_loss": loss}
+            losses = self._cell_losses(self.model.get_image_features(inputs["pixel_values"]), cell_classes, cell_boxes)
+            return {"loss": _weighted(losses), **losses}
         output = self.model(**inputs)
         losses = {name: output[name] for name in LOSS_NAMES if output.get(name) is not None}
         if len(seg_classes):
             states = output.seg_hidden_states
             losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
             losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
-        losses["cell_loss"] = _cell_loss(self.cell_heads, output.image_hidden_states, cell_classes)
-        extra = sum(weight * losses[name] for name, weight in HEAD_WEIGHTS.items() if name in losses)
-        return {"loss": output.loss + extra, **losses, "logits": output.logits}
+        losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes)
+        return {"loss": output.loss + _weighted(losses), **losses, "logits": output.logits}
+
+    def _cell_losses(self, states: Tensor, classes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        shows_object = classes[..., 0] > 0
+        box_loss = (self.cell_box_head(states) - boxes).abs().mean(dim=-1)[shows_object].sum()
+        return {
+            "cell_loss": _cell_loss(self.cell_heads, states, classes),
+            "cell_box_loss": box_loss / shows_object.sum().clamp(min=1),
+        }
+
+
+def _weighted(losses: dict[str, Tensor]) -> Tensor:
+    return sum(weight * losses[name] for name, weight in HEAD_WEIGHTS.items() if name in losses)
 
 
 def _class_loss(heads: nn.ModuleList, states: Tensor, classes: Tensor) -> Tensor:

@@ -161,18 +161,18 @@ def picture(tiles=1):
 
 
 def test_prompt_of_an_image(processor):
-    prompt = processor.build_prompt("<image>Hi {x}", num_tiles=7, is_video=False)
+    prompt = processor.build_prompt("<image>Hi {x}", image_tokens=[7 * 256])
     assert prompt == f"<|im_start|>user\n{picture(7)}Hi {{x}}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_prompt_of_a_video_has_a_line_per_key_frame(processor):
-    prompt = processor.build_prompt("<image>Hi", num_tiles=3, is_video=True)
+    prompt = processor.build_prompt("<image>Hi", image_tokens=[256] * 3)
     assert prompt == f"<|im_start|>user\n{picture()}\n{picture()}\n{picture()}Hi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_picture_stands_where_the_tag_is_else_in_front(processor):
-    assert f"user\nSee {picture()} here<" in processor.build_prompt("See <image> here", num_tiles=1)
-    assert f"user\n{picture()}See<" in processor.build_prompt("See", num_tiles=1)
+    assert f"user\nSee {picture()} here<" in processor.build_prompt("See <image> here", image_tokens=[256])
+    assert f"user\n{picture()}See<" in processor.build_prompt("See", image_tokens=[256])
 
 
 def test_prompt_without_picture_drops_the_tag(processor):
@@ -180,35 +180,35 @@ def test_prompt_without_picture_drops_the_tag(processor):
 
 
 def test_regions_are_named_right_after_the_picture(processor):
-    prompt = processor.build_prompt("<image>Hi", num_tiles=1, region_tokens=[2, 0])
+    prompt = processor.build_prompt("<image>Hi", image_tokens=[256], region_tokens=[2, 0])
     regions = f"region1<vp>{CONTEXT * 2}</vp>, region2<vp></vp>"
     assert f"{picture()}\nThere are 2 part regions in the picture: {regions}.\nHi<" in prompt
 
 
 def test_regions_of_a_video_are_named_after_all_key_frames(processor):
-    prompt = processor.build_prompt("Hi", num_tiles=2, is_video=True, region_tokens=[1])
+    prompt = processor.build_prompt("Hi", image_tokens=[256] * 2, region_tokens=[1])
     assert f"user\n{picture()}\n{picture()}\nThere are 1 part regions" in prompt
 
 
 def test_follow_up_does_not_show_the_picture_again(processor):
-    past = processor.build_prompt("Hi", num_tiles=1) + "Hello.<|im_end|>\n"
+    past = processor.build_prompt("Hi", image_tokens=[256]) + "Hello.<|im_end|>\n"
     for text in ("And now?", "<image>And now?", "<image>\nAnd now?"):
-        prompt = processor.build_prompt(text, num_tiles=1, past_text=past)
+        prompt = processor.build_prompt(text, image_tokens=[256], past_text=past)
         assert prompt == past + "<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_follow_up_names_new_regions_but_not_old_ones(processor):
-    past = processor.build_prompt("Hi", num_tiles=1) + "Hello.<|im_end|>\n"
-    prompt = processor.build_prompt("What is it?", num_tiles=1, region_tokens=[1], past_text=past)
+    past = processor.build_prompt("Hi", image_tokens=[256]) + "Hello.<|im_end|>\n"
+    prompt = processor.build_prompt("What is it?", image_tokens=[256], region_tokens=[1], past_text=past)
     new = f"There are 1 part regions in the picture: region1<vp>{CONTEXT}</vp>.\n"
     assert prompt.startswith(f"{past}<|im_start|>user\n{new}What is it?")
-    again = processor.build_prompt("Sure?", num_tiles=1, region_tokens=[1], past_text=prompt)
+    again = processor.build_prompt("Sure?", image_tokens=[256], region_tokens=[1], past_text=prompt)
     assert again.count("part regions") == 1
 
 
 def test_picture_can_come_after_words(processor):
     past = processor.build_prompt("Hi") + "Hello.<|im_end|>\n"
-    assert processor.build_prompt("See", num_tiles=1, past_text=past).startswith(
+    assert processor.build_prompt("See", image_tokens=[256], past_text=past).startswith(
         f"{past}<|im_start|>user\n{picture()}S"
     )
 
