@@ -6,9 +6,9 @@ Importing this package registers `model_type: sa2va_chat` with transformers' Aut
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
-from .configuration_sa2va import Sa2VAChatConfig, Sa2VAGroundingConfig, Sa2VAVisionConfig
-from .modeling_sa2va import Sa2VAChatModel, Sa2VAFrame, Sa2VAOutput
-from .processing_sa2va import Sa2VAProcessor
+from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAGroundingConfig, Sa2VAVisionConfig
+from .modeling_sa2va import Sa2VAChatModel, Sa2VAChatModelQwen, Sa2VAFrame, Sa2VAOutput
+from .processing_sa2va import Sa2VAProcessor, Sa2VAProcessorQwen
 from .sam2_decoder import Sam2Decoder
 
 __version__ = "0.1.0"
@@ -17,14 +17,20 @@ AutoConfig.register(Sa2VAChatConfig.model_type, Sa2VAChatConfig, exist_ok=True)
 AutoModel.register(Sa2VAChatConfig, Sa2VAChatModel, exist_ok=True)
 AutoModelForCausalLM.register(Sa2VAChatConfig, Sa2VAChatModel, exist_ok=True)
 AutoProcessor.register(Sa2VAChatConfig, Sa2VAProcessor, exist_ok=True)
+AutoModel.register(Sa2VAChatConfigQwen, Sa2VAChatModelQwen, exist_ok=True)
+AutoModelForCausalLM.register(Sa2VAChatConfigQwen, Sa2VAChatModelQwen, exist_ok=True)
+AutoProcessor.register(Sa2VAChatConfigQwen, Sa2VAProcessorQwen, exist_ok=True)
 
 __all__ = [
     "Sa2VAChatConfig",
+    "Sa2VAChatConfigQwen",
     "Sa2VAChatModel",
+    "Sa2VAChatModelQwen",
     "Sa2VAFrame",
     "Sa2VAGroundingConfig",
     "Sa2VAOutput",
     "Sa2VAProcessor",
+    "Sa2VAProcessorQwen",
     "Sa2VAVisionConfig",
     "Sam2Decoder",
 ]

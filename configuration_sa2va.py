@@ -413,8 +413,12 @@ def has_prompt_decoder(name_or_path: str, revision: str | None = None) -> bool:
 def _hub_weight_names(name: str, revision: str | None) -> frozenset[str]:
     """Names of a Hub repository's weights, from the cache if they are there; empty if they can't be found out."""
     from huggingface_hub import get_safetensors_metadata, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.errors import NotASafetensorsRepoError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+    )
 
     try:
         cached = Path(snapshot_download(name, revision=revision, local_files_only=True))

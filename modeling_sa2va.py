@@ -12,6 +12,7 @@ Checkpoints keep the released module and key names; `InternViT`'s fused layout i
 import copy
 import threading
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     DynamicCache,
     GenerationConfig,
@@ -32,7 +34,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.utils import ModelOutput, logging
 
-from .configuration_sa2va import Sa2VAChatConfig, Sa2VAVisionConfig
+from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAVisionConfig
 from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle
 from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model
 
@@ -135,6 +137,14 @@ class SpecialTokenIds(NamedTuple):
         return cls(*ids)
 
 
+class TextStates(NamedTuple):
+    """States [B, L, hidden] of read text: those the head takes, those `[SEG]` is taken from; and image features."""
+
+    last_hidden_state: Tensor
+    seg_states: Tensor
+    image_hidden_states: Tensor | None
+
+
 class Answer(NamedTuple):
     """What the language model made of a question: words, and a vector [N, D] that prompts SAM 2 for each `[SEG]`."""
 
@@ -175,16 +185,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Sa2VAChatConfig):
         super().__init__(config)
-        hidden_size = config.llm_config.hidden_size
-        vision_width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
-        self.vision_model = Sa2VAVisionModel._from_config(_internvl_config(config.vision_config))
-        self.language_model = AutoModelForCausalLM.from_config(config.llm_config)
-        self.mlp1 = nn.Sequential(
-            nn.LayerNorm(vision_width),
-            nn.Linear(vision_width, hidden_size),
-            nn.GELU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
+        self._build_language_side(config)
+        hidden_size = config.get_text_config().hidden_size
         self.grounding_encoder = Sam2Decoder(config.grounding_config)
         self.text_hidden_fcs = nn.Sequential(
             nn.Linear(hidden_size, hidden_size),
@@ -196,6 +198,28 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self._processor: Sa2VAProcessor | None = None
         self._hub_arguments: dict[str, Any] = {}
         self.post_init()
+
+    def __new__(cls, config: Sa2VAChatConfig | None = None, *args, **kwargs):
+        is_qwen = cls is Sa2VAChatModel and isinstance(config, Sa2VAChatConfigQwen)
+        return super().__new__(Sa2VAChatModelQwen if is_qwen else cls)
+
+    def _build_language_side(self, config: Sa2VAChatConfig) -> None:
+        """What reads pictures and words: InternViT, projector, language model."""
+        hidden_size = config.llm_config.hidden_size
+        vision_width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
+        self.vision_model = Sa2VAVisionModel._from_config(_internvl_config(config.vision_config))
+        self.language_model = AutoModelForCausalLM.from_config(config.llm_config)
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(vision_width),
+            nn.Linear(vision_width, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    @property
+    def causal_model(self) -> nn.Module:
+        """The part that writes: it has `generate`, `lm_head` and the text loss."""
+        return self.language_model
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -244,19 +268,19 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embeddings."""
-        return self.language_model.get_input_embeddings()
+        return self.causal_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the language model's token embeddings."""
-        self.language_model.set_input_embeddings(value)
+        self.causal_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         """The language model's head."""
-        return self.language_model.get_output_embeddings()
+        return self.causal_model.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replaces the language model's head."""
-        self.language_model.set_output_embeddings(value)
+        self.causal_model.set_output_embeddings(value)
 
     def get_decoder(self) -> nn.Module:
         """The language model without its head."""
@@ -363,23 +387,40 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             ValueError: placeholders, `[SEG]` tokens, frames and masks do not match.
         """
         token_ids = self.special_token_ids()
-        image_features = None if pixel_values is None else self.get_image_features(pixel_values)
-        embeds = self.get_inputs_embeds(input_ids, token_ids, image_features, prompt_masks, prompt_mask_tiles)
-        states = self.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kwargs)
-        states = states.last_hidden_state
-        logits = self.language_model.lm_head(states)
-        output = Sa2VATrainingOutput(logits=logits, image_hidden_states=image_features)
+        if pixel_values is not None:
+            kwargs["pixel_values"] = pixel_values
+        if prompt_masks is not None:
+            kwargs |= {"prompt_masks": prompt_masks, "prompt_mask_tiles": prompt_mask_tiles}
+        states = self._read(token_ids, input_ids, attention_mask=attention_mask, **kwargs)
+        logits = self.causal_model.lm_head(states.last_hidden_state)
+        output = Sa2VATrainingOutput(logits=logits, image_hidden_states=states.image_hidden_states)
         if labels is not None:
             vocab_size = logits.shape[-1]
-            output.lm_loss = self.language_model.loss_function(
+            output.lm_loss = self.causal_model.loss_function(
                 logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
             )
         is_seg = (input_ids == token_ids.seg) & (labels != IGNORE_INDEX if labels is not None else True)
-        output.seg_hidden_states = states[is_seg]
+        output.seg_hidden_states = states.seg_states[is_seg]
         if grounding_pixel_values is not None:
             self._add_masks(output, is_seg.sum(dim=-1).tolist(), grounding_pixel_values, mask_labels)
         output.loss = self._total_loss(output)
         return output
+
+    def _read(
+        self,
+        token_ids: SpecialTokenIds,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        prompt_masks: Tensor | None = None,
+        prompt_mask_tiles: Tensor | None = None,
+        **kwargs,
+    ) -> TextStates:
+        """Reads whole conversations, for `forward`."""
+        image_features = None if pixel_values is None else self.get_image_features(pixel_values)
+        embeds = self.get_inputs_embeds(input_ids, token_ids, image_features, prompt_masks, prompt_mask_tiles)
+        output = self.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kwargs)
+        return TextStates(output.last_hidden_state, output.last_hidden_state, image_features)
 
     def _add_masks(
         self,
@@ -514,9 +555,13 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return self.get_inputs_embeds(input_ids.to(device), token_ids, features, prompt_masks, prompt_mask_tiles)
 
     @property
+    def _first_module(self) -> nn.Module:
+        return self.vision_model
+
+    @property
     def execution_device(self) -> torch.device:
         """Where inputs go: the device the first module computes on, which offloaded weights do not show."""
-        hook = getattr(self.vision_model, "_hf_hook", None)
+        hook = getattr(self._first_module, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
         return self.device if device is None else torch.device(device)
 
@@ -646,18 +691,13 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _answer(self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]) -> Answer:
         """Lets the language model answer, and reads the `[SEG]` states of its answer."""
         tokenizer = processor.tokenizer
-        token_ids = SpecialTokenIds.of(tokenizer)
-        embeds = self._prompt_embeds(
-            token_ids, inputs.input_ids, inputs.pixel_values, inputs.prompt_masks, _region_tile(inputs)
-        )
-        generated = self.language_model.generate(
-            inputs_embeds=embeds,
-            attention_mask=inputs.attention_mask.to(embeds.device),
-            **self._generation_arguments(processor, generate_kwargs),
-        )
-        new_ids = generated.sequences[0]
+        token_ids = self.special_token_ids(tokenizer)
+        prompt = self._prompt(token_ids, inputs)
+        generated = self.causal_model.generate(**prompt, **self._generation_arguments(processor, generate_kwargs))
+        given = prompt["input_ids"].shape[1] if "input_ids" in prompt else 0  # embeddings are not given back
+        new_ids = generated.sequences[0, given:]
         prediction = tokenizer.decode(new_ids, skip_special_tokens=False).strip()
-        states = self._seg_states(embeds, new_ids, token_ids.seg, generated.past_key_values)
+        states = self._seg_states(prompt, new_ids, token_ids.seg, generated.past_key_values)
         end = "" if prediction.endswith(tuple(processor.stop_words)) else processor.stop_words[0]
         return Answer(
             prediction=prediction,
@@ -689,7 +729,14 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         config.return_dict_in_generate = True
         return {"generation_config": config, **arguments}
 
-    def _seg_states(self, prompt_embeds: Tensor, new_ids: Tensor, seg_id: int, cache) -> Tensor:
+    def _prompt(self, token_ids: SpecialTokenIds, inputs: Sa2VAInputs) -> dict[str, Tensor]:
+        """The question as arguments of `causal_model.generate`."""
+        embeds = self._prompt_embeds(
+            token_ids, inputs.input_ids, inputs.pixel_values, inputs.prompt_masks, _region_tile(inputs)
+        )
+        return {"inputs_embeds": embeds, "attention_mask": inputs.attention_mask.to(embeds.device)}
+
+    def _seg_states(self, prompt: dict[str, Tensor], new_ids: Tensor, seg_id: int, cache) -> Tensor:
         """States [N, hidden] of the `[SEG]` tokens of an answer, each taken where the model reads the token.
 
         One pass over the finished answer, on the prompt's keys and values: no states are kept while generating, a
@@ -697,14 +744,18 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         positions = (new_ids == seg_id).nonzero().flatten()
         if not len(positions):
-            return prompt_embeds.new_zeros(0, prompt_embeds.shape[-1])
-        answer = self.get_input_embeddings()(new_ids[None, : positions[-1] + 1]).to(prompt_embeds)
-        cache = _prompt_cache(cache, prompt_embeds.shape[1])
-        if cache is None:
-            answer = torch.cat([prompt_embeds, answer], dim=1)
-        output = self.get_decoder()(inputs_embeds=answer, past_key_values=cache, use_cache=cache is not None)
-        states = output.last_hidden_state[0]
+            return self.text_hidden_fcs[0].weight.new_zeros(0, self.config.get_text_config().hidden_size)
+        answer = new_ids[None, : positions[-1] + 1]
+        states = self._answer_states(prompt, answer, _prompt_cache(cache, prompt["attention_mask"].shape[1]))[0]
         return states[positions.to(states.device) - (positions[-1] + 1).to(states.device)]
+
+    def _answer_states(self, prompt: dict[str, Tensor], answer: Tensor, cache: DynamicCache | None) -> Tensor:
+        """States [1, .., hidden] that end with those of `answer` int64 [1, n]; `cache` holds the prompt, or nothing."""
+        embeds = self.get_input_embeddings()(answer).to(prompt["inputs_embeds"])
+        if cache is None:
+            embeds = torch.cat([prompt["inputs_embeds"], embeds], dim=1)
+        output = self.get_decoder()(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None)
+        return output.last_hidden_state
 
     def _segment(
         self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, prompts: Tensor, options: "_MaskOptions"
@@ -739,6 +790,139 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             return
         state = decoder.condition(((index, pixel_values(frame)) for index, frame in keys), prompts)
         yield from decoder.propagate(state, frames, pixel_values)
+
+
+class Sa2VAChatModelQwen(Sa2VAChatModel):
+    """Sa2VA around transformers' Qwen2.5-VL or Qwen3-VL, which is `model`; `Sa2VAChatModel(config)` chooses it.
+
+    Qwen3-VL's `[SEG]` state is the last layer's output before the final norm, on which the released checkpoints were
+    trained; Qwen2.5-VL's is after it, as in the InternVL family.
+    """
+
+    config_class = Sa2VAChatConfigQwen
+    config: Sa2VAChatConfigQwen
+    _no_split_modules = [
+        "Qwen2_5_VLVisionBlock",
+        "Qwen2_5_VLDecoderLayer",
+        "Qwen3VLVisionBlock",
+        "Qwen3VLTextDecoderLayer",
+        "Sam2Decoder",
+    ]
+
+    def _build_language_side(self, config: Sa2VAChatConfigQwen) -> None:
+        self.model = AutoModelForImageTextToText.from_config(config.qwen_vl_config())
+        self.get_decoder().norm.register_forward_pre_hook(_note_last_layer)
+
+    @property
+    def causal_model(self) -> nn.Module:
+        """The part that writes: it has `generate`, `lm_head` and the text loss."""
+        return self.model
+
+    @property
+    def _first_module(self) -> nn.Module:
+        return self.model.model.visual
+
+    def get_decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return self.model.model.language_model
+
+    def special_token_ids(self, tokenizer=None) -> SpecialTokenIds:
+        """Ids of the special tokens; this family has no visual prompts, and -1 for theirs."""
+        tokenizer = self.load_processor().tokenizer if tokenizer is None else tokenizer
+        seg = _token_id(tokenizer, "[SEG]")
+        if seg is None:
+            raise ValueError("The tokenizer lacks [SEG]. Pass the tokenizer that came with the checkpoint.")
+        return SpecialTokenIds(self.config.image_token_id, seg, -1, -1)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
+        """Continues prompts with pictures; sequences begin with the prompt, as those of transformers' Qwen-VL do.
+
+        Args:
+            input_ids, attention_mask: int64 [B, L].
+            **kwargs: `pixel_values`, `image_grid_thw` and anything transformers' `generate` takes.
+        """
+        if input_ids is None:
+            raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
+        kwargs.setdefault("mm_token_type_ids", self._token_types(input_ids))
+        return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _token_types(self, input_ids: Tensor) -> Tensor:
+        return (input_ids == self.config.image_token_id).long()
+
+    def _read(self, token_ids: SpecialTokenIds, input_ids: Tensor, **kwargs) -> TextStates:
+        if "prompt_masks" in kwargs:
+            raise ValueError("prompt_masks are not supported around Qwen-VL; only the InternVL family knows regions.")
+        kwargs = {"mm_token_type_ids": self._token_types(input_ids), **kwargs}
+        with _LastLayer() as noted:
+            output = self.model.model(input_ids=input_ids, use_cache=False, **kwargs)
+        return TextStates(output.last_hidden_state, self._seg_source(output, noted), None)
+
+    def _seg_source(self, output, noted: list[Tensor]) -> Tensor:
+        return noted[-1] if self.config.qwen_vl_type == "qwen3_vl" else output.last_hidden_state
+
+    def _prompt(self, token_ids: SpecialTokenIds, inputs: Sa2VAInputs) -> dict[str, Tensor]:
+        prompt = {
+            "input_ids": inputs.input_ids,
+            "attention_mask": inputs.attention_mask,
+            "mm_token_type_ids": self._token_types(inputs.input_ids),
+            "pixel_values": inputs.pixel_values,
+            "image_grid_thw": inputs.image_grid_thw,
+        }
+        return {name: value.to(self.execution_device) for name, value in prompt.items() if value is not None}
+
+    def _answer_states(self, prompt: dict[str, Tensor], answer: Tensor, cache: DynamicCache | None) -> Tensor:
+        with _LastLayer() as noted:
+            if cache is None:
+                output = self.model.model(**self._prompt_with(prompt, answer), use_cache=False)
+            else:
+                output = self.get_decoder()(
+                    inputs_embeds=self.get_input_embeddings()(answer),
+                    position_ids=self._answer_positions(prompt, answer.shape[1]),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+        return self._seg_source(output, noted)
+
+    def _prompt_with(self, prompt: dict[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
+        ends = {"input_ids": answer, "attention_mask": torch.ones_like(answer), "mm_token_type_ids": answer * 0}
+        return {**prompt, **{name: torch.cat([prompt[name], end], dim=1) for name, end in ends.items()}}
+
+    def _answer_positions(self, prompt: dict[str, Tensor], length: int) -> Tensor:
+        """Rotary positions [3, 1, length] of an answer: a picture takes fewer positions than it has tokens."""
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        start = prompt["input_ids"].shape[1]
+        if "image_grid_thw" in prompt:
+            _, shift = self.model.model.get_rope_index(**{name: prompt[name] for name in names})
+            start += int(shift)
+        return torch.arange(start, start + length, device=prompt["input_ids"].device).expand(3, 1, -1)
+
+    def _resolve_processor(self, tokenizer, processor) -> Sa2VAProcessor:
+        given = processor if processor is not None else tokenizer
+        if given is None or hasattr(given, "prepare"):
+            return super()._resolve_processor(tokenizer, processor)
+        image_processor = getattr(given, "image_processor", None) or self.load_processor().image_processor
+        return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given), image_processor)
+
+
+_NOTED: ContextVar[list[Tensor] | None] = ContextVar("noted", default=None)
+
+
+class _LastLayer:
+    """Collects what reaches the final norm, in this thread and while the block runs."""
+
+    def __enter__(self) -> list[Tensor]:
+        noted: list[Tensor] = []
+        self._token = _NOTED.set(noted)
+        return noted
+
+    def __exit__(self, *error) -> None:
+        _NOTED.reset(self._token)
+
+
+def _note_last_layer(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if (noted := _NOTED.get()) is not None:
+        noted.append(args[0])
 
 
 @dataclass(frozen=True)
@@ -963,6 +1147,14 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,
 )
-register_checkpoint_conversion_mapping("Sa2VAChatModel", [WeightRenaming("g_weight", "gamma")], overwrite=True)
+for _name in ("Sa2VAChatModel", "Sa2VAChatModelQwen"):
+    register_checkpoint_conversion_mapping(_name, [WeightRenaming("g_weight", "gamma")], overwrite=True)
 
-__all__ = ["Sa2VAChatModel", "Sa2VAFrame", "Sa2VAOutput", "Sa2VATrainingOutput", "Sa2VAVisionModel"]
+__all__ = [
+    "Sa2VAChatModel",
+    "Sa2VAChatModelQwen",
+    "Sa2VAFrame",
+    "Sa2VAOutput",
+    "Sa2VATrainingOutput",
+    "Sa2VAVisionModel",
+]

@@ -676,7 +676,7 @@ class Sa2VAProcessor(ProcessorMixin):
             kwargs["config"] = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
         if cls is Sa2VAProcessor and isinstance(kwargs["config"], Sa2VAChatConfigQwen):
             cls = Sa2VAProcessorQwen
-        return super(Sa2VAProcessor, cls).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @staticmethod
     def _find_config(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> Sa2VAChatConfig | None:

@@ -1,0 +1,160 @@
+"""The official recordings of the Qwen2.5-VL and Qwen3-VL families, and what differs there from the InternVL family.
+
+Two recordings show input that the official code drops or doubles, where ours does not follow: `past_text` beside a
+picture (recorded as if it were empty), and `[SEG]` in the question (recorded with a mask of its own, before the
+answer's).
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, GoldenFamily
+from PIL import Image
+from transformers import AutoModel
+
+from sa2va import Sa2VAChatModel, Sa2VAChatModelQwen
+from sa2va.processing_sa2va import _qwen_size
+
+FAMILIES = ("qwen25vl", "qwen3vl")
+CASES = [(family, name) for family in FAMILIES for name in GoldenFamily(family).cases]
+# A memory feature that lies between two bfloat16 values may be rounded the other way: up to 7e-3 on tracked frames.
+TOLERANCE, TRACKED_TOLERANCE, RELATIVE = 2e-4, 3e-3, 2e-4
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: AutoModel.from_pretrained(GOLDEN / name, dtype=torch.float32).eval() for name in FAMILIES}
+
+
+def arguments_of(case):
+    past = {"past_text": case.meta["past_text"]} if case.name == "text_past" else {}
+    return {**case.arguments, **past}
+
+
+@pytest.fixture(scope="module")
+def runs(models):
+    """Every case, run once: (case, prepared inputs, output, `[SEG]` states)."""
+    results = {}
+    for family, name in CASES:
+        case, model, states = GoldenFamily(family).case(name), models[family], []
+        handle = model.text_hidden_fcs.register_forward_hook(
+            lambda module, args, output, states=states: states.append(args[0])
+        )
+        output = model.predict_forward(**arguments_of(case), return_mask_logits=True)
+        handle.remove()
+        results[family, name] = (case, model.load_processor().prepare(**arguments_of(case)), output, states[0])
+    return results
+
+
+@pytest.mark.parametrize("key", CASES, ids="-".join)
+def test_input_ids_and_text_are_equal(runs, key):
+    case, inputs, output, _ = runs[key]
+    np.testing.assert_array_equal(inputs.input_ids[0].numpy(), case.arrays["input_ids"])
+    assert output.prediction == case.meta["prediction"]
+
+
+@pytest.mark.parametrize("key", [key for key in CASES if not key[1].startswith("text")], ids="-".join)
+def test_pixel_values_are_equal(runs, key):
+    case, inputs, _, _ = runs[key]
+    np.testing.assert_allclose(inputs.pixel_values[::97, ::49], case.arrays["mm_pixel_values_sub"], atol=1e-6)
+    np.testing.assert_array_equal(inputs.image_grid_thw, case.arrays["mm_image_grid_thw"])
+
+
+@pytest.mark.parametrize("key", [key for key in CASES if key[1].split("_")[-1].endswith("seg")], ids="-".join)
+def test_seg_states_logits_and_masks_are_close(runs, key):
+    case, _, output, states = runs[key]
+    answered = len(states)
+    if not answered:
+        assert case.meta["n_masks"] == 0
+        return
+    first = case.meta["n_masks"] - answered  # a [SEG] of the question, recorded before the answer's
+    recorded = case.arrays["seg_hidden"][first:]
+    np.testing.assert_allclose(states, recorded, atol=TOLERANCE, rtol=RELATIVE)
+    for i, (mask, logits) in enumerate(zip(output.prediction_masks, output.mask_logits, strict=True), start=first):
+        wanted = case.mask(i)
+        assert mask.dtype == np.bool_ and mask.shape == wanted.shape
+        assert (mask & wanted).sum() / (mask | wanted).sum() >= 0.999
+        if f"final_logits{i}" in case.arrays:
+            np.testing.assert_allclose(logits, case.arrays[f"final_logits{i}"], atol=TRACKED_TOLERANCE, rtol=RELATIVE)
+
+
+def test_a_seg_in_the_question_gives_no_mask(runs):
+    _, _, output, _ = runs["qwen25vl", "img_segprompt"]
+    assert len(output.prediction_masks) == output.prediction.count("[SEG]") == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_turn_shows_the_picture_once(models, picture, family):
+    model = models[family]
+    first = model.predict_forward(image=picture, text="Please segment the red square.")
+    processor = model.load_processor()
+    second = processor.prepare(picture, None, "And now the car?", past_text=first.past_text)
+    assert second.prompt.startswith(first.past_text) and second.prompt.count("<|vision_start|>") == 1
+    assert second.prompt.endswith("<|im_end|>\n<|im_start|>user\nAnd now the car?<|im_end|>\n<|im_start|>assistant\n")
+    assert model.predict_forward(image=picture, text="And now?", past_text=first.past_text).prediction
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_without_the_prompts_cache_are_the_same(models, runs, family):
+    """What is read on the prompt's keys and values equals one pass over everything, rotary positions included."""
+    model, (_, inputs, output, states) = models[family], runs[family, "vid3_1seg"]
+    tokenizer = model.load_processor().tokenizer
+    new_ids = tokenizer(output.prediction, return_tensors="pt").input_ids[0]
+    ids = model.special_token_ids()
+    with torch.no_grad():
+        again = model._seg_states(model._prompt(ids, inputs), new_ids, ids.seg, None)
+    torch.testing.assert_close(again, states, atol=TOLERANCE, rtol=RELATIVE)
+
+
+def test_mask_prompts_name_the_families_that_know_regions(models, picture):
+    with pytest.raises(ValueError, match="InternVL family"):
+        models["qwen3vl"].predict_forward(image=picture, text="What is region1?", mask_prompts=np.ones((1, 61, 97)))
+
+
+def test_pictures_are_read_at_the_recorded_sizes():
+    for name, size in json.loads((GOLDEN / "qwen_image_sizes.json").read_text()).items():
+        if isinstance(size, dict):
+            width, height = map(int, name.split("_")[1].split("x"))
+            assert list(_qwen_size(width, height)) == size["fetch"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saving_gives_the_released_layout_and_loads_again(models, runs, tmp_path, family):
+    from safetensors.torch import load_file
+
+    models[family].save_pretrained(tmp_path)
+    models[family].load_processor().save_pretrained(tmp_path)
+    saved, released = (load_file(folder / "model.safetensors") for folder in (tmp_path, GOLDEN / family))
+    assert saved.keys() == released.keys()
+    assert all(torch.equal(saved[name], released[name]) for name in released)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (
+        config["architectures"] == ["Sa2VAChatModelQwen"] and "mrope_section" in config["text_config"]["rope_scaling"]
+    )
+    case, _, output, _ = runs[family, "img1seg"]
+    again = Sa2VAChatModel.from_pretrained(tmp_path)
+    assert isinstance(again, Sa2VAChatModelQwen)
+    assert np.array_equal(again.predict_forward(**case.arguments).prediction_masks, output.prediction_masks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_losses_reach_the_language_model(models, family):
+    model = Sa2VAChatModel.from_pretrained(GOLDEN / family)
+    processor = model.load_processor()
+    inputs = processor.prepare(Image.new("RGB", (97, 61)), None, "Segment it.")
+    answer = processor.tokenizer("Sure, [SEG].<|im_end|>", return_tensors="pt").input_ids
+    input_ids = torch.cat([inputs.input_ids, answer], dim=1)
+    labels = torch.cat([torch.full_like(inputs.input_ids, -100), answer], dim=1)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        labels=labels,
+        pixel_values=inputs.pixel_values,
+        image_grid_thw=inputs.image_grid_thw,
+        grounding_pixel_values=[processor.grounding_pixel_values(list(inputs.frames))],
+        mask_labels=[torch.ones(1, 61, 97)],
+    )
+    output.loss.backward()
+    assert output.mask_loss > 0 and model.get_decoder().layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
