@@ -579,7 +579,8 @@ class Sa2VAProcessor(ProcessorMixin):
     """Everything between a user and `Sa2VAChatModel` that needs no weights.
 
     The family of vision-language model decides `preprocess_picture`, `build_prompt`, `preprocess_mask_prompts` and the
-    tokens that stand for a picture. Here they are the InternVL family's; `Sa2VAProcessorQwen` overrides them. No call leaves anything behind: threads may share a processor.
+    tokens that stand for a picture. Here they are the InternVL family's; `Sa2VAProcessorQwen` overrides them. No call
+    leaves anything behind: threads may share a processor.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
@@ -990,7 +991,7 @@ class Sa2VAProcessor(ProcessorMixin):
 
 
 class Sa2VAProcessorQwen(Sa2VAProcessor):
-    """The processor of Sa2VA around Qwen2.5-VL or Qwen3-VL: transformers' image processor and the checkpoint's template.
+    """The processor around Qwen2.5-VL or Qwen3-VL: transformers' image processor and the checkpoint's template.
 
     A picture is resized twice, as released: to multiples of 28 by Pillow (what `qwen_vl_utils` does while reading it,
     for both families), then by the image processor, within `min_pixels` and `max_pixels`. Key frames of a video are
@@ -1128,8 +1129,8 @@ def _qwen_size(width: int, height: int, factor: int = 28) -> tuple[int, int]:
     """Width and height, multiples of `factor`, at which `qwen_vl_utils` reads a picture: 4 to 16384 cells in area."""
     if max(width, height) > 200 * min(width, height):
         raise ValueError(
-            f"The picture is {width}x{height}. Qwen-VL reads sides of at most 200 to 1: crop it, or use a checkpoint of "
-            "the InternVL family."
+            f"The picture is {width}x{height}. Qwen-VL reads sides of at most 200 to 1: crop it, or use a checkpoint "
+            "of the InternVL family."
         )
     least, most = 4 * factor**2, 16384 * factor**2
     sides = [max(factor, round(side / factor) * factor) for side in (width, height)]
