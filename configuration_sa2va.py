@@ -1,6 +1,7 @@
 """Configuration of Sa2VA (arXiv 2501.04001): every number a checkpoint needs, no tensors.
 
 * `Sa2VAVisionConfig`    InternViT, in the field names of the released config.json
+* `Sa2VAInternLM2Config` InternLM2, likewise, as the Llama that it is
 * `Sa2VAGroundingConfig` SAM 2: its sizes, how key frames are chosen, what memory keeps
 * `Sa2VAChatConfig`      the whole model; reads a released config.json unchanged and writes one the official code reads
 * `Sa2VAChatConfigQwen`  the same around Qwen2.5-VL or Qwen3-VL; `Sa2VAChatConfig(text_config=...)` makes one
@@ -11,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConfig
 
 FRAME_SAMPLINGS = ("first", "uniform")
 QWEN_VL_TYPES = ("qwen2_5_vl", "qwen3_vl")
@@ -140,6 +141,20 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+class Sa2VAInternLM2Config(LlamaConfig):
+    """InternLM2 (Sa2VA-8B, -26B), which transformers does not have: Llama with other names and a fused attention.
+
+    Fields are those of `LlamaConfig`; `bias` is InternLM2's name of `attention_bias`.
+    """
+
+    model_type = "internlm2"
+    attribute_map = {"bias": "attention_bias"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in config.json, `bias` included: without it the official code would take True."""
+        return {**super().to_dict(), "bias": self.attention_bias}
+
+
 def _sub_config(config_class: type[PreTrainedConfig], value: Any, name: str) -> PreTrainedConfig:
     """Builds `config_class` from None (defaults), a dict or an instance."""
     if isinstance(value, PreTrainedConfig):
@@ -158,13 +173,16 @@ def _language_config(value: Any) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
         return value
     value = dict(value or {})
+    value.pop("attn_implementation", None)  # of the machine that made the checkpoint
+    value.setdefault("tie_word_embeddings", False)  # every released checkpoint stores both matrices
     model_type = value.pop("model_type", "qwen2")
+    if model_type == Sa2VAInternLM2Config.model_type:
+        return Sa2VAInternLM2Config(**value)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"llm_config.model_type={model_type!r} is not a language model this version can build. Qwen2, Qwen3 and "
-            "every other causal language model type that transformers knows are accepted."
+            f"llm_config.model_type={model_type!r} is not a language model this version can build. Qwen2, InternLM2 "
+            "and every causal language model type that transformers knows are accepted."
         )
-    value.setdefault("tie_word_embeddings", False)  # every released checkpoint stores both matrices
     return CONFIG_MAPPING[model_type](**value)
 
 
@@ -175,6 +193,8 @@ def _with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
         config["rope_theta"] = rope.pop("rope_theta")
         scaled = rope.get("rope_type", "default") != "default" or "mrope_section" in rope
         config["rope_scaling"] = {**rope, "type": rope.get("rope_type", "default")} if scaled else None
+        if scaled and config["model_type"] == Sa2VAInternLM2Config.model_type:
+            config["rope_scaling"].pop("rope_type")  # the official code refuses more than type and factor
     return config
 
 
@@ -433,4 +453,10 @@ def _hub_weight_names(name: str, revision: str | None) -> frozenset[str]:
     return frozenset(key for file in metadata.files_metadata.values() for key in file.tensors)
 
 
-__all__ = ["Sa2VAChatConfig", "Sa2VAChatConfigQwen", "Sa2VAGroundingConfig", "Sa2VAVisionConfig"]
+__all__ = [
+    "Sa2VAChatConfig",
+    "Sa2VAChatConfigQwen",
+    "Sa2VAGroundingConfig",
+    "Sa2VAInternLM2Config",
+    "Sa2VAVisionConfig",
+]

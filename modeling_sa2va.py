@@ -6,7 +6,8 @@
 * `predict_forward`, `predict_stream`   from a user's image or video and question to text and masks
 
 The language model writes text; the state of every `[SEG]` it writes goes through `text_hidden_fcs` and prompts SAM 2.
-Checkpoints keep the released module and key names; `InternViT`'s fused layout is converted when loading and saving.
+Checkpoints keep the released module and key names; the fused layouts of InternViT and InternLM2 are converted when
+loading and saving.
 """
 
 import copy
@@ -28,13 +29,15 @@ from transformers import (
     GenerationMixin,
     InternVLVisionConfig,
     InternVLVisionModel,
+    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
 from transformers.utils import ModelOutput, logging
 
-from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAVisionConfig
+from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAInternLM2Config, Sa2VAVisionConfig
 from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle
 from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model
 
@@ -158,6 +161,12 @@ class Sa2VAVisionModel(InternVLVisionModel):
     """transformers' InternViT under a name of its own, so that the layout rules below hold only inside Sa2VA."""
 
 
+class Sa2VAInternLM2ForCausalLM(LlamaForCausalLM):
+    """InternLM2 is Llama; the layout rules below, which this name stands for, read and write its checkpoints."""
+
+    config_class = Sa2VAInternLM2Config
+
+
 class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     """Chat, referring segmentation and grounded captions on images and videos.
 
@@ -212,7 +221,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         hidden_size = config.llm_config.hidden_size
         vision_width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
         self.vision_model = Sa2VAVisionModel._from_config(_internvl_config(config.vision_config))
-        self.language_model = AutoModelForCausalLM.from_config(config.llm_config)
+        self.language_model = _language_model(config.llm_config)
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(vision_width),
             nn.Linear(vision_width, hidden_size),
@@ -705,7 +714,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         end = "" if prediction.endswith(tuple(processor.stop_words)) else processor.stop_words[0]
         return Answer(
             prediction=prediction,
-            past_text=f"{inputs.prompt}{prediction}{end}\n",
+            past_text=f"{inputs.prompt}{processor.decode_continuation(inputs.input_ids, new_ids)}{end}\n",
             phrases=processor.phrases(prediction) if inputs.frames is not None else [],
             prompts=self.text_hidden_fcs(states if inputs.frames is not None else states[:0]),
         )
@@ -989,6 +998,13 @@ def _token_id(tokenizer, token: str) -> int | None:
     return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token else None
 
 
+def _language_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A language model with weights yet to be loaded."""
+    if isinstance(config, Sa2VAInternLM2Config):
+        return Sa2VAInternLM2ForCausalLM._from_config(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
 def _internvl_config(config: Sa2VAVisionConfig) -> InternVLVisionConfig:
     """The released description of InternViT in transformers' terms."""
     return InternVLVisionConfig(
@@ -1128,6 +1144,56 @@ def _mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(union > 0, overlap / union.clamp(min=1), 1.0)
 
 
+class SplitGroupedHeads(ConversionOps):
+    """InternLM2's fused attention -> queries, keys and values.
+
+    The rows of `wqkv` [(heads + 2 * kv_heads) * head_dim, ...] are, for every key-value head, its query heads, then its
+    key, then its value.
+    """
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs) -> dict[str, Tensor]:
+        """Called by transformers with one tensor (weight or bias), and the names of the three."""
+        (fused,) = _tensors(input_dict, source_patterns)
+        kv_heads, group = _head_groups(config)
+        heads = fused.unflatten(0, (kv_heads, group + 2, -1))  # [kv_heads, group + 2, head_dim, ...]
+        parts = heads.split((group, 1, 1), dim=1)
+        return {name: part.flatten(0, 2).contiguous() for name, part in zip(target_patterns, parts, strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """What saving does."""
+        return FuseGroupedHeads()
+
+
+class FuseGroupedHeads(ConversionOps):
+    """The reverse of `SplitGroupedHeads`."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, config, **kwargs) -> dict[str, Tensor]:
+        """Called by transformers with queries, keys and values, and the name of the fused tensor."""
+        kv_heads, group = _head_groups(config)
+        parts = zip(_tensors(input_dict, source_patterns), (group, 1, 1), strict=True)
+        heads = [part.unflatten(0, (kv_heads, count, -1)) for part, count in parts]
+        return {target_patterns[0]: torch.cat(heads, dim=1).flatten(0, 2)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """What loading does."""
+        return SplitGroupedHeads()
+
+
+def _head_groups(config: PreTrainedConfig) -> tuple[int, int]:
+    """How many key-value heads a language model has, and how many query heads share each."""
+    config = config.get_text_config()
+    return config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+
+
+def _tensors(input_dict: dict[str, Any], names: Sequence[str]) -> list[Tensor]:
+    """What transformers collected under these names: a tensor each, when loading in a list of one."""
+    return [found[0] if isinstance(found, list) else found for found in (input_dict[name] for name in names)]
+
+
 # What the released checkpoints call things, and what the libraries do. Reversed when saving.
 register_checkpoint_conversion_mapping(
     "Sa2VAVisionModel",
@@ -1151,6 +1217,25 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,
 )
+register_checkpoint_conversion_mapping(
+    "Sa2VAInternLM2ForCausalLM",
+    [
+        WeightRenaming("model.tok_embeddings", "model.embed_tokens"),
+        WeightRenaming("attention.wo", "self_attn.o_proj"),
+        WeightRenaming("feed_forward.w1", "mlp.gate_proj"),
+        WeightRenaming("feed_forward.w3", "mlp.up_proj"),
+        WeightRenaming("feed_forward.w2", "mlp.down_proj"),
+        WeightRenaming("attention_norm", "input_layernorm"),
+        WeightRenaming("ffn_norm", "post_attention_layernorm"),
+        WeightRenaming("output", "lm_head"),
+        WeightConverter(
+            "attention.wqkv",
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            operations=[SplitGroupedHeads()],
+        ),
+    ],
+    overwrite=True,
+)
 for _name in ("Sa2VAChatModel", "Sa2VAChatModelQwen"):
     register_checkpoint_conversion_mapping(_name, [WeightRenaming("g_weight", "gamma")], overwrite=True)
 
@@ -1158,6 +1243,7 @@ __all__ = [
     "Sa2VAChatModel",
     "Sa2VAChatModelQwen",
     "Sa2VAFrame",
+    "Sa2VAInternLM2ForCausalLM",
     "Sa2VAOutput",
     "Sa2VATrainingOutput",
     "Sa2VAVisionModel",

@@ -3,6 +3,7 @@
 * `load_image`     a picture of any kind -> RGB
 * `open_video`     a video of any kind -> `VideoFrames`, decoded one at a time; `select_key_frames` picks some
 * `Sa2VAProcessor` picture + words -> `Sa2VAInputs`; frames -> SAM 2's input; logits -> masks; answer -> phrases
+* `InternLM2Tokenizer` the tokenizer that Sa2VA-8B and -26B ship as a SentencePiece model
 * `masks_to_rle`, `rle_to_masks`, `draw_overlay`: masks for files and for eyes
 
 Tiling follows InternVL 1.5 (arXiv 2404.16821, "dynamic high resolution"); prompts and SAM 2's input follow
@@ -10,6 +11,7 @@ the released Sa2VA (arXiv 2501.04001).
 """
 
 import colorsys
+import io
 import itertools
 import math
 import os
@@ -22,16 +24,17 @@ from functools import partial
 from operator import index as as_index
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
 
-from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAChatConfigQwen
+from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAInternLM2Config
 
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow stops too: a guard against decompression bombs
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in [0, 1]
@@ -572,6 +575,191 @@ def _constants(dtype: torch.dtype, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
+# ------------------------------------------------------------------------------------------------------ tokenizers
+
+
+class InternLM2Tokenizer(TokenizersBackend):
+    """Tokenizer of the checkpoints around InternLM2 (Sa2VA-8B, -26B), fast and under the name they give to theirs.
+
+    They ship a SentencePiece model, `tokenizer.model`, and slow Python code that today's transformers can't run. The
+    model is converted when loaded; `save_pretrained` writes `tokenizer.json`, which is read from then on.
+
+    Text is cut at added tokens and every piece begins with a space of its own, so decoding does not just join tokens:
+    see `_decode`.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict[str, Any]:
+        """transformers' hook between a folder's files and the constructor's arguments.
+
+        Raises:
+            ValueError: `tokenizer.model` is no SentencePiece model of the kind that InternLM2 uses.
+        """
+        kwargs.pop("auto_map", None)  # the checkpoint's own code, not needed
+        if kwargs.get("tokenizer_file") or not kwargs.get("vocab_file"):
+            return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
+        model = SentencePieceModel.read(kwargs["vocab_file"])
+        kwargs["tokenizer_object"] = model.to_tokenizer(kwargs.get("added_tokens_decoder") or {})
+        kwargs.setdefault("add_bos_token", True)
+        return kwargs
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        spaces_between_special_tokens: bool = True,
+        **kwargs,
+    ) -> str:
+        """What `decode` does with one sequence.
+
+        Args:
+            token_ids: ids, or one.
+            skip_special_tokens: leave special tokens out.
+            spaces_between_special_tokens: put spaces around added tokens, as the released code does:
+                `Sure,  [SEG] . <|im_end|>`. False gives text that is encoded to the same ids.
+        """
+        added, size = self.added_tokens_decoder, len(self)
+        skipped = {i for i, token in added.items() if token.special} if skip_special_tokens else set()
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        ids = [i for i in ids if i < size and i not in skipped]  # a model may have more rows than there are tokens
+        if not spaces_between_special_tokens:
+            return "".join(text for _, text in self._runs(ids))
+        runs = [(kind, list(run)) for kind, run in itertools.groupby(ids, lambda i: i >= self.vocab_size)]
+        texts = (" ".join(added[i].content for i in run) if kind else self._released_text(run) for kind, run in runs)
+        return " ".join(filter(None, texts))
+
+    def _released_text(self, ids: list[int]) -> str:
+        """Text of tokens that the SentencePiece model has; one space before special ones and the words they end."""
+        text = ""
+        runs = self._runs(ids)
+        for index, (is_special, words) in enumerate(runs):
+            has_space = index == 0 if is_special else index + 1 < len(runs)
+            text += f" {words}" if has_space else words
+        return self.clean_up_tokenization(text)
+
+    def _runs(self, ids: list[int]) -> list[tuple[bool, str]]:
+        """Texts of neighbours of a kind: added tokens (True) as they are, words without the space they begin with."""
+        runs = [(kind, list(run)) for kind, run in itertools.groupby(ids, self.added_tokens_decoder.__contains__)]
+        tokens = ((kind, self.convert_ids_to_tokens(run)) for kind, run in runs)
+        return [(kind, "".join(run) if kind else self.convert_tokens_to_string(run)) for kind, run in tokens]
+
+
+class Piece(NamedTuple):
+    """A word or part of one in a SentencePiece model; `kind` is 1 for those that text is made of."""
+
+    text: str
+    score: float
+    kind: int
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """A byte-pair encoding made by SentencePiece, as its file (`tokenizer.model`) describes it.
+
+    Attributes:
+        pieces: by id.
+        characters: normalisation of characters, compiled; empty if there is none.
+        adds_prefix: whether a space is put before every text.
+        collapses_spaces: whether spaces at the ends go away, and several become one.
+    """
+
+    pieces: list[Piece]
+    characters: bytes = b""
+    adds_prefix: bool = True
+    collapses_spaces: bool = True
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "SentencePieceModel":
+        """Reads a file, which is a protocol-buffer message; field numbers are those of `sentencepiece_model.proto`.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it holds something else, for instance a Git LFS pointer.
+        """
+        try:
+            fields = list(_message_fields(Path(path).read_bytes()))
+            trainer, normalizer = (dict(_message_fields(dict(fields)[number])) for number in (2, 3))
+            pieces = [_piece(dict(_message_fields(value))) for number, value in fields if number == 1]
+        except (KeyError, TypeError, UnicodeDecodeError, struct.error) as error:
+            raise ValueError(f"{str(path)!r} is no SentencePiece model. Download the file again.") from error
+        if trainer.get(3) != 2:
+            raise ValueError(f"{str(path)!r} is a SentencePiece model, but no byte-pair encoding as InternLM2 has it.")
+        return cls(pieces, normalizer.get(2, b""), bool(normalizer.get(3, True)), bool(normalizer.get(4, True)))
+
+    def to_tokenizer(self, added: Mapping[int, AddedToken]) -> Tokenizer:
+        """The same encoding for the `tokenizers` library.
+
+        Args:
+            added: tokens that are not in the model, or take a piece's place, by id.
+
+        Raises:
+            ValueError: the ids of added tokens leave a gap.
+        """
+        names = [str(added.get(i, piece.text)) for i, piece in enumerate(self.pieces)]
+        vocab = {name: i for i, name in enumerate(names)}
+        unknown = next((name for name, piece in zip(names, self.pieces, strict=True) if piece.kind == 2), None)
+        bpe = models.BPE(vocab, self._merges(), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        tokenizer = Tokenizer(bpe)
+        tokenizer.normalizer = normalizers.Sequence(self._normalizers())
+        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        strips = self.adds_prefix or self.collapses_spaces
+        tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if strips else [])])
+        for token_id, token in sorted(added.items()):
+            tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
+            if tokenizer.token_to_id(token.content) != token_id:
+                raise ValueError(
+                    f"Added token {token.content!r} has id {token_id}, but the next free one is "
+                    f"{tokenizer.get_vocab_size() - 1}. Complete added_tokens_decoder in tokenizer_config.json."
+                )
+        return tokenizer
+
+    def _normalizers(self) -> list[normalizers.Normalizer]:
+        steps = [normalizers.Precompiled(self.characters)] if self.characters else []
+        if self.collapses_spaces:
+            steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        prefix = [normalizers.Prepend("\u2581")] if self.adds_prefix else []
+        return [*steps, *prefix, normalizers.Replace(" ", "\u2581")]
+
+    def _merges(self) -> list[tuple[str, str]]:
+        """Pairs of pieces that make up a piece, those of the highest score first."""
+        pieces = sorted((piece for piece in self.pieces if piece.kind == 1), key=lambda piece: -piece.score)
+        known = {piece.text for piece in pieces}
+        cuts = ((text[:i], text[i:]) for text, _, _ in pieces for i in range(1, len(text)))
+        return [(left, right) for left, right in cuts if left in known and right in known]
+
+
+def _piece(fields: Mapping[int, Any]) -> Piece:
+    (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
+    return Piece(fields[1].decode(), score, fields.get(3, 1))
+
+
+def _message_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Numbers and values of a protocol-buffer message's fields; what is no integer stays bytes."""
+    stream = io.BytesIO(message)
+    while key := _variable_length_integer(stream):
+        if (kind := key & 7) == 0:
+            yield key >> 3, _variable_length_integer(stream)
+        else:
+            yield key >> 3, stream.read(_variable_length_integer(stream) if kind == 2 else {1: 8, 5: 4}[kind])
+
+
+def _variable_length_integer(stream: io.BytesIO) -> int:
+    """The next integer of a message, 7 bits a byte, lowest first; 0 at the end."""
+    value = 0
+    for shift in itertools.count(0, 7):
+        byte = int.from_bytes(stream.read(1), "little")
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value
+    return value
+
+
+# By the name in their tokenizer_config.json, so that AutoTokenizer takes it rather than the code it points to.
+AutoTokenizer.register(Sa2VAInternLM2Config, InternLM2Tokenizer, exist_ok=True)
+
+
 # ------------------------------------------------------------------------------------------------------- processor
 
 
@@ -981,6 +1169,21 @@ class Sa2VAProcessor(ProcessorMixin):
             raise ValueError(f"mask_threshold={mask_threshold} is a probability: give a number between 0 and 1.")
         return logits.sigmoid() > mask_threshold
 
+    def decode_continuation(self, prompt_ids: Tensor, new_ids: Tensor) -> str:
+        """Text of generated tokens that, put behind the prompt, is tokenized to the same ids again.
+
+        `decode` alone may not give that: InternLM2's tokenizer drops a space in front of the first word and adds some
+        around special tokens.
+
+        Args:
+            prompt_ids: int64 [1, L].
+            new_ids: int64 [n], what followed.
+        """
+        last = prompt_ids[0, -1:].tolist()
+        exactly = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
+        whole = self.tokenizer.decode(last + new_ids.tolist(), **exactly)
+        return whole.removeprefix(self.tokenizer.decode(last, **exactly))
+
     def phrases(self, prediction: str) -> list[str]:
         """What each `[SEG]` of an answer stands for.
 
@@ -1289,6 +1492,7 @@ def _shorten(text: str, fits: Callable[[str], bool]) -> str:
 
 __all__ = [
     "TEMPLATES",
+    "InternLM2Tokenizer",
     "PromptTemplate",
     "Sa2VAInputs",
     "Sa2VAProcessor",

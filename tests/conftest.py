@@ -51,7 +51,10 @@ class GoldenFamily:
         """A recorded call."""
         meta = self.meta[name]
         arrays = {key.partition("__")[2]: self.arrays[key] for key in self.arrays if key.startswith(f"{name}__")}
-        return GoldenCase(name, {"text": meta["text"], **self._picture(name, meta)}, meta, arrays)
+        arguments = {"text": meta["text"], **self._picture(name, meta)}
+        if not meta["input"] and meta["past_text"]:  # beside a picture the recording only describes it
+            arguments["past_text"] = meta["past_text"]
+        return GoldenCase(name, arguments, meta, arrays)
 
     def _picture(self, name: str, meta: dict[str, Any]) -> dict[str, Any]:
         pixels = self.inputs[self.INPUTS.get(name, self.INPUTS.get(name.partition("_")[0], "imgA"))]

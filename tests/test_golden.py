@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, GoldenFamily
+from transformers import AutoModel
 
-CASES = GoldenFamily("ivl_qwen2").cases
-PICTURES = [name for name in CASES if name != "text_only"]
-WITH_MASKS = [name for name in CASES if GoldenFamily("ivl_qwen2").meta[name]["n_masks"]]
+FAMILIES = ("ivl_qwen2", "ivl_internlm2")
+CASES = [(family, name) for family in FAMILIES for name in GoldenFamily(family).cases]
 TOLERANCE, TRACKED_TOLERANCE, RELATIVE = 2e-4, 1e-3, 2e-4
+
+
+def cases_with(*fields):
+    """Parametrizes a test over the cases of all families that record all of these fields."""
+    recorded = {family: GoldenFamily(family).arrays for family in FAMILIES}
+    keys = [key for key in CASES if all(f"{key[1]}__{field}" in recorded[key[0]] for field in fields)]
+    return pytest.mark.parametrize("key", keys, ids="-".join)
 
 
 class Recorder:
@@ -38,73 +45,82 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def runs(golden, golden_model, golden_processor):
+def models(golden_model):
+    """The checkpoint of every family, ready to predict."""
+    others = {name: AutoModel.from_pretrained(GOLDEN / name, dtype=torch.float32).eval() for name in FAMILIES[1:]}
+    return {"ivl_qwen2": golden_model, **others}
+
+
+@pytest.fixture(scope="module")
+def runs(models):
     """Every case, run once: (case, prepared inputs, output, recorder)."""
     results = {}
-    for name in CASES:
-        case = golden.case(name)
-        with Recorder(golden_model) as recorder:
-            output = golden_model.predict_forward(**case.arguments, return_mask_logits=True)
-        results[name] = (case, golden_processor.prepare(**case.arguments), output, recorder)
+    for family, name in CASES:
+        case, model = GoldenFamily(family).case(name), models[family]
+        with Recorder(model) as recorder:
+            output = model.predict_forward(**case.arguments, return_mask_logits=True)
+        results[family, name] = (case, model.load_processor().prepare(**case.arguments), output, recorder)
     return results
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_input_ids_are_equal(runs, name):
-    case, inputs, _, _ = runs[name]
+@cases_with("input_ids")
+def test_input_ids_are_equal(runs, key):
+    case, inputs, _, _ = runs[key]
     np.testing.assert_array_equal(inputs.input_ids[0].numpy(), case.arrays["input_ids"])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_text_is_equal(runs, name):
-    case, _, output, _ = runs[name]
+@cases_with()
+def test_text_is_equal(runs, key):
+    case, _, output, _ = runs[key]
     assert output["prediction"] == case.meta["prediction"]
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_pixel_values_are_equal(runs, name):
-    case, inputs, _, _ = runs[name]
+@cases_with("pv_sub")
+def test_pixel_values_are_equal(runs, key):
+    case, inputs, _, _ = runs[key]
     np.testing.assert_allclose(inputs.pixel_values[:, :, ::56, ::56], case.arrays["pv_sub"], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_sam2_frames_are_equal(runs, golden_processor, name):
-    case, inputs, _, _ = runs[name]
-    pixels = golden_processor.grounding_pixel_values(list(inputs.frames), is_video=inputs.is_video)
+@cases_with("gp_sub")
+def test_sam2_frames_are_equal(runs, models, key):
+    case, inputs, _, _ = runs[key]
+    processor = models[key[0]].load_processor()
+    pixels = processor.grounding_pixel_values(list(inputs.frames), is_video=inputs.is_video)
     np.testing.assert_allclose(pixels[:, :, ::32, ::32], case.arrays["gp_sub"], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_image_features_are_close(runs, name):
-    case, _, _, recorder = runs[name]
+@cases_with("vit_sub")
+def test_image_features_are_close(runs, key):
+    case, _, _, recorder = runs[key]
     np.testing.assert_allclose(
         recorder.image_features[0][:, ::16], case.arrays["vit_sub"], atol=TOLERANCE, rtol=RELATIVE
     )
 
 
-@pytest.mark.parametrize("name", WITH_MASKS)
-def test_seg_states_are_close(runs, name):
-    case, _, _, recorder = runs[name]
+@cases_with("seg_hidden")
+def test_seg_states_are_close(runs, key):
+    case, _, _, recorder = runs[key]
     np.testing.assert_allclose(recorder.seg_hidden[0], case.arrays["seg_hidden"], atol=TOLERANCE, rtol=RELATIVE)
 
 
-@pytest.mark.parametrize("name", WITH_MASKS)
-def test_prompt_vectors_are_close(runs, name):
-    case, _, _, recorder = runs[name]
+@cases_with("seg_emb")
+def test_prompt_vectors_are_close(runs, key):
+    case, _, _, recorder = runs[key]
     np.testing.assert_allclose(recorder.seg_embeds[0], case.arrays["seg_emb"], atol=TOLERANCE, rtol=RELATIVE)
 
 
-def low_res_predictions(model, processor, case, prompts):
+def low_res_predictions(model, case, prompts):
     """Every frame's `MaskPrediction` of the objects of a case."""
+    processor = model.load_processor()
     inputs = processor.prepare(**case.arguments)
     with torch.no_grad():
         return [prediction for _, prediction in model._track(inputs, processor, prompts, iter(inputs.frames))]
 
 
-@pytest.mark.parametrize("name", WITH_MASKS)
-def test_low_res_logits_pointers_and_scores_are_close(runs, golden_model, golden_processor, name):
-    case, _, _, recorder = runs[name]
-    predictions = low_res_predictions(golden_model, golden_processor, case, recorder.seg_embeds[0])
+@cases_with("low0", "ptr0", "dec0")
+def test_low_res_logits_pointers_and_scores_are_close(runs, models, key):
+    case, _, _, recorder = runs[key]
+    predictions = low_res_predictions(models[key[0]], case, recorder.seg_embeds[0])
     for frame, prediction in enumerate(predictions):
         atol = TOLERANCE if case.meta["frames_meta"][frame][1] else TRACKED_TOLERANCE
         for i in range(case.meta["n_masks"]):
@@ -117,16 +133,16 @@ def test_low_res_logits_pointers_and_scores_are_close(runs, golden_model, golden
             np.testing.assert_allclose(prediction.object_scores[i], object_score, atol=atol, rtol=RELATIVE)
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_MASKS if name != "img2seg" and name != "imgD1seg"])
-def test_full_size_logits_are_close(runs, name):
-    case, _, output, _ = runs[name]
+@cases_with("final_logits0")
+def test_full_size_logits_are_close(runs, key):
+    case, _, output, _ = runs[key]
     for i, logits in enumerate(output.mask_logits):
         np.testing.assert_allclose(logits, case.arrays[f"final_logits{i}"], atol=TRACKED_TOLERANCE, rtol=RELATIVE)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_masks_are_equal(runs, name):
-    case, _, output, _ = runs[name]
+@cases_with()
+def test_masks_are_equal(runs, key):
+    case, _, output, _ = runs[key]
     assert len(output["prediction_masks"]) == case.meta["n_masks"]
     for i, mask in enumerate(output["prediction_masks"]):
         assert mask.dtype == np.bool_ and list(mask.shape) == case.meta["mask_shapes"][i]
@@ -134,20 +150,18 @@ def test_masks_are_equal(runs, name):
         assert (mask & recorded).sum() / (mask | recorded).sum() >= 0.999
 
 
-def test_without_the_bf16_memory_cast_tracked_logits_are_those_of_the_uncast_recording(
-    runs, golden_model, golden_processor, monkeypatch
-):
-    case, _, _, recorder = runs["vid8_1seg"]
+def test_without_the_bf16_memory_cast_tracked_logits_are_those_of_the_uncast_recording(runs, golden_model, monkeypatch):
+    case, _, _, recorder = runs["ivl_qwen2", "vid8_1seg"]
     recorded = np.load(GOLDEN / "ivl_qwen2" / "golden_vid8_1seg_fp32mem.npz")["low0"]
     monkeypatch.setattr(golden_model.grounding_encoder.config, "memory_dtype", None)
-    uncast = low_res_predictions(golden_model, golden_processor, case, recorder.seg_embeds[0])
+    uncast = low_res_predictions(golden_model, case, recorder.seg_embeds[0])
     for frame, prediction in enumerate(uncast):
         np.testing.assert_allclose(prediction.logits[0], recorded[frame], atol=TRACKED_TOLERANCE, rtol=RELATIVE)
     assert np.abs(case.arrays["low0"][5:] - recorded[5:]).max() > 4e-3  # so the cast is what the two differ by
 
 
 def test_memory_features_are_close(runs, golden_model, golden_processor):
-    case, inputs, _, recorder = runs["vid8_1seg"]
+    case, inputs, _, recorder = runs["ivl_qwen2", "vid8_1seg"]
     frames = list(inputs.frames)[:5]
     pixels = golden_processor.grounding_pixel_values(frames, is_video=True)
     with torch.no_grad():
