@@ -194,10 +194,6 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Sa2VAChatConfig):
         super().__init__(config)
-        if config.grounding_config.separate_prompt_decoder:
-            raise ValueError(
-                "This is a Sa2VA-i checkpoint: its second mask decoder is not supported yet. Use a Sa2VA checkpoint."
-            )
         self._build_language_side(config)
         hidden_size = config.get_text_config().hidden_size
         self.grounding_encoder = Sam2Decoder(config.grounding_config)
@@ -801,7 +797,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             for index, frame in enumerate(frames):
                 yield index, decoder.decode(decoder.encode(pixel_values(frame)), prompts)
             return
-        state = decoder.condition(((index, pixel_values(frame)) for index, frame in keys), prompts)
+        state = decoder.condition(((index, pixel_values(frame)) for index, frame in keys), prompts, inputs.size)
         yield from decoder.propagate(state, frames, pixel_values)
 
 

@@ -9,10 +9,13 @@
 Behaviour follows the released Sa2VA: every key frame is prompted with the language vector and becomes a conditioning
 frame; the others are tracked by SAM 2's memory (SAM 2, arXiv 2408.00714; `sam2/modeling/sam2_base.py`). Unlike there,
 masks are never blanked by a negative object score.
+
+Sa2VA-i (`separate_prompt_decoder`) prompts a mask decoder of its own, cuts its masks out at the size of the video and
+gives them to SAM 2 as a user's masks; from there on it is plain SAM 2, blanking included.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +28,7 @@ from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, Memory
 from sam2.modeling.position_encoding import PositionEmbeddingSine, apply_rotary_enc, compute_axial_cis
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import Attention, RoPEAttention, TwoWayTransformer
-from sam2.modeling.sam2_base import SAM2Base
+from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -131,6 +134,24 @@ def _build_memory_encoder(config: Sa2VAGroundingConfig) -> MemoryEncoder:
     )
 
 
+def _build_mask_decoder(config: Sa2VAGroundingConfig) -> MaskDecoder:
+    return MaskDecoder(
+        num_multimask_outputs=3,
+        transformer=TwoWayTransformer(
+            depth=2, embedding_dim=config.d_model, mlp_dim=config.mask_decoder_mlp_dim, num_heads=8
+        ),
+        transformer_dim=config.d_model,
+        iou_head_depth=3,
+        iou_head_hidden_dim=config.iou_head_hidden_dim,
+        use_high_res_features=True,
+        iou_prediction_use_sigmoid=True,
+        pred_obj_scores=True,
+        pred_obj_scores_mlp=True,
+        use_multimask_token_for_obj_ptr=True,
+        dynamic_multimask_via_stability=True,
+    )
+
+
 class Sam2Model(SAM2Base):
     """SAM 2.0's networks and parameter names, sized by the config (keys as in the released checkpoints)."""
 
@@ -159,21 +180,14 @@ class Sam2Model(SAM2Base):
             use_mlp_for_obj_ptr_proj=True,
         )
         # SAM2Base writes the widths of the released decoder into its own; other sizes need this one.
-        self.sam_mask_decoder = MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=TwoWayTransformer(
-                depth=2, embedding_dim=config.d_model, mlp_dim=config.mask_decoder_mlp_dim, num_heads=8
-            ),
-            transformer_dim=config.d_model,
-            iou_head_depth=3,
-            iou_head_hidden_dim=config.iou_head_hidden_dim,
-            use_high_res_features=True,
-            iou_prediction_use_sigmoid=True,
-            pred_obj_scores=True,
-            pred_obj_scores_mlp=True,
-            use_multimask_token_for_obj_ptr=True,
-            dynamic_multimask_via_stability=True,
-        )
+        self.sam_mask_decoder = _build_mask_decoder(config)
+        if config.separate_prompt_decoder:
+            self.sam_mask_decoder_modified = _build_mask_decoder(config)
+
+    @property
+    def prompt_decoder(self) -> MaskDecoder:
+        """The mask decoder that answers language prompts."""
+        return getattr(self, "sam_mask_decoder_modified", self.sam_mask_decoder)
 
 
 @dataclass(frozen=True)
@@ -184,16 +198,21 @@ class FrameFeatures:
         vision_features: [T, D, h, w], stride 16.
         vision_pos_embeds: [1, D, h, w], equal for all frames.
         high_res_features: [T, D/8, 4h, 4w] and [T, D/4, 2h, 2w], as the mask decoder adds them.
+        prompt_high_res_features: the same for the decoder that answers prompts, where that is another one.
     """
 
     vision_features: Tensor
     vision_pos_embeds: Tensor
     high_res_features: tuple[Tensor, Tensor]
+    prompt_high_res_features: tuple[Tensor, Tensor]
 
-    def rows(self, index: Tensor) -> "FrameFeatures":
+    def rows(self, index: Tensor | slice) -> "FrameFeatures":
         """The features of frames `index` (int64 [N]), a row each."""
         high_res = tuple(level[index] for level in self.high_res_features)
-        return FrameFeatures(self.vision_features[index], self.vision_pos_embeds, high_res)
+        prompt = high_res
+        if self.prompt_high_res_features is not self.high_res_features:
+            prompt = tuple(level[index] for level in self.prompt_high_res_features)
+        return FrameFeatures(self.vision_features[index], self.vision_pos_embeds, high_res, prompt)
 
 
 @dataclass(frozen=True)
@@ -333,18 +352,25 @@ class Sam2Decoder(nn.Module):
         groups = self._groups(len(prompts))
         return MaskPrediction.cat([self("decode", _rows(features, g), prompts[g], output_all_masks) for g in groups])
 
-    def condition(self, key_frames: Iterable[tuple[int, Tensor]], prompts: Tensor) -> TrackingState:
+    def condition(
+        self,
+        key_frames: Iterable[tuple[int, Tensor]],
+        prompts: Tensor,
+        frame_size: tuple[int, int] | None = None,
+    ) -> TrackingState:
         """Prompts N objects on every key frame, without memory, and remembers the result.
 
         Args:
             key_frames: (frame index, normalised frame [1, 3, S, S]), read one at a time; each is encoded once.
             prompts: [N, D].
+            frame_size: (h, w) of the video, at which Sa2VA-i cuts masks out before it tracks them; None takes S x S.
         """
         groups = self._groups(len(prompts))
         banks = [MemoryBank(self.config.num_maskmem, self.config.max_object_pointers) for _ in groups]
         predictions = {}
         for index, pixel_values in key_frames:
-            predictions[index] = self("condition_frame", index, pixel_values, [prompts[g] for g in groups], banks)
+            groups_of_prompts = [prompts[g] for g in groups]
+            predictions[index] = self("condition_frame", index, pixel_values, groups_of_prompts, banks, frame_size)
         return TrackingState(banks, predictions)
 
     def propagate(
@@ -403,23 +429,69 @@ class Sam2Decoder(nn.Module):
         output = self.sam2_model.image_encoder(frames)
         # The neck sums its top-down level in float32 whatever the model's dtype.
         high, middle, low = (level.to(frames.dtype) for level in output["backbone_fpn"])
-        decoder = self.sam2_model.sam_mask_decoder
         position = output["vision_pos_enc"][-1][:1].to(frames.dtype)
-        return FrameFeatures(low, position, (decoder.conv_s0(high), decoder.conv_s1(middle)))
+        decoders = (self.sam2_model.sam_mask_decoder, self.sam2_model.prompt_decoder)
+        high_res = {id(d): (d.conv_s0(high), d.conv_s1(middle)) for d in decoders}
+        return FrameFeatures(low, position, *(high_res[id(d)] for d in decoders))
 
     def _decode(self, features: FrameFeatures, prompts: Tensor, output_all_masks: bool = False) -> MaskPrediction:
         no_memory = self.sam2_model.no_mem_embed.reshape(1, -1, 1, 1)
         return self._predict_masks(features, features.vision_features + no_memory, prompts, output_all_masks)
 
     def _condition_frame(
-        self, index: int, pixel_values: Tensor, prompts: list[Tensor], banks: list[MemoryBank]
+        self,
+        index: int,
+        pixel_values: Tensor,
+        prompts: list[Tensor],
+        banks: list[MemoryBank],
+        frame_size: tuple[int, int] | None,
     ) -> MaskPrediction:
         features = self._encode(pixel_values)
         parts = []
         for group, bank in zip(prompts, banks, strict=True):
-            parts.append(self._decode(features, group))
+            parts.append(self._to_track(features, self._decode(features, group), frame_size))
             bank.conditioning[index] = self._remember(features, parts[-1], bank)
         return MaskPrediction.cat(parts)
+
+    def _to_track(
+        self, features: FrameFeatures, prediction: MaskPrediction, frame_size: tuple[int, int] | None = None
+    ) -> MaskPrediction:
+        """What SAM 2 tracks of a prompted frame: the prediction itself, or for Sa2VA-i its mask, as if a user drew it.
+
+        The plain decoder then only makes the object pointer (`SAM2Base._use_mask_as_output`). The scores stay those of
+        the decoder that was prompted.
+        """
+        if not self.config.separate_prompt_decoder:
+            return prediction
+        side = (self.config.image_size,) * 2
+        cut_out = F.interpolate(prediction.logits, size=frame_size or side, mode="bilinear", align_corners=False) > 0
+        masks = F.interpolate(cut_out.float(), size=side, mode="bilinear", align_corners=False, antialias=True) >= 0.5
+        masks = masks.to(features.vision_features.dtype)
+        logits = F.interpolate(
+            20.0 * masks.float() - 10.0,
+            size=prediction.logits.shape[-2:],
+            mode="bilinear",
+            align_corners=False,
+            antialias=True,
+        )
+        appears = masks.flatten(1).any(dim=1, keepdim=True).to(masks.dtype)
+        pointers = appears * self._mask_pointers(features, masks) + (1 - appears) * self.sam2_model.no_obj_ptr
+        return replace(prediction, logits=logits, object_pointers=pointers)
+
+    def _mask_pointers(self, features: FrameFeatures, masks: Tensor) -> Tensor:
+        """Object pointers [N, D] of masks [N, 1, S, S] given as prompts, from the plain decoder's single-mask token."""
+        model = self.sam2_model
+        dense = model.sam_prompt_encoder.mask_downscaling(model.mask_downsample(masks))
+        _, _, tokens, object_scores = model.sam_mask_decoder(
+            image_embeddings=features.vision_features,
+            image_pe=self._dense_position(features.vision_features),
+            sparse_prompt_embeddings=self._sparse_prompts(len(masks), None),
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+            repeat_image=len(features.vision_features) != len(masks),
+            high_res_features=list(features.high_res_features),
+        )
+        return self._object_pointers(tokens[:, 0], object_scores)
 
     def _track_frame(self, index: int, pixel_values: Tensor, banks: list[MemoryBank], reverse: bool) -> MaskPrediction:
         features = self._encode(pixel_values)
@@ -445,8 +517,10 @@ class Sam2Decoder(nn.Module):
                 conditioned = self._attend(rows, bank, t, reverse=False)
                 predictions.append(self._predict_masks(rows, conditioned, output_all_masks=True))
             if num_key_frames < length and t < length - 1:
-                memory = self._remember(rows, predictions[-1], bank)
-                bank.conditioning.update({t: memory}) if t < num_key_frames else bank.add(t, memory)
+                if t < num_key_frames:
+                    bank.conditioning[t] = self._remember(rows, self._to_track(rows, predictions[-1]), bank)
+                else:
+                    bank.add(t, self._remember(rows, predictions[-1], bank))
         return predictions
 
     def _predict_masks(
@@ -457,17 +531,21 @@ class Sam2Decoder(nn.Module):
         output_all_masks: bool = False,
     ) -> MaskPrediction:
         """Runs the mask decoder on `image_embeddings` [1 or N, D, h, w], with a language token if there are prompts."""
-        num_objects = len(image_embeddings) if prompts is None else len(prompts)
-        masks, iou_scores, tokens, object_scores = self.sam2_model.sam_mask_decoder(
+        tracked = prompts is None
+        num_objects = len(image_embeddings) if tracked else len(prompts)
+        model = self.sam2_model
+        masks, iou_scores, tokens, object_scores = (model.sam_mask_decoder if tracked else model.prompt_decoder)(
             image_embeddings=image_embeddings,
             image_pe=self._dense_position(image_embeddings),
             sparse_prompt_embeddings=self._sparse_prompts(num_objects, prompts),
-            dense_prompt_embeddings=self.sam2_model.sam_prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1),
+            dense_prompt_embeddings=model.sam_prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1),
             multimask_output=True,
             repeat_image=len(image_embeddings) != num_objects,
-            high_res_features=list(features.high_res_features),
+            high_res_features=list(features.high_res_features if tracked else features.prompt_high_res_features),
         )
         masks, iou_scores = masks.float(), iou_scores.float()
+        if tracked and self.config.separate_prompt_decoder:
+            masks = torch.where(object_scores[..., None, None] > 0, masks, NO_OBJ_SCORE)
         each = torch.arange(num_objects, device=masks.device)
         best = iou_scores.argmax(dim=-1)
         return MaskPrediction(
@@ -540,8 +618,7 @@ def _rows(features: FrameFeatures, group: slice) -> FrameFeatures:
     """The rows of a group of objects; a frame shared by all objects stays whole."""
     if len(features.vision_features) == 1:
         return features
-    high_res = tuple(level[group] for level in features.high_res_features)
-    return FrameFeatures(features.vision_features[group], features.vision_pos_embeds, high_res)
+    return features.rows(group)
 
 
 def _tokens(feature_map: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ class GoldenCase:
     meta: dict[str, Any]
     arrays: dict[str, np.ndarray]
 
+    def decoder_row(self, row: int) -> int:
+        """Row of "dec" that scores row `row` of "low"; Sa2VA-i prompts all key frames in another decoder first."""
+        key_frames = len(self.meta.get("sample_idx", ()))
+        return row if row < key_frames else row + key_frames
+
     def mask(self, index: int) -> np.ndarray:
         """The recorded mask of `[SEG]` number `index`: bool [frames, h, w]."""
         shape = tuple(self.arrays[f"mask{index}_shape"])
