@@ -11,6 +11,7 @@ loading and saving.
 """
 
 import copy
+import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -46,6 +47,8 @@ logger = logging.get_logger(__name__)
 IGNORE_INDEX = -100
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
+# transformers 5.24 gave the key-value cache of every model a new name.
+_CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 _PROCESSOR_LOADING = threading.Lock()
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -63,6 +66,7 @@ class Sa2VAOutput(ModelOutput):
         mask_scores: for each `[SEG]` a dict of float32 arrays [frames] in 0..1: "iou", the IoU SAM 2 expects of its
             mask, and "object", the probability that the object is in the frame.
         mask_logits: float32 [frames, h, w] for each `[SEG]`; only with `return_mask_logits`.
+        sample_idx: numbers of the key frames that the language model saw; [0] for an image, [] for text alone.
     """
 
     prediction: str | None = None
@@ -71,6 +75,7 @@ class Sa2VAOutput(ModelOutput):
     phrases: list[str] | None = None
     mask_scores: list[dict[str, Any]] | None = None
     mask_logits: list | None = None
+    sample_idx: list[int] | None = None
 
 
 @dataclass
@@ -185,7 +190,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["InternVLVisionLayer", "Sam2Decoder"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["pe_layer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -613,6 +618,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             mask_sizes: "first": all masks at the size of frame 0, as released; "own": each frame at its own size, and
                 a list instead of a stacked array.
             **generate_kwargs: anything transformers' `generate` takes: `max_new_tokens`, `num_beams`, `streamer`...
+                `sample_num_frames` is Sa2VA-i's name of `num_frames`.
 
         Returns:
             `Sa2VAOutput`.
@@ -623,6 +629,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes)
         processor = self._resolve_processor(tokenizer, processor)
+        num_frames = generate_kwargs.pop("sample_num_frames", num_frames)
         inputs = processor.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
         answer = self._answer(inputs, processor, generate_kwargs)
         masks, logits, scores = [], [], []
@@ -643,6 +650,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 {k: torch.stack([s[k][i] for s in scores]).numpy() for k in ("iou", "object")} for i in objects
             ],
             mask_logits=[plain.pack([frame[i] for frame in logits]) for i in objects] if return_mask_logits else None,
+            sample_idx=list(inputs.key_frames),
         )
 
     @torch.no_grad()
@@ -706,7 +714,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         given = prompt["input_ids"].shape[1] if "input_ids" in prompt else 0  # embeddings are not given back
         new_ids = generated.sequences[0, given:]
         prediction = tokenizer.decode(new_ids, skip_special_tokens=False).strip()
-        states = self._seg_states(prompt, new_ids, token_ids.seg, generated.past_key_values)
+        states = self._seg_states(prompt, new_ids, token_ids.seg, generated[_CACHE])
         end = "" if prediction.endswith(tuple(processor.stop_words)) else processor.stop_words[0]
         return Answer(
             prediction=prediction,
@@ -763,7 +771,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(answer).to(prompt["inputs_embeds"])
         if cache is None:
             embeds = torch.cat([prompt["inputs_embeds"], embeds], dim=1)
-        output = self.get_decoder()(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None)
+        output = self.get_decoder()(inputs_embeds=embeds, use_cache=cache is not None, **{_CACHE: cache})
         return output.last_hidden_state
 
     def _segment(
@@ -888,8 +896,8 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
                 output = self.get_decoder()(
                     inputs_embeds=self.get_input_embeddings()(answer),
                     position_ids=self._answer_positions(prompt, answer.shape[1]),
-                    past_key_values=cache,
                     use_cache=True,
+                    **{_CACHE: cache},
                 )
         return self._seg_source(output, noted)
 

@@ -151,11 +151,3 @@ def test_a_model_from_a_config_asks_for_a_processor(golden, picture):
     model.config._name_or_path = model.name_or_path = ""
     with pytest.raises(ValueError, match="set_processor"):
         model.predict_forward(image=picture, text="?")
-
-
-def test_sa2va_i_is_recognised_from_its_weights_and_refused_for_now():
-    """Its config.json is that of Sa2VA; loaded as such, its masks would be wrong without a word."""
-    config = AutoConfig.from_pretrained(ROOT / "tests" / "golden" / "sa2vai_qwen2")
-    assert config.grounding_config.separate_prompt_decoder and config.grounding_config.frame_sampling == "uniform"
-    with pytest.raises(ValueError, match="Sa2VA-i"):
-        AutoModel.from_pretrained(ROOT / "tests" / "golden" / "sa2vai_qwen2")

@@ -1,0 +1,142 @@
+"""Sa2VA-i: recognised from its weights, prompted in one mask decoder and tracked by another.
+
+The recordings of the official code are compared stage by stage in `test_golden.py`; here is what they don't cover.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, GoldenFamily
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel
+
+from sa2va.processing_sa2va import open_video, select_key_frames
+
+FOLDER = GOLDEN / "sa2vai_qwen2"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModel.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def absent_object(model):
+    """The plain decoder finds no object anywhere while the test runs."""
+    bias = model.grounding_encoder.sam2_model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias
+    before = bias.detach().clone()
+    bias.data -= 1000
+    yield
+    bias.data = before
+
+
+def case(name):
+    return GoldenFamily("sa2vai_qwen2").case(name)
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_it_is_recognised_from_its_weights(model, tmp_path, layout):
+    """Its config.json is that of Sa2VA; loaded as such, its masks would be wrong without a word."""
+    assert "separate_prompt_decoder" not in json.loads((FOLDER / "config.json").read_text())["grounding_config"]
+    if layout == "single":
+        shutil.copy(FOLDER / "model.safetensors", tmp_path)
+    else:
+        model.save_pretrained(tmp_path, max_shard_size="1MB")
+    shutil.copy(FOLDER / "config.json", tmp_path)
+    grounding = AutoConfig.from_pretrained(tmp_path).grounding_config
+    assert grounding.separate_prompt_decoder and grounding.frame_sampling == "uniform"
+
+
+def test_saving_gives_the_released_layout_bit_for_bit(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    saved, released = load_file(tmp_path / "model.safetensors"), load_file(FOLDER / "model.safetensors")
+    assert saved.keys() == released.keys()
+    assert all(torch.equal(saved[name], released[name]) for name in released)
+
+
+def test_a_saved_checkpoint_says_so_in_its_config(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["grounding_config"]["separate_prompt_decoder"]
+
+
+@pytest.mark.parametrize("name", ["vid8_1seg", "vid3_1seg", "vid1_1seg", "vid20_5f_2seg"])
+def test_key_frames_are_those_of_the_recording_without_duplicates(model, name):
+    recorded = case(name)
+    inputs = model.load_processor().prepare(**recorded.arguments)
+    assert inputs.key_frames == sorted(set(recorded.meta["sample_idx"]))
+
+
+def test_twelve_of_twenty_frames_are_those_of_the_official_evaluation():
+    clip = open_video(np.zeros((20, 8, 8, 3), np.uint8))
+    assert select_key_frames(clip, 12, "uniform") == [0, 1, 3, 5, 6, 8, 10, 12, 13, 15, 17, 19]
+
+
+@pytest.mark.parametrize("name", ["vid8_1seg", "vid3_1seg", "vid20_5f_2seg"])
+def test_first_stage_logits_and_masks_are_those_of_the_recording(model, name):
+    recorded = case(name)
+    processor = model.load_processor()
+    inputs = processor.prepare(**recorded.arguments)
+    decoder = model.grounding_encoder
+    with torch.no_grad():
+        prompts = model.text_hidden_fcs(torch.from_numpy(recorded.arrays["seg_hidden"]))
+        for frame, row in {frame: row for row, frame in enumerate(recorded.meta["sample_idx"])}.items():
+            pixels = processor.grounding_pixel_values(list(inputs.frames)[frame : frame + 1], is_video=True)
+            prediction = decoder.decode(decoder.encode(pixels), prompts)
+            masks = torch.nn.functional.interpolate(prediction.logits, inputs.size, mode="bilinear") > 0
+            for i in range(recorded.meta["n_masks"]):
+                np.testing.assert_allclose(
+                    prediction.logits[i], recorded.arrays[f"first_low{i}"][row], atol=2e-4, rtol=2e-4
+                )
+                shape = tuple(recorded.arrays[f"firstmask{i}_shape"])
+                first = np.unpackbits(recorded.arrays[f"firstmask{i}"])[: np.prod(shape)].reshape(shape)
+                assert (masks[i, 0].numpy() != first.reshape(-1, *inputs.size)[row]).mean() < 0.002
+
+
+def test_every_frame_is_encoded_once(model):
+    counts = []
+    encoder = model.grounding_encoder.sam2_model.image_encoder
+    handle = encoder.register_forward_hook(lambda module, args, output: counts.append(len(args[0])))
+    model.predict_forward(**case("vid20_5f_2seg").arguments)
+    handle.remove()
+    assert sum(counts) == 20
+
+
+def test_an_image_gets_the_mask_of_the_prompted_decoder(model, picture):
+    output = model.predict_forward(image=picture, text="Please segment the person.", return_mask_logits=True)
+    assert {mask.shape for mask in output.prediction_masks} == {(1, picture.height, picture.width)}
+    assert output.prediction_masks[0].any() and np.unique(output.mask_logits[0]).size > 100  # not cut out to +-10
+
+
+def test_tracked_frames_of_an_absent_object_are_blank_and_key_frames_are_not(model, absent_object):
+    output = model.predict_forward(**case("vid8_1seg").arguments, return_mask_logits=True)
+    (masks,), (logits,) = output.prediction_masks, output.mask_logits
+    tracked = [t for t in range(8) if t not in output.sample_idx]
+    assert not masks[tracked].any() and (logits[tracked] == -1024).all()
+    assert all(masks[t].any() for t in output.sample_idx)
+
+
+def test_frames_before_the_first_key_frame_are_tracked_backwards(model, clip):
+    output = model.predict_forward(video=clip, text="Please segment the person.", frame_sampling=[4, 6])
+    assert output.sample_idx == [4, 6] and output.prediction_masks[0].shape[0] == 8
+    assert output.prediction_masks[0][:4].any(axis=(1, 2)).all()
+
+
+def test_training_reaches_the_prompted_decoder_and_through_memory_the_plain_one(model):
+    decoder = model.grounding_encoder
+    frames = torch.randn(1, 6, 3, 256, 256)
+    prompts = torch.randn(2, 64, requires_grad=True)
+    predictions = decoder.segment_clips(frames, prompts, torch.zeros(2, dtype=torch.long), 5)
+    sum(p.multimask_logits.clamp(-50, 50).mean() for p in predictions).backward()
+    sam = decoder.sam2_model
+    assert prompts.grad.abs().sum() > 0
+    for part in (sam.sam_mask_decoder_modified, sam.sam_mask_decoder, sam.memory_encoder):
+        assert sum(p.grad.abs().sum() for p in part.parameters() if p.grad is not None) > 0
+    model.zero_grad()
+
+
+def test_its_own_name_for_the_number_of_key_frames_is_understood(model, clip):
+    output = model.predict_forward(video=clip, text="Please segment the person.", sample_num_frames=3)
+    assert output.sample_idx == [0, 3, 7]
