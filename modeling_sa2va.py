@@ -12,14 +12,18 @@ loading and saving.
 
 import copy
 import inspect
+import os
+import shlex
 import threading
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -34,9 +38,17 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
-from transformers.utils import ModelOutput, logging
+from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming, WeightTransform
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    ModelOutput,
+    has_file,
+    logging,
+)
 
 from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAInternLM2Config, Sa2VAVisionConfig
 from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle
@@ -212,6 +224,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self._processor: Sa2VAProcessor | None = None
         self._hub_arguments: dict[str, Any] = {}
         self.post_init()
+        self._weight_conversions = _released_layout(self)
 
     def __new__(cls, config: Sa2VAChatConfig | None = None, *args, **kwargs):
         is_qwen = cls is Sa2VAChatModel and isinstance(config, Sa2VAChatConfigQwen)
@@ -241,7 +254,13 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         `use_flash_attn` and `low_cpu_mem_usage` have no effect here: attention follows `attn_implementation`, and
         loading never needs the weights twice. `torch_dtype` and `load_in_8bit` are translated.
+
+        Raises:
+            OSError: no such checkpoint, or its weights are pickles (`.bin`), which are never read.
         """
+        _refuse_pickles(pretrained_model_name_or_path, kwargs)
+        # None: safetensors first, and on the Hub True would have transformers ask a service for a conversion.
+        kwargs["use_safetensors"] = os.path.isdir(pretrained_model_name_or_path or "") or None
         kwargs.pop("use_flash_attn", None)
         kwargs.pop("low_cpu_mem_usage", None)
         for bits in ("load_in_8bit", "load_in_4bit"):
@@ -254,6 +273,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._hub_arguments = hub_arguments
+        if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
+            model._weight_conversions = _released_layout(model)
         if not chosen and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
             logger.warning_once(
                 f"Loaded in {model.dtype}, the dtype of the checkpoint. On a CPU float32 is several times faster for "
@@ -1000,6 +1021,58 @@ def _token_id(tokenizer, token: str) -> int | None:
     """Id of a word that is one token, else None; tokenizers without an unknown token would give another token's id."""
     token_id = tokenizer.convert_tokens_to_ids(token)
     return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token else None
+
+
+def _released_layout(model: PreTrainedModel) -> list[WeightTransform]:
+    """The rules below as they apply to a model; saving reverses them, whatever layout it was loaded from.
+
+    Left to itself, transformers would reverse the rules that loading needed, or for a model that was not loaded also
+    its own for Qwen2.5-VL files older than any Sa2VA.
+    """
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    return [rule for rule in rules if type(model.get_submodule(rule.scope_prefix or "")).__module__ == __name__]
+
+
+def pickled_weights_message(name_or_path: str) -> str:
+    """Why a checkpoint with pickled weights is refused, and the commands that make it loadable."""
+    folder = Path(name_or_path)
+    fetch = "" if folder.is_dir() else f"hf download {name_or_path} --local-dir {folder.name} && "
+    folder = folder if folder.is_dir() else Path(folder.name)
+    old, new = shlex.quote(str(folder)), shlex.quote(f"{folder}-safetensors")
+    return (
+        f"{name_or_path} has only pickled weights (.bin), which can run code when they are read and are not loaded. "
+        f"Convert them to safetensors: {fetch}python hub_upload.py convert {old} {new}"
+    )
+
+
+def _refuse_pickles(name_or_path: str | os.PathLike | None, arguments: dict[str, Any]) -> None:
+    """Raises OSError for a checkpoint that has pickled weights and no safetensors; looks at file names only."""
+    if name_or_path is None:
+        return
+    path, subfolder = Path(name_or_path), arguments.get("subfolder") or ""
+    if path.is_dir():
+        folder = path / subfolder
+        pickled = any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("model*.safetensors*"))
+    elif path.is_file():
+        pickled = path.suffix == ".bin"
+    else:
+        pickled = _hub_has_only_pickles(str(name_or_path), subfolder, arguments)
+    if pickled:
+        raise OSError(pickled_weights_message(str(path.parent if path.is_file() else name_or_path)))
+
+
+def _hub_has_only_pickles(name: str, subfolder: str, arguments: dict[str, Any]) -> bool:
+    """Whether a Hub repository has no other weights; asks the Hub only if the cache has none that are safe."""
+    where = {key: arguments[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in arguments}
+
+    def has(*files: str, **options) -> bool:
+        return any(has_file(name, f"{subfolder}/{file}".lstrip("/"), **{**where, **options}) for file in files)
+
+    safe = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    try:
+        return not has(*safe, local_files_only=True) and not has(*safe) and has(WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    except HFValidationError:
+        return False  # transformers explains what a name must look like
 
 
 def _language_model(config: PreTrainedConfig) -> PreTrainedModel:
