@@ -104,6 +104,8 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
         memory_attention_dim_feedforward: int = 2048,
         memory_attention_dropout: float = 0.1,
         mask_decoder_mlp_dim: int = 2048,
+        mask_decoder_num_heads: int = 8,
+        mask_decoder_attention_downsample_rate: int = 2,
         iou_head_hidden_dim: int = 256,
         num_maskmem: int = 7,
         max_object_pointers: int = 16,
@@ -130,6 +132,8 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
         self.memory_attention_dim_feedforward = memory_attention_dim_feedforward
         self.memory_attention_dropout = memory_attention_dropout
         self.mask_decoder_mlp_dim = mask_decoder_mlp_dim
+        self.mask_decoder_num_heads = mask_decoder_num_heads
+        self.mask_decoder_attention_downsample_rate = mask_decoder_attention_downsample_rate
         self.iou_head_hidden_dim = iou_head_hidden_dim
         self.num_maskmem = num_maskmem
         self.max_object_pointers = max_object_pointers

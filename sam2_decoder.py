@@ -138,7 +138,11 @@ def _build_mask_decoder(config: Sa2VAGroundingConfig) -> MaskDecoder:
     return MaskDecoder(
         num_multimask_outputs=3,
         transformer=TwoWayTransformer(
-            depth=2, embedding_dim=config.d_model, mlp_dim=config.mask_decoder_mlp_dim, num_heads=8
+            depth=2,
+            embedding_dim=config.d_model,
+            mlp_dim=config.mask_decoder_mlp_dim,
+            num_heads=config.mask_decoder_num_heads,
+            attention_downsample_rate=config.mask_decoder_attention_downsample_rate,
         ),
         transformer_dim=config.d_model,
         iou_head_depth=3,

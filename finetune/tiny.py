@@ -84,11 +84,14 @@ def build_config(vocab_size: int) -> Sa2VAChatConfig:
             "memory_attention_dim_feedforward": 128,
             "memory_attention_dropout": 0.0,
             "mask_decoder_mlp_dim": 128,
+            "mask_decoder_num_heads": 2,  # heads of 4 numbers, as the released 8 would be, can't tell places apart
+            "mask_decoder_attention_downsample_rate": 1,
             "iou_head_hidden_dim": 64,
         },
         force_image_size=56,
         downsample_ratio=1.0,
         max_dynamic_patch=1,
+        dice_loss_weight=2.0,
         iou_loss_weight=1.0,
         object_score_loss_weight=0.5,
         num_points=0,
@@ -123,5 +126,7 @@ def build_model(seed: int) -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
     with torch.no_grad():
         embeddings = model.vision_model.embeddings.position_embeddings
         embeddings[0, 1:] = 0.5 * _sine_positions(grid, embeddings.shape[-1])
+        # SAM's random waves are so short that a small model can't learn to write a place in them.
+        model.grounding_encoder.sam2_model.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.mul_(0.35)
     model.set_processor(processor)
     return model, processor

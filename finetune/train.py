@@ -10,6 +10,7 @@ processor files, the curve as curve.png) lands in OUTPUT_DIR/final.
 import argparse
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -31,7 +32,8 @@ PRESETS = {
     "full": {"max_steps": 2400, "batch_size": 32, "clips": 6, "frames": 8},
     "smoke": {"max_steps": 4, "batch_size": 4, "clips": 2, "frames": 6},
 }
-HEAD_WEIGHTS = {"class_loss": 0.5, "box_loss": 2.0, "cell_loss": 0.5, "cell_box_loss": 2.0}
+HEAD_WEIGHTS = {"class_loss": 0.5, "box_loss": 2.0, "point_loss": 2.0, "cell_loss": 0.5, "cell_box_loss": 2.0}
+MASK_DECODER = re.compile(r"text_hidden_fcs|grounding_encoder\.sam2_model\.sam_(mask_decoder|prompt_encoder)")
 LOSS_NAMES = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss", *HEAD_WEIGHTS)
 
 
@@ -40,6 +42,7 @@ class SceneTrainee(nn.Module):
 
     They read colour, shape and box off each `[SEG]` state and off each image token. That is the shortest way for a
     model without any pretraining to find out what its words are about; the text loss alone takes many times longer.
+    For the same reason the vector that prompts SAM 2 is drawn to SAM 2's own encoding of the object's centre.
     """
 
     def __init__(self, model: Sa2VAChatModel):
@@ -72,8 +75,18 @@ class SceneTrainee(nn.Module):
             states = output.seg_hidden_states
             losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
             losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
+            losses["point_loss"] = self._point_loss(states, seg_boxes)
         losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes)
         return {"loss": output.loss + _weighted(losses), **losses, "logits": output.logits}
+
+    def _point_loss(self, states: Tensor, boxes: Tensor) -> Tensor:
+        """Squared distance of the prompts from the encoded centres of visible objects."""
+        sam2_model = self.model.grounding_encoder.sam2_model
+        side = sam2_model.image_size
+        centres = sam2_model.sam_prompt_encoder.pe_layer.forward_with_coords(side * boxes[:, None, :2], (side, side))
+        distance = (self.model.text_hidden_fcs(states) - centres[:, 0]).square().mean(dim=1)
+        visible = boxes[:, 2] > 0
+        return (distance * visible).sum() / visible.sum().clamp(min=1)
 
     def _cell_losses(self, states: Tensor, classes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         shows_object = classes[..., 0] > 0
@@ -184,6 +197,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--clips_per_batch", type=int, help="clips in a step that trains on clips")
     parser.add_argument("--init", metavar="FOLDER", help="go on from a saved model, with the last stage's mix of tasks")
     parser.add_argument("--masks_only", action="store_true", help="freeze what reads and writes; SAM 2 alone learns")
+    parser.add_argument("--new_mask_decoder", action="store_true", help="with --init: draw masks from nothing again")
     parser.add_argument("--num_frames", type=int, help="frames in a clip; those after the key frames are tracked")
     options, rest = parser.parse_known_args(argv)
     preset = PRESETS[options.preset]
@@ -215,19 +229,24 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     return options, arguments
 
 
-def start(folder: str | None, seed: int) -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
-    """A fresh small model, or a saved one with its processor."""
+def start(folder: str | None, seed: int, new_mask_decoder: bool = False) -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
+    """A fresh small model, or a saved one with its processor, all of it or all but what draws masks."""
     if folder is None:
         return build_model(seed)
     set_seed(seed)
     model = Sa2VAChatModel.from_pretrained(folder)
-    return model, model.load_processor()
+    if not new_mask_decoder:
+        return model, model.load_processor()
+    fresh, processor = build_model(seed)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not MASK_DECODER.match(name)}
+    fresh.load_state_dict(kept, strict=False)
+    return fresh, processor
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Trains, or goes on training, and returns the folder with the result."""
     options, arguments = parse_arguments(argv)
-    model, processor = start(options.init, arguments.seed)
+    model, processor = start(options.init, arguments.seed, options.new_mask_decoder)
     for part in (model.vision_model, model.mlp1, model.language_model):
         part.requires_grad_(not options.masks_only)
     dataset = ScheduledScenes(
