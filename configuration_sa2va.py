@@ -424,22 +424,20 @@ def has_prompt_decoder(name_or_path: str, revision: str | None = None) -> bool:
     if not folder.is_dir():
         return _PROMPT_DECODER_KEY in _hub_weight_names(name_or_path, revision)
     index, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return _PROMPT_DECODER_KEY in json.loads(index.read_text())["weight_map"]
-    if weights.is_file():
+    if weights.is_file():  # which transformers prefers to an index, too
         from safetensors import safe_open
 
         with safe_open(weights, framework="pt") as file:
             return _PROMPT_DECODER_KEY in file.keys()  # noqa: SIM118  (not a dict)
-    return False
+    return index.is_file() and _PROMPT_DECODER_KEY in json.loads(index.read_text())["weight_map"]
 
 
 def _hub_weight_names(name: str, revision: str | None) -> frozenset[str]:
     """Names of a Hub repository's weights, from the cache if they are there; empty if they can't be found out."""
     from huggingface_hub import get_safetensors_metadata, snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         NotASafetensorsRepoError,
     )
@@ -452,7 +450,7 @@ def _hub_weight_names(name: str, revision: str | None) -> frozenset[str]:
         pass
     try:
         metadata = get_safetensors_metadata(name, revision=revision)
-    except (HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, OSError):
+    except (HTTPError, HFValidationError, NotASafetensorsRepoError, OSError):
         return frozenset()
     return frozenset(key for file in metadata.files_metadata.values() for key in file.tensors)
 

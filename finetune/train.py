@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.data.scenes import COLORS, SHAPES
-from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, SceneCollator, ScheduledScenes
+from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, SceneCollator, ScheduledScenes, Stage
 from sa2va.finetune.tiny import build_model
 
 PRESETS = {
@@ -33,7 +34,11 @@ PRESETS = {
     "smoke": {"max_steps": 4, "batch_size": 4, "clips": 2, "frames": 6},
 }
 HEAD_WEIGHTS = {"class_loss": 0.5, "box_loss": 2.0, "point_loss": 2.0, "cell_loss": 0.5, "cell_box_loss": 2.0}
-MASK_DECODER = re.compile(r"text_hidden_fcs|grounding_encoder\.sam2_model\.sam_(mask_decoder|prompt_encoder)")
+LEARNERS = {  # what learns, by the names of its parameters
+    "all": re.compile(""),
+    "sam2": re.compile("text_hidden_fcs|grounding_encoder"),
+    "mask_decoder": re.compile(r"text_hidden_fcs|grounding_encoder\.sam2_model\.(sam_mask_decoder|sam_prompt_encoder)"),
+}
 LOSS_NAMES = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss", *HEAD_WEIGHTS)
 
 
@@ -196,7 +201,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--preset", choices=PRESETS, default="ten-minutes", help="how long to learn")
     parser.add_argument("--clips_per_batch", type=int, help="clips in a step that trains on clips")
     parser.add_argument("--init", metavar="FOLDER", help="go on from a saved model, with the last stage's mix of tasks")
-    parser.add_argument("--masks_only", action="store_true", help="freeze what reads and writes; SAM 2 alone learns")
+    parser.add_argument("--learn", choices=LEARNERS, default="all", help="what learns: all, SAM 2, or its mask decoder")
     parser.add_argument("--new_mask_decoder", action="store_true", help="with --init: draw masks from nothing again")
     parser.add_argument("--num_frames", type=int, help="frames in a clip; those after the key frames are tracked")
     options, rest = parser.parse_known_args(argv)
@@ -229,6 +234,13 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     return options, arguments
 
 
+def curriculum_of(options: argparse.Namespace) -> Sequence[Stage]:
+    """All stages for a fresh model; the last for a saved one, and only pictures with masks for a mask decoder."""
+    if options.learn == "mask_decoder":
+        return (Stage(1.0, {"refer": 3, "multi": 1, "caption": 1}),)
+    return CURRICULUM[-1:] if options.init else CURRICULUM
+
+
 def start(folder: str | None, seed: int, new_mask_decoder: bool = False) -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
     """A fresh small model, or a saved one with its processor, all of it or all but what draws masks."""
     if folder is None:
@@ -238,7 +250,7 @@ def start(folder: str | None, seed: int, new_mask_decoder: bool = False) -> tupl
     if not new_mask_decoder:
         return model, model.load_processor()
     fresh, processor = build_model(seed)
-    kept = {name: tensor for name, tensor in model.state_dict().items() if not MASK_DECODER.match(name)}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not LEARNERS["mask_decoder"].match(name)}
     fresh.load_state_dict(kept, strict=False)
     return fresh, processor
 
@@ -247,15 +259,15 @@ def main(argv: list[str] | None = None) -> Path:
     """Trains, or goes on training, and returns the folder with the result."""
     options, arguments = parse_arguments(argv)
     model, processor = start(options.init, arguments.seed, options.new_mask_decoder)
-    for part in (model.vision_model, model.mlp1, model.language_model):
-        part.requires_grad_(not options.masks_only)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(LEARNERS[options.learn].match(name) is not None)
     dataset = ScheduledScenes(
         arguments.seed,
         arguments.max_steps * arguments.gradient_accumulation_steps,
         arguments.per_device_train_batch_size * arguments.world_size,
         options.clips_per_batch,
         options.num_frames,
-        CURRICULUM[-1:] if options.init else CURRICULUM,
+        curriculum_of(options),
     )
     trainer = SceneTrainer(
         model=SceneTrainee(model), args=arguments, train_dataset=dataset, data_collator=SceneCollator(processor)

@@ -15,7 +15,13 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor
 
 ROOT = Path(__file__).parents[1]
-CORE_FILES = ("configuration_sa2va.py", "modeling_sa2va.py", "processing_sa2va.py", "sam2_decoder.py")
+CORE_FILES = (
+    "configuration_sa2va.py",
+    "hub_upload.py",
+    "modeling_sa2va.py",
+    "processing_sa2va.py",
+    "sam2_decoder.py",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_sa2va.Sa2VAChatConfig",
     "AutoModel": "modeling_sa2va.Sa2VAChatModel",

@@ -1,0 +1,182 @@
+"""What a checkpoint of true size costs on this machine: memory to load it, seconds for each stage of one picture.
+
+    python benchmarks/real_size.py CONFIG_JSON [--dtype float32] [--device cpu] [--json]
+
+CONFIG_JSON describes a released checkpoint, such as `tests/released/ByteDance--Sa2VA-1B.json`, or is its config.json.
+The weights are random: they are written once to a temporary file in bfloat16, and a process of its own loads them and
+answers, so that its peak memory is that of a user. The words of the answer are prescribed, as random weights would not
+write `[SEG]`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
+
+from sa2va import Sa2VAChatConfig, Sa2VAChatModel
+
+ANSWER = "Sure, it is [SEG].<|im_end|>"
+TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "ivl_qwen2"
+PICTURE_SIZE = (448, 448)  # one tile
+
+
+class Prescribed:
+    """Logits processor that makes generation write fixed tokens."""
+
+    def __init__(self, token_ids: Sequence[int]):
+        self.token_ids = list(token_ids)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, vocab] that leave only the next token."""
+        forced = torch.full_like(scores, torch.finfo(scores.dtype).min)
+        forced[:, self.token_ids[min(input_ids.shape[1], len(self.token_ids) - 1)]] = 0
+        return forced
+
+
+def write_random_checkpoint(config: dict, folder: Path) -> int:
+    """Writes a checkpoint of the InternVL family with random bfloat16 weights; returns its number of parameters."""
+    model = AutoModel.from_config(Sa2VAChatConfig(**config), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    return model.num_parameters()
+
+
+@contextmanager
+def stage_times(model: Sa2VAChatModel) -> Iterator[dict[str, float]]:
+    """Seconds spent in each part of a model while the block runs; the first pass of the language model is "prefill"."""
+    seconds: dict[str, float] = defaultdict(float)
+    started: dict[str, float] = {}
+    decoder = model.get_decoder()
+
+    def begin(name: str):
+        def note(*_) -> None:
+            _synchronize(model.device)
+            started[name] = time.perf_counter()
+
+        return note
+
+    def end(name: str):
+        def note(*_) -> None:
+            _synchronize(model.device)
+            passed = time.perf_counter() - started[name]
+            stage = "decode" if name == "prefill" and seconds["prefill"] else name
+            seconds[stage] += passed
+
+        return note
+
+    parts: dict[str, nn.Module] = {
+        "vision_tower": model.vision_model,
+        "prefill": decoder,
+        "sam2_encode": model.grounding_encoder.sam2_model.image_encoder,
+        "sam2_decode": model.grounding_encoder.sam2_model.sam_mask_decoder,
+    }
+    handles = [part.register_forward_pre_hook(begin(name)) for name, part in parts.items()]
+    handles += [part.register_forward_hook(end(name)) for name, part in parts.items()]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def measure(folder: str, dtype: str, device: str) -> dict:
+    """Loads a checkpoint and answers about one picture.
+
+    Returns:
+        "load_seconds", "peak_load_gb" and "peak_gb" (of this process, 10^9 bytes), "total_seconds" of the answer,
+        "stage_seconds" by stage, "mask_shape".
+    """
+    begun = time.perf_counter()
+    model = AutoModel.from_pretrained(folder, dtype=dtype, device_map=device).eval()
+    loaded = {"load_seconds": time.perf_counter() - begun, "peak_load_gb": _peak_gb()}
+    tokens = model.load_processor().tokenizer(ANSWER).input_ids
+    picture = Image.radial_gradient("L").resize(PICTURE_SIZE)
+    begun = time.perf_counter()
+    with stage_times(model) as seconds:
+        output = model.predict_forward(
+            image=picture, text="Please segment the disk.", logits_processor=[Prescribed(tokens)]
+        )
+    total = time.perf_counter() - begun
+    (mask,) = output.prediction_masks
+    return {
+        **loaded,
+        "peak_gb": _peak_gb(),
+        "total_seconds": total,
+        "stage_seconds": {**seconds, "other": total - sum(seconds.values())},
+        "mask_shape": list(mask.shape),
+    }
+
+
+def _peak_gb() -> float:
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def run(config_json: Path, dtype: str = "float32", device: str = "cpu") -> dict:
+    """Writes a random checkpoint, measures it in a process of its own and throws it away."""
+    described = json.loads(config_json.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        parameters = write_random_checkpoint(described.get("config", described), Path(folder))
+        command = [sys.executable, __file__, "--measure", folder, "--dtype", dtype, "--device", device]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The measuring process failed:\n{done.stderr}")
+    return {
+        "checkpoint": config_json.stem,
+        "parameters": parameters,
+        "dtype": dtype,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        **json.loads(done.stdout.splitlines()[-1]),
+    }
+
+
+def format_table(result: dict) -> str:
+    """A result as lines of text."""
+    lines = [
+        f"{result['checkpoint']}, {result['parameters'] / 1e9:.2f} billion parameters, {result['dtype']} on "
+        f"{result['device']}, {result['threads']} threads",
+        f"load: {result['load_seconds']:.1f} s, peak {result['peak_load_gb']:.2f} GB; "
+        f"answer: {result['total_seconds']:.1f} s, peak {result['peak_gb']:.2f} GB",
+    ]
+    return "\n".join([*lines, *(f"  {name:14}{value:8.2f} s" for name, value in result["stage_seconds"].items())])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, nargs="?", help="config.json or a file of tests/released")
+    parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.dtype, options.device)))
+        return
+    if options.config is None:
+        parser.error("CONFIG_JSON is missing.")
+    result = run(options.config, options.dtype, options.device)
+    print(json.dumps(result, indent=2) if options.json else format_table(result))
+
+
+if __name__ == "__main__":
+    main()
