@@ -16,6 +16,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConf
 
 FRAME_SAMPLINGS = ("first", "uniform")
 QWEN_VL_TYPES = ("qwen2_5_vl", "qwen3_vl")
+# What the official code of these language models accepts in rope_scaling; it refuses more.
+_ROPE_SCALING_KEYS = {"internlm2": ("type", "factor"), "phi3": ("type", "short_factor", "long_factor")}
 _PROMPT_DECODER_KEY = "grounding_encoder.sam2_model.sam_mask_decoder_modified.iou_token.weight"
 
 
@@ -153,6 +155,7 @@ class Sa2VAInternLM2Config(LlamaConfig):
 
     model_type = "internlm2"
     attribute_map = {"bias": "attention_bias"}
+    attention_bias: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in config.json, `bias` included: without it the official code would take True."""
@@ -169,7 +172,7 @@ def _sub_config(config_class: type[PreTrainedConfig], value: Any, name: str) -> 
 
 
 def _language_config(value: Any) -> PreTrainedConfig:
-    """Builds the language model's config by its `model_type` (Qwen2 without one, as in Sa2VA-1B and -4B).
+    """Builds the language model's config by its `model_type`, else by its `architectures`, else as Qwen2.
 
     Raises:
         ValueError: transformers has no model of this type.
@@ -179,7 +182,11 @@ def _language_config(value: Any) -> PreTrainedConfig:
     value = dict(value or {})
     value.pop("attn_implementation", None)  # of the machine that made the checkpoint
     value.setdefault("tie_word_embeddings", False)  # every released checkpoint stores both matrices
-    model_type = value.pop("model_type", "qwen2")
+    model_type = value.pop("model_type", None) or _language_model_type(value.get("architectures"))
+    if rope := value.get("rope_scaling"):
+        value["rope_scaling"] = dict(rope)  # transformers adds to it
+        if rope.get("type") == "su":  # the first name of longrope, with which Phi3 was released
+            value["rope_scaling"]["rope_type"] = "longrope"
     if model_type == Sa2VAInternLM2Config.model_type:
         return Sa2VAInternLM2Config(**value)
     if model_type not in CONFIG_MAPPING:
@@ -187,7 +194,15 @@ def _language_config(value: Any) -> PreTrainedConfig:
             f"llm_config.model_type={model_type!r} is not a language model this version can build. Qwen2, InternLM2 "
             "and every causal language model type that transformers knows are accepted."
         )
-    return CONFIG_MAPPING[model_type](**value)
+    config = CONFIG_MAPPING[model_type](**value)
+    if (getattr(config, "pad_token_id", None) or 0) >= getattr(config, "vocab_size", float("inf")):
+        config.pad_token_id = None  # Phi3's default, 32000, can't be embedded by a smaller vocabulary
+    return config
+
+
+def _language_model_type(architectures: list[str] | None) -> str:
+    """The model type that a class belongs to: "qwen2" for ["Qwen2ForCausalLM"], and if nothing is said."""
+    return (architectures or ["Qwen2"])[0].removesuffix("ForCausalLM").lower()
 
 
 def _with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -196,9 +211,10 @@ def _with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
     if "rope_theta" in rope:
         config["rope_theta"] = rope.pop("rope_theta")
         scaled = rope.get("rope_type", "default") != "default" or "mrope_section" in rope
-        config["rope_scaling"] = {**rope, "type": rope.get("rope_type", "default")} if scaled else None
-        if scaled and config["model_type"] == Sa2VAInternLM2Config.model_type:
-            config["rope_scaling"].pop("rope_type")  # the official code refuses more than type and factor
+        config["rope_scaling"] = {"type": rope.get("rope_type", "default"), **rope} if scaled else None
+        if scaled and config["model_type"] in _ROPE_SCALING_KEYS:
+            keys = _ROPE_SCALING_KEYS[config["model_type"]]
+            config["rope_scaling"] = {key: config["rope_scaling"][key] for key in keys}
     return config
 
 
@@ -227,6 +243,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
 
     model_type = "sa2va_chat"
     is_composition = True
+    is_qwen_vl = False  # to be asked for instead of the class: every file of a remote-code folder has its own classes
     sub_configs = {
         "vision_config": Sa2VAVisionConfig,
         "llm_config": AutoConfig,
@@ -330,6 +347,7 @@ class Sa2VAChatConfigQwen(Sa2VAChatConfig):
         ValueError, TypeError: a sub-config of unknown type.
     """
 
+    is_qwen_vl = True
     attribute_map = {"llm_config": "text_config"}
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "grounding_config": Sa2VAGroundingConfig}
 

@@ -40,6 +40,8 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming, WeightTransform
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -177,11 +179,37 @@ class Answer(NamedTuple):
 class Sa2VAVisionModel(InternVLVisionModel):
     """transformers' InternViT under a name of its own, so that the layout rules below hold only inside Sa2VA."""
 
+    def __init__(self, config: InternVLVisionConfig):
+        super().__init__(config)
+        for layer in self.encoder.layer:
+            for norm in (layer.attention.q_norm, layer.attention.k_norm):
+                norm.variance_epsilon = config.layer_norm_eps  # transformers has a constant there
+
+
+class Sa2VAInternLM2RotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary positions whose base grows with a text longer than `max_position_embeddings` (dynamic NTK).
+
+    Llama's keep the greatest length they met, so that a long text would change the answers that follow it.
+    """
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, L, head_dim], in the dtype of `x`, for int64 [B, L]."""
+        if self.rope_type != "dynamic":
+            return super().forward(x, position_ids)
+        length = int(position_ids.max()) + 1
+        frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](self.config, x.device, seq_len=length)
+        angles = position_ids[..., None].float() * frequencies.repeat(2)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
 
 class Sa2VAInternLM2ForCausalLM(LlamaForCausalLM):
     """InternLM2 is Llama; the layout rules below, which this name stands for, read and write its checkpoints."""
 
     config_class = Sa2VAInternLM2Config
+
+    def __init__(self, config: Sa2VAInternLM2Config):
+        super().__init__(config)
+        self.model.rotary_emb = Sa2VAInternLM2RotaryEmbedding(config)
 
 
 class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
@@ -227,7 +255,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self._weight_conversions = _released_layout(self)
 
     def __new__(cls, config: Sa2VAChatConfig | None = None, *args, **kwargs):
-        is_qwen = cls is Sa2VAChatModel and isinstance(config, Sa2VAChatConfigQwen)
+        is_qwen = cls is Sa2VAChatModel and getattr(config, "is_qwen_vl", False)
         return super().__new__(Sa2VAChatModelQwen if is_qwen else cls)
 
     def _build_language_side(self, config: Sa2VAChatConfig) -> None:
@@ -792,8 +820,18 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(answer).to(prompt["inputs_embeds"])
         if cache is None:
             embeds = torch.cat([prompt["inputs_embeds"], embeds], dim=1)
-        output = self.get_decoder()(inputs_embeds=embeds, use_cache=cache is not None, **{_CACHE: cache})
-        return output.last_hidden_state
+        alone = cache is not None and self._base_grows(prompt["attention_mask"].shape[1] + answer.shape[1])
+        outputs = [
+            self.get_decoder()(inputs_embeds=step, use_cache=cache is not None, **{_CACHE: cache})
+            for step in embeds.split(1 if alone else embeds.shape[1], dim=1)
+        ]
+        return torch.cat([output.last_hidden_state for output in outputs], dim=1)
+
+    def _base_grows(self, length: int) -> bool:
+        """Whether in a text so long every token was rotated by a base of its own, so that it must be read alone."""
+        config = self.config.get_text_config()
+        rope_type = (config.rope_parameters or {}).get("rope_type")
+        return rope_type == "dynamic" and length > config.max_position_embeddings
 
     def _segment(
         self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, prompts: Tensor, options: "_MaskOptions"
@@ -1077,7 +1115,7 @@ def _hub_has_only_pickles(name: str, subfolder: str, arguments: dict[str, Any]) 
 
 def _language_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A language model with weights yet to be loaded."""
-    if isinstance(config, Sa2VAInternLM2Config):
+    if config.model_type == Sa2VAInternLM2Config.model_type:  # no isinstance, see `is_qwen_vl`
         return Sa2VAInternLM2ForCausalLM._from_config(config)
     return AutoModelForCausalLM.from_config(config)
 

@@ -30,11 +30,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
 
-from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAInternLM2Config
+from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config
 
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow stops too: a guard against decompression bombs
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in [0, 1]
@@ -601,9 +601,27 @@ class InternLM2Tokenizer(TokenizersBackend):
         if kwargs.get("tokenizer_file") or not kwargs.get("vocab_file"):
             return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
         model = SentencePieceModel.read(kwargs["vocab_file"])
-        kwargs["tokenizer_object"] = model.to_tokenizer(kwargs.get("added_tokens_decoder") or {})
+        added = cls._as_slow_tokenizers_have_them(**kwargs)
+        kwargs |= {"tokenizer_object": model.to_tokenizer(added), "added_tokens_decoder": added}
         kwargs.setdefault("add_bos_token", True)
         return kwargs
+
+    @staticmethod
+    def _as_slow_tokenizers_have_them(added_tokens_decoder=None, **kwargs) -> dict[int, AddedToken]:
+        """Added tokens by id, looked for in the text as it is; added_tokens.json doesn't say which are special."""
+        lists = (kwargs.get("extra_special_tokens"), kwargs.get("additional_special_tokens"))
+        special = {str(token) for tokens in lists for token in tokens or ()}
+        added = {}
+        for i, token in (added_tokens_decoder or {}).items():
+            changes = {"normalized": False, "special": token.special or token.content in special}
+            added[i] = AddedToken(**token.__getstate__() | changes)
+        return added
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Text of tokens that the SentencePiece model has; every byte that is no UTF-8 becomes one U+FFFD."""
+        runs = ((is_byte, list(run)) for is_byte, run in itertools.groupby(tokens, _is_byte))
+        parts = ([_text_of_bytes(run)] if is_byte else run for is_byte, run in runs)
+        return super().convert_tokens_to_string([*itertools.chain.from_iterable(parts)])
 
     def _decode(
         self,
@@ -646,8 +664,22 @@ class InternLM2Tokenizer(TokenizersBackend):
         return [(kind, "".join(run) if kind else self.convert_tokens_to_string(run)) for kind, run in tokens]
 
 
+def _is_byte(token: str) -> bool:
+    return re.fullmatch("<0x[0-9A-F]{2}>", token) is not None
+
+
+def _text_of_bytes(tokens: Sequence[str]) -> str:
+    """Text of byte tokens; `tokenizers` would give up a whole run of them for one that is cut off or stray."""
+    text = bytes(int(token[3:5], 16) for token in tokens).decode(errors="surrogateescape")
+    return re.sub("[\udc80-\udcff]", "\N{REPLACEMENT CHARACTER}", text)
+
+
 class Piece(NamedTuple):
-    """A word or part of one in a SentencePiece model; `kind` is 1 for those that text is made of."""
+    """A word or part of one in a SentencePiece model.
+
+    Kinds: 1 is merged from others, 2 stands for what is unknown, 3 never comes from text, 4 is taken from text whole, 6
+    is a byte.
+    """
 
     text: str
     score: float
@@ -684,7 +716,7 @@ class SentencePieceModel:
             pieces = [_piece(dict(_message_fields(value))) for number, value in fields if number == 1]
         except (KeyError, TypeError, UnicodeDecodeError, struct.error) as error:
             raise ValueError(f"{str(path)!r} is no SentencePiece model. Download the file again.") from error
-        if trainer.get(3) != 2:
+        if trainer.get(3) != 2 or trainer.get(24) or not normalizer.get(5, True):  # another model, or spaces elsewhere
             raise ValueError(f"{str(path)!r} is a SentencePiece model, but no byte-pair encoding as InternLM2 has it.")
         return cls(pieces, normalizer.get(2, b""), bool(normalizer.get(3, True)), bool(normalizer.get(4, True)))
 
@@ -700,12 +732,16 @@ class SentencePieceModel:
         names = [str(added.get(i, piece.text)) for i, piece in enumerate(self.pieces)]
         vocab = {name: i for i, name in enumerate(names)}
         unknown = next((name for name, piece in zip(names, self.pieces, strict=True) if piece.kind == 2), None)
-        bpe = models.BPE(vocab, self._merges(), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-        tokenizer = Tokenizer(bpe)
+        whole = sorted((piece.text for piece in self.pieces if piece.kind == 4), key=len, reverse=True)
+        # What is taken whole is cut out first, and then found in the vocabulary without merging.
+        options = {"fuse_unk": True, "byte_fallback": True, "ignore_merges": bool(whole)}
+        tokenizer = Tokenizer(models.BPE(vocab, self._merges(), unk_token=unknown, **options))
+        if whole:
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, whole))), "isolated")
         tokenizer.normalizer = normalizers.Sequence(self._normalizers())
         steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        strips = self.adds_prefix or self.collapses_spaces
-        tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if strips else [])])
+        most = 2**16 if self.collapses_spaces else int(self.adds_prefix)  # spaces a text can't begin with
+        tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", most, 0)])
         for token_id, token in sorted(added.items()):
             tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
             if tokenizer.token_to_id(token.content) != token_id:
@@ -718,7 +754,8 @@ class SentencePieceModel:
     def _normalizers(self) -> list[normalizers.Normalizer]:
         steps = [normalizers.Precompiled(self.characters)] if self.characters else []
         if self.collapses_spaces:
-            steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+            ends = Regex(r"\A +|[ \u2581]+\z")  # of the text, not of its lines
+            steps += [normalizers.Replace(ends, ""), normalizers.Replace(Regex(" {2,}"), " ")]
         prefix = [normalizers.Prepend("\u2581")] if self.adds_prefix else []
         return [*steps, *prefix, normalizers.Replace(" ", "\u2581")]
 
@@ -829,7 +866,7 @@ class Sa2VAProcessor(ProcessorMixin):
     @classmethod
     def from_config(cls, config: Sa2VAChatConfig, tokenizer, image_processor=None) -> "Sa2VAProcessor":
         """The processor of a checkpoint, from its configuration and tokenizer (and Qwen-VL's image processor)."""
-        if isinstance(config, Sa2VAChatConfigQwen):
+        if config.is_qwen_vl:
             settings = Sa2VAProcessorQwen._settings_of(config)
             return Sa2VAProcessorQwen(image_processor=image_processor, tokenizer=tokenizer, **settings)
         return cls(tokenizer, **cls._settings_of(config))
@@ -863,7 +900,7 @@ class Sa2VAProcessor(ProcessorMixin):
         if kwargs.get("config") is None:
             hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
             kwargs["config"] = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
-        if cls is Sa2VAProcessor and isinstance(kwargs["config"], Sa2VAChatConfigQwen):
+        if cls is Sa2VAProcessor and getattr(kwargs["config"], "is_qwen_vl", False):
             cls = Sa2VAProcessorQwen
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 

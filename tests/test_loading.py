@@ -47,11 +47,11 @@ print(type(model).__module__.split(".")[0], output["prediction"], len(output["pr
 """
 
 
-@pytest.fixture
-def flat_folder(golden, tmp_path) -> Path:
+@pytest.fixture(params=["ivl_qwen2", "ivl_internlm2"])
+def flat_folder(request, tmp_path) -> Path:
     """The core files, config and weights in one folder with dots and spaces in its name."""
     folder = tmp_path / "my model v1.0 (copy)"
-    shutil.copytree(golden.folder, folder, ignore=shutil.ignore_patterns("golden*"))
+    shutil.copytree(ROOT / "tests" / "golden" / request.param, folder, ignore=shutil.ignore_patterns("golden*"))
     for name in CORE_FILES:
         shutil.copy(ROOT / name, folder)
     config = json.loads((folder / "config.json").read_text())
