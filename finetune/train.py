@@ -12,7 +12,8 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,7 +34,15 @@ PRESETS = {
     "full": {"max_steps": 2400, "batch_size": 32, "clips": 6, "frames": 8},
     "smoke": {"max_steps": 4, "batch_size": 4, "clips": 2, "frames": 6},
 }
-HEAD_WEIGHTS = {"class_loss": 0.5, "box_loss": 2.0, "point_loss": 2.0, "cell_loss": 0.5, "cell_box_loss": 2.0}
+HEAD_WEIGHTS = {
+    "class_loss": 0.5,
+    "box_loss": 2.0,
+    "point_loss": 2.0,
+    "target_loss": 1.0,
+    "cell_loss": 0.5,
+    "cell_box_loss": 2.0,
+}
+OBJECT_WEIGHT = 5.0  # of an image token that shows the object, against one of the many that don't
 LEARNERS = {  # what learns, by the names of its parameters
     "all": re.compile(""),
     "sam2": re.compile("text_hidden_fcs|grounding_encoder"),
@@ -47,7 +56,9 @@ class SceneTrainee(nn.Module):
 
     They read colour, shape and box off each `[SEG]` state and off each image token. That is the shortest way for a
     model without any pretraining to find out what its words are about; the text loss alone takes many times longer.
-    For the same reason the vector that prompts SAM 2 is drawn to SAM 2's own encoding of the object's centre.
+    For the same reason the vector that prompts SAM 2 is drawn to SAM 2's own encoding of the object's centre, and a
+    head reads off the mask decoder's image tokens which of them show the prompted object: without it the decoder draws
+    every object at once for hundreds of steps, since it must find out who is meant and how to draw at the same time.
     """
 
     def __init__(self, model: Sa2VAChatModel):
@@ -56,6 +67,7 @@ class SceneTrainee(nn.Module):
         hidden_size = model.config.llm_config.hidden_size
         self.seg_heads = nn.ModuleList(nn.Linear(hidden_size, n) for n in (len(COLORS), len(SHAPES)))
         self.box_head = nn.Linear(hidden_size, 4)
+        self.target_head = nn.Linear(model.config.grounding_config.d_model, 1)
         self.cell_heads = nn.ModuleList(nn.Linear(hidden_size, n + 1) for n in (len(COLORS), len(SHAPES)))
         self.cell_box_head = nn.Linear(hidden_size, 4)
 
@@ -74,13 +86,15 @@ class SceneTrainee(nn.Module):
         if "input_ids" not in inputs:
             losses = self._cell_losses(self.model.get_image_features(inputs["pixel_values"]), cell_classes, cell_boxes)
             return {"loss": _weighted(losses), **losses}
-        output = self.model(**inputs)
+        with _image_tokens(self.model) as image_tokens:
+            output = self.model(**inputs)
         losses = {name: output[name] for name in LOSS_NAMES if output.get(name) is not None}
         if len(seg_classes):
             states = output.seg_hidden_states
             losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
             losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
             losses["point_loss"] = self._point_loss(states, seg_boxes)
+            losses["target_loss"] = self._target_loss(image_tokens, inputs["mask_labels"])
         losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes)
         return {"loss": output.loss + _weighted(losses), **losses, "logits": output.logits}
 
@@ -93,6 +107,14 @@ class SceneTrainee(nn.Module):
         visible = boxes[:, 2] > 0
         return (distance * visible).sum() / visible.sum().clamp(min=1)
 
+    def _target_loss(self, image_tokens: list[Tensor], mask_labels: Sequence[Tensor]) -> Tensor:
+        """Cross entropy of "this token shows the object": tokens [objects, h * w, D] of every frame, masks of samples."""
+        logits = torch.stack([self.target_head(tokens)[..., 0] for tokens in image_tokens], dim=1)
+        side = round(logits.shape[-1] ** 0.5)
+        masks = [F.interpolate(m.float(), size=(side, side), mode="area") for m in mask_labels if len(m)]
+        targets = torch.cat(masks).flatten(2)
+        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=logits.new_tensor(OBJECT_WEIGHT))
+
     def _cell_losses(self, states: Tensor, classes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         shows_object = classes[..., 0] > 0
         box_loss = (self.cell_box_head(states) - boxes).abs().mean(dim=-1)[shows_object].sum()
@@ -100,6 +122,18 @@ class SceneTrainee(nn.Module):
             "cell_loss": _cell_loss(self.cell_heads, states, classes),
             "cell_box_loss": box_loss / shows_object.sum().clamp(min=1),
         }
+
+
+@contextmanager
+def _image_tokens(model: Sa2VAChatModel) -> Iterator[list[Tensor]]:
+    """Collects what the mask decoder's transformer makes of the image, frame by frame, while the block runs."""
+    collected: list[Tensor] = []
+    transformer = model.grounding_encoder.sam2_model.prompt_decoder.transformer
+    handle = transformer.register_forward_hook(lambda module, args, output: collected.append(output[1]))
+    try:
+        yield collected
+    finally:
+        handle.remove()
 
 
 def _weighted(losses: dict[str, Tensor]) -> Tensor:
