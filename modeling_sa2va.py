@@ -312,7 +312,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         Returns:
             [tiles, tokens, hidden], tokens = (H / patch_size * downsample_ratio)^2 (256 in released checkpoints).
         """
-        pixel_values = pixel_values.to(self.mlp1[0].weight.dtype)
+        pixel_values = pixel_values.to(_dtype(self.mlp1))
         layer = self.config.select_layer
         output = self.vision_model(pixel_values, output_hidden_states=layer != -1)
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
@@ -413,7 +413,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
             )
         is_seg = (input_ids == token_ids.seg) & (labels != IGNORE_INDEX if labels is not None else True)
-        output.seg_hidden_states = states.seg_states[is_seg]
+        output.seg_hidden_states = states.seg_states[is_seg.to(states.seg_states.device)]
         if grounding_pixel_values is not None:
             self._add_masks(output, is_seg.sum(dim=-1).tolist(), grounding_pixel_values, mask_labels)
         output.loss = self._total_loss(output)
@@ -503,7 +503,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             "object_score_loss": self.config.object_score_loss_weight,
         }
         parts = [weight * output[name] for name, weight in weights.items() if weight and output.get(name) is not None]
-        return sum(parts) if parts else None
+        return sum(part.to(parts[0].device) for part in parts) if parts else None
 
     def special_token_ids(self, tokenizer=None) -> SpecialTokenIds:
         """Ids of the special tokens, from `tokenizer`, else from the checkpoint's own."""
@@ -573,10 +573,12 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
     @property
     def execution_device(self) -> torch.device:
-        """Where inputs go: the device the first module computes on, which offloaded weights do not show."""
-        hook = getattr(self._first_module, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        return self.device if device is None else torch.device(device)
+        """Where inputs go: the device the first module, or its first part, computes on; offloaded weights hide it."""
+        for module in self._first_module.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return self.device
 
     @torch.no_grad()
     def predict_forward(
@@ -757,7 +759,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         positions = (new_ids == seg_id).nonzero().flatten()
         if not len(positions):
-            return self.text_hidden_fcs[0].weight.new_zeros(0, self.config.get_text_config().hidden_size)
+            size = (0, self.config.get_text_config().hidden_size)
+            return torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=new_ids.device)
         answer = new_ids[None, : positions[-1] + 1]
         states = self._answer_states(prompt, answer, _prompt_cache(cache, prompt["attention_mask"].shape[1]))[0]
         return states[positions.to(states.device) - (positions[-1] + 1).to(states.device)]
@@ -858,7 +861,9 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         if input_ids is None:
             raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
         kwargs.setdefault("mm_token_type_ids", self._token_types(input_ids))
-        return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        device = self.execution_device
+        return self.model.generate(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()})
 
     def _token_types(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.config.image_token_id).long()
@@ -992,6 +997,10 @@ class _FrameSizes:
         return self._first if self._own is None else self._own.pop(index)
 
 
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
 def _token_id(tokenizer, token: str) -> int | None:
     """Id of a word that is one token, else None; tokenizers without an unknown token would give another token's id."""
     token_id = tokenizer.convert_tokens_to_ids(token)
@@ -1037,7 +1046,7 @@ def _fill(embeds: Tensor, where: Tensor, features: Tensor, what: str) -> Tensor:
             f"The text has {int(where.sum())} {what} placeholders but there are {len(features)} {what} features. Build "
             "both with the processor, from the same picture."
         )
-    return embeds.masked_scatter(where.unsqueeze(-1), features)
+    return embeds.masked_scatter(where.unsqueeze(-1).to(embeds.device), features)
 
 
 def _region_features(image_features: Tensor, masks: Tensor, tiles: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ masks are never blanked by a negative object score.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
@@ -192,6 +193,7 @@ class FrameFeatures:
 
     def rows(self, index: Tensor) -> "FrameFeatures":
         """The features of frames `index` (int64 [N]), a row each."""
+        index = index.to(self.vision_features.device)
         high_res = tuple(level[index] for level in self.high_res_features)
         return FrameFeatures(self.vision_features[index], self.vision_pos_embeds, high_res)
 
@@ -316,7 +318,23 @@ class Sam2Decoder(nn.Module):
 
     def forward(self, stage: str, *args, **kwargs) -> Any:
         """Runs the private method of that name; use `encode`, `decode`, `condition`, `propagate`, `segment_clips`."""
-        return getattr(self, f"_{stage}")(*args, **kwargs)
+        with self._direct_weights():
+            return getattr(self, f"_{stage}")(*args, **kwargs)
+
+    @contextmanager
+    def _direct_weights(self) -> Iterator[None]:
+        """Holds the weights that SAM 2 reads without calling their modules, which accelerate may have offloaded.
+
+        Its hooks load weights when a module is called; these modules never are.
+        """
+        modules = [m for m in self.modules() if isinstance(m, (Sam2Model, nn.Embedding)) and hasattr(m, "_hf_hook")]
+        for module in modules:
+            module._hf_hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._hf_hook.post_forward(module, None)
 
     def encode(self, frames: Tensor) -> FrameFeatures:
         """Runs the image encoder on normalised frames [T, 3, S, S], once."""
