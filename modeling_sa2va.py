@@ -35,7 +35,9 @@ from transformers import (
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput, logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAInternLM2Config, Sa2VAVisionConfig
 from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle
@@ -47,6 +49,12 @@ IGNORE_INDEX = -100
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 _PROCESSOR_LOADING = threading.Lock()
+_FULL_PRECISION = (
+    *("vision_model", "mlp1", "language_model.lm_head"),
+    *("model.model.visual", "model.lm_head"),
+    *("text_hidden_fcs", "grounding_encoder"),
+)
+_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # as the backends' configs name them
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -239,13 +247,16 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """transformers' `from_pretrained`, which also takes what users of the released code pass.
 
         `use_flash_attn` and `low_cpu_mem_usage` have no effect here: attention follows `attn_implementation`, and
-        loading never needs the weights twice. `torch_dtype` and `load_in_8bit` are translated.
+        loading never needs the weights twice. `torch_dtype` and `load_in_8bit` are translated. A `quantization_config`
+        quantizes the layers of the language model only, as if its skip list named all else.
         """
         kwargs.pop("use_flash_attn", None)
         kwargs.pop("low_cpu_mem_usage", None)
         for bits in ("load_in_8bit", "load_in_4bit"):
             if kwargs.pop(bits, False):
                 kwargs.setdefault("quantization_config", BitsAndBytesConfig(**{bits: True}))
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _language_model_only(kwargs["quantization_config"])
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         chosen = kwargs.get("dtype") is not None
@@ -259,6 +270,15 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 "SAM 2: pass dtype=torch.float32, or device_map to use an accelerator."
             )
         return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """transformers' `save_pretrained`: in the released layout, quantized models in that of transformers.
+
+        Quantized weights can't be fused as the official code wants them, nor would it know what to do with them.
+        """
+        if getattr(self, "hf_quantizer", None) is not None:
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -997,6 +1017,18 @@ class _FrameSizes:
         return self._first if self._own is None else self._own.pop(index)
 
 
+def _language_model_only(config: dict[str, Any] | QuantizationConfigMixin) -> QuantizationConfigMixin:
+    """A copy of a quantization config that also leaves out all but the layers of the language model.
+
+    The rest is a small part of the weights, and masks suffer when it is rounded.
+    """
+    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
+    for name in _SKIP_LISTS:
+        if hasattr(config, name):
+            setattr(config, name, list(dict.fromkeys([*(getattr(config, name) or ()), *_FULL_PRECISION])))
+    return config
+
+
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
@@ -1192,6 +1224,27 @@ class FuseGroupedHeads(ConversionOps):
         return SplitGroupedHeads()
 
 
+class EachQuantizedConverter(WeightConverter):
+    """A converter from one tensor to several, each of which is quantized for itself.
+
+    torchao's operation takes one tensor and would drop the others.
+    """
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None) -> dict[str, Tensor]:
+        """Called by transformers when the tensors of a layer are read."""
+        parts = super().convert(layer_name, model=model, config=config, loading_info=loading_info)
+        if hf_quantizer is None or hf_quantizer.pre_quantized:
+            return parts
+        quantized = {}
+        for name, part in parts.items():
+            if hf_quantizer.param_needs_quantization(model, name):
+                missing = loading_info.missing_keys if loading_info else None
+                operation = hf_quantizer.get_quantize_ops()
+                part = operation.convert({name: part}, full_layer_name=name, model=model, missing_keys=missing)
+            quantized |= part if isinstance(part, dict) else {name: part}
+        return quantized
+
+
 def _head_groups(config: PreTrainedConfig) -> tuple[int, int]:
     """How many key-value heads a language model has, and how many query heads share each."""
     config = config.get_text_config()
@@ -1237,7 +1290,7 @@ register_checkpoint_conversion_mapping(
         WeightRenaming("attention_norm", "input_layernorm"),
         WeightRenaming("ffn_norm", "post_attention_layernorm"),
         WeightRenaming("output", "lm_head"),
-        WeightConverter(
+        EachQuantizedConverter(
             "attention.wqkv",
             ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
             operations=[SplitGroupedHeads()],
