@@ -12,9 +12,10 @@ loading and saving.
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput, logging
@@ -49,6 +50,7 @@ IGNORE_INDEX = -100
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 _PROCESSOR_LOADING = threading.Lock()
+_ADAPTER_PREFIX = "base_model.model."
 _FULL_PRECISION = (
     *("vision_model", "mlp1", "language_model.lm_head"),
     *("model.model.visual", "model.lm_head"),
@@ -298,6 +300,65 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             nn.init.zeros_(module.bias)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
+
+    def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
+        """transformers' `add_adapter`; the config may name modules as the released code does, see `adapter_config`."""
+        super().add_adapter(self.adapter_config(adapter_config), adapter_name)
+
+    def load_adapter(
+        self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, **kwargs
+    ) -> Any:
+        """transformers' `load_adapter`, also of adapters that were trained on the released code's modules.
+
+        Raises:
+            ValueError: the adapter changes a tensor that is several here, in another way than LoRA does.
+        """
+        if peft_config is None and peft_model_id is not None:
+            from peft import PeftConfig
+            from peft.utils.save_and_load import load_peft_weights
+
+            hub = {**getattr(kwargs.get("load_config"), "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {})}
+            hub |= {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            config = PeftConfig.from_pretrained(peft_model_id, **hub)
+            if self.adapter_config(config) is not config:
+                peft_config, adapter_state_dict = config, load_peft_weights(peft_model_id, device="cpu", **hub)
+        if peft_config is not None and adapter_state_dict is not None:
+            adapter_state_dict = _native_adapter_weights(self, adapter_state_dict)
+        peft_config = None if peft_config is None else self.adapter_config(peft_config)
+        return super().load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
+
+    def adapter_config(self, config):
+        """Translates the released names of modules in a PEFT config: `wqkv`, `w1`, `attn.proj`... to those used here.
+
+        `add_adapter` and `load_adapter` do it by themselves, for `peft.get_peft_model` call it. A tensor that is fused
+        there (`wqkv`, `attn.qkv`) becomes three modules here, each with an adapter of its own.
+
+        Args:
+            config: a `peft.PeftConfig`. Names as they are here may be used too: `q_proj` of InternViT and of the
+                language model, `language_model.model.layers.0.mlp`... as PEFT matches them.
+
+        Returns:
+            The config itself if there is nothing to translate, else a copy.
+        """
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        modules = _ModuleNames(self)
+        changed = {}
+        if targets := getattr(config, "target_modules", None):
+            changed["target_modules"] = modules.native(targets, partial(check_target_module_exists, config))
+        for field in ("exclude_modules", "modules_to_save"):
+            if (ends := getattr(config, field, None)) and not isinstance(ends, str):
+                changed[field] = modules.native(ends, partial(_is_target, ends=ends))
+        for field in ("rank_pattern", "alpha_pattern"):
+            given = getattr(config, field, None) or {}
+            names = {end: modules.native([end], partial(_is_target, ends=[end])) for end in given}
+            changed[field] = {name: given[end] for end in given for name in names[end]}
+        changed = {field: value for field, value in changed.items() if value and value != getattr(config, field)}
+        if changed:
+            config = copy.deepcopy(config)
+            for field, value in changed.items():
+                setattr(config, field, value)
+        return config
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embeddings."""
@@ -1222,6 +1283,78 @@ class FuseGroupedHeads(ConversionOps):
     def reverse_op(self) -> ConversionOps:
         """What loading does."""
         return SplitGroupedHeads()
+
+
+class _ModuleNames:
+    """What a model's modules are called here, and in the released code.
+
+    Attributes:
+        released: for each name here, the released one, which three modules share if their tensors are fused there.
+        splits: for the released names of fused tensors, the operation that splits them.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        rules = get_model_conversion_mapping(model, add_legacy=False)[::-1]
+        rules = [(rule.reverse_transform(), rule) for rule in rules]
+        self.released: dict[str, str] = {}
+        self.splits: dict[str, ConversionOps] = {}
+        for name, _ in model.named_modules():
+            released, split = name, None
+            for reverse, rule in rules:
+                released, matched = reverse.rename_source_key(released)
+                if matched is not None and isinstance(rule, WeightConverter):
+                    split = rule.operations[0]
+            self.released[name] = released
+            if split is not None:
+                self.splits[released] = split
+
+    def native(self, targets: str | Sequence[str], is_target: Callable[[str], Any]) -> str | Sequence[str]:
+        """PEFT's targets (a regular expression, or ends of names), translated if only released names meet them."""
+        found = {name for name in self.released if is_target(name)}
+        more = {name for name, released in self.released.items() if is_target(released)} - found
+        if not more:
+            return targets
+        kept = found if isinstance(targets, str) else [t for t in targets if any(_is_target(n, [t]) for n in found)]
+        return sorted({*kept, *more})
+
+
+def _is_target(name: str, ends: Sequence[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _native_adapter_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's weights under the names used here; those of a fused tensor are split as it is."""
+    modules = _ModuleNames(model)
+    natives: dict[str, list[str]] = {}
+    for name, released in modules.released.items():
+        if name != released:
+            natives.setdefault(released, []).append(name)
+    output = {}
+    for key, tensor in weights.items():
+        prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
+        words = key.removeprefix(prefix).split(".")
+        heads = [".".join(words[:end]) for end in range(len(words), 0, -1)]
+        released = next((head for head in heads if head in natives), "")
+        rest = key.removeprefix(prefix + released)
+        names = natives.get(released, [""])
+        parts = [tensor] if len(names) == 1 else _split_adapter(rest, tensor, names, modules.splits[released], model)
+        output |= {f"{prefix}{name}{rest}": part for name, part in zip(names, parts, strict=True)}
+    return output
+
+
+def _split_adapter(
+    what: str, tensor: Tensor, names: list[str], split: ConversionOps, model: PreTrainedModel
+) -> Sequence[Tensor]:
+    """The parts of a fused module's adapter: LoRA's A is the same for all, B has a row for each output."""
+    if what.startswith((".lora_A", ".lora_embedding_A")):
+        return [tensor.clone() for _ in names]
+    if not what.startswith((".lora_B", ".lora_magnitude_vector", ".weight", ".bias")):
+        raise ValueError(
+            f"The adapter's {what[1:]} belongs to a tensor of the released code that is {names} here, and can't be "
+            "split. Only LoRA and DoRA adapters of fused tensors can be loaded."
+        )
+    parts = split.convert({"fused": tensor}, ["fused"], names, config=model.config)
+    return [parts[name] for name in names]
 
 
 class EachQuantizedConverter(WeightConverter):
