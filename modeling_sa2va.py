@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 _PROCESSOR_LOADING = threading.Lock()
 _ADAPTER_PREFIX = "base_model.model."
-_FULL_PRECISION = (
+_FULL_PRECISION = (  # modules that no quantization touches, of both families
     *("vision_model", "mlp1", "language_model.lm_head"),
     *("model.model.visual", "model.lm_head"),
     *("text_hidden_fcs", "grounding_encoder"),
@@ -311,21 +312,27 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """transformers' `load_adapter`, also of adapters that were trained on the released code's modules.
 
         Raises:
-            ValueError: the adapter changes a tensor that is several here, in another way than LoRA does.
+            ValueError: the adapter changes a tensor that is several here, in another way than LoRA does; or a part of
+                it was not loaded.
         """
         if peft_config is None and peft_model_id is not None:
-            from peft import PeftConfig
-            from peft.utils.save_and_load import load_peft_weights
-
             hub = {**getattr(kwargs.get("load_config"), "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {})}
             hub |= {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            config = PeftConfig.from_pretrained(peft_model_id, **hub)
+            hub = {name: value for name, value in hub.items() if name in _HUB_ARGUMENTS}
+            config = _peft().PeftConfig.from_pretrained(peft_model_id, **hub)
             if self.adapter_config(config) is not config:
-                peft_config, adapter_state_dict = config, load_peft_weights(peft_model_id, device="cpu", **hub)
+                weights = _peft().utils.load_peft_weights(peft_model_id, device="cpu", **hub)
+                peft_config, adapter_state_dict = config, weights
         if peft_config is not None and adapter_state_dict is not None:
             adapter_state_dict = _native_adapter_weights(self, adapter_state_dict)
         peft_config = None if peft_config is None else self.adapter_config(peft_config)
-        return super().load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
+        report = super().load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
+        if lost := sorted(name for name in report.missing_keys if ".modules_to_save." in name):
+            raise ValueError(
+                f"The trained {lost} were not loaded: the adapter lacks them, or this version of transformers can't "
+                "load what modules_to_save names. Update transformers, or use peft.PeftModel.from_pretrained."
+            )
+        return report
 
     def adapter_config(self, config):
         """Translates the released names of modules in a PEFT config: `wqkv`, `w1`, `attn.proj`... to those used here.
@@ -340,12 +347,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         Returns:
             The config itself if there is nothing to translate, else a copy.
         """
-        from peft.tuners.tuners_utils import check_target_module_exists
-
+        is_targeted = _peft().tuners.tuners_utils.check_target_module_exists
         modules = _ModuleNames(self)
         changed = {}
         if targets := getattr(config, "target_modules", None):
-            changed["target_modules"] = modules.native(targets, partial(check_target_module_exists, config))
+            changed["target_modules"] = modules.native(targets, partial(is_targeted, config))
         for field in ("exclude_modules", "modules_to_save"):
             if (ends := getattr(config, field, None)) and not isinstance(ends, str):
                 changed[field] = modules.native(ends, partial(_is_target, ends=ends))
@@ -1283,6 +1289,14 @@ class FuseGroupedHeads(ConversionOps):
     def reverse_op(self) -> ConversionOps:
         """What loading does."""
         return SplitGroupedHeads()
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft  # guarded, or transformers would demand it before it loads this file from a checkpoint
+    except ImportError as error:
+        raise ImportError("Adapters need PEFT: pip install peft") from error
+    return peft
 
 
 class _ModuleNames:

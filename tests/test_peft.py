@@ -1,17 +1,20 @@
 """Adapters: what they train, merging, saving, and the names of the released code's modules."""
 
 import importlib.metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import GOLDEN, GoldenFamily
 from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import AutoModel
+from transformers.dynamic_module_utils import get_imports
 from transformers.integrations import peft as integration
 
-from sa2va import Sa2VAChatModel
+from sa2va import Sa2VAChatModel, modeling_sa2va
 
 peft = pytest.importorskip("peft")
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "qwen25vl", "qwen3vl")
@@ -86,6 +89,7 @@ def test_a_merged_model_answers_as_the_adapted_one(family):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="can't load modules_to_save")
 @families
 def test_an_adapter_is_added_saved_and_loaded(family, picture, tmp_path):
     model = load(family)
@@ -158,6 +162,28 @@ def test_regular_expressions_and_layer_numbers_work_with_released_names():
     assert config.target_modules == {"wqkv", "w2"}  # the user's own stays
 
 
+def test_an_adapter_that_lacks_a_trained_module_is_refused():
+    config = lora("q_proj", modules_to_save=["text_hidden_fcs"])
+    with pytest.raises(ValueError, match="text_hidden_fcs"):
+        load("ivl_qwen2").load_adapter(peft_config=config, adapter_state_dict={})
+
+
+def test_a_checkpoint_with_this_code_loads_without_peft():
+    """transformers demands all that a file imports unguarded before it runs code from a checkpoint."""
+    assert "peft" not in get_imports(Path(modeling_sa2va.__file__))
+
+
+def test_loading_an_adapter_loads_its_base_model(tmp_path):
+    model = load("ivl_internlm2")
+    model.add_adapter(lora("w1"))
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert adapted(again) == adapted(model) != set()
+    case = GoldenFamily("ivl_internlm2").case("text_only")
+    answers = [m.eval().predict_forward(**case.arguments, max_new_tokens=8).prediction for m in (model, again)]
+    assert answers[0] == answers[1]
+
+
 def test_a_config_without_released_names_is_left_alone():
     model = load("ivl_internlm2")
     for targets in (["q_proj", "w9"], "all-linear", r".*self_attn\.q_proj"):
@@ -176,8 +202,6 @@ def released_adapter(family, module, fused_rows, folder, **options):
 
 
 def test_an_adapter_trained_on_wqkv_loads_and_means_the_same(tmp_path):
-    from sa2va.modeling_sa2va import SplitGroupedHeads
-
     model = load("ivl_internlm2")
     attention = model.get_decoder().layers[0].self_attn
     names = [f"{name}_proj" for name in "qkv"]
@@ -186,7 +210,7 @@ def test_an_adapter_trained_on_wqkv_loads_and_means_the_same(tmp_path):
     change = released_adapter("ivl_internlm2", "language_model.model.layers.0.attention.wqkv", rows, tmp_path)
     report = model.load_adapter(tmp_path)
     assert not report.missing_keys and not report.unexpected_keys
-    wanted = SplitGroupedHeads().convert({"wqkv": change}, ["wqkv"], names, config=model.config)
+    wanted = modeling_sa2va.SplitGroupedHeads().convert({"wqkv": change}, ["wqkv"], names, config=model.config)
     for name in names:
         module = getattr(attention, name)
         torch.testing.assert_close(module.get_delta_weight("default"), wanted[name])
