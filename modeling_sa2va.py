@@ -15,10 +15,12 @@ import inspect
 import os
 import shlex
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +44,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping, regist
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -51,6 +54,7 @@ from transformers.utils import (
     has_file,
     logging,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAInternLM2Config, Sa2VAVisionConfig
 from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle
@@ -64,6 +68,13 @@ MASK_SIZES = ("first", "own")
 # transformers 5.24 gave the key-value cache of every model a new name.
 _CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 _PROCESSOR_LOADING = threading.Lock()
+_ADAPTER_PREFIX = "base_model.model."
+_FULL_PRECISION = (  # modules that no quantization touches, of both families
+    *("vision_model", "mlp1", "language_model.lm_head"),
+    *("model.model.visual", "model.lm_head"),
+    *("text_hidden_fcs", "grounding_encoder"),
+)
+_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # as the backends' configs name them
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -281,7 +292,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """transformers' `from_pretrained`, which also takes what users of the released code pass.
 
         `use_flash_attn` and `low_cpu_mem_usage` have no effect here: attention follows `attn_implementation`, and
-        loading never needs the weights twice. `torch_dtype` and `load_in_8bit` are translated.
+        loading never needs the weights twice. `torch_dtype` and `load_in_8bit` are translated. A `quantization_config`
+        quantizes the layers of the language model only, as if its skip list named all else.
 
         Raises:
             OSError: no such checkpoint, or its weights are pickles (`.bin`), which are never read.
@@ -294,6 +306,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         for bits in ("load_in_8bit", "load_in_4bit"):
             if kwargs.pop(bits, False):
                 kwargs.setdefault("quantization_config", BitsAndBytesConfig(**{bits: True}))
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _language_model_only(kwargs["quantization_config"])
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         chosen = kwargs.get("dtype") is not None
@@ -309,6 +323,15 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 "SAM 2: pass dtype=torch.float32, or device_map to use an accelerator."
             )
         return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """transformers' `save_pretrained`: in the released layout, quantized models in that of transformers.
+
+        Quantized weights can't be fused as the official code wants them, nor would it know what to do with them.
+        """
+        if getattr(self, "hf_quantizer", None) is not None:
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -328,6 +351,70 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             nn.init.zeros_(module.bias)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
+
+    def add_adapter(self, adapter_config, adapter_name: str | None = None) -> None:
+        """transformers' `add_adapter`; the config may name modules as the released code does, see `adapter_config`."""
+        super().add_adapter(self.adapter_config(adapter_config), adapter_name)
+
+    def load_adapter(
+        self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, **kwargs
+    ) -> Any:
+        """transformers' `load_adapter`, also of adapters that were trained on the released code's modules.
+
+        Raises:
+            ValueError: the adapter changes a tensor that is several here, in another way than LoRA does; or a part of
+                it was not loaded.
+        """
+        if peft_config is None and peft_model_id is not None:
+            hub = {**getattr(kwargs.get("load_config"), "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {})}
+            hub |= {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            hub = {name: value for name, value in hub.items() if name in _HUB_ARGUMENTS}
+            config = _peft().PeftConfig.from_pretrained(peft_model_id, **hub)
+            if self.adapter_config(config) is not config:
+                weights = _peft().utils.load_peft_weights(peft_model_id, device="cpu", **hub)
+                peft_config, adapter_state_dict = config, weights
+        if peft_config is not None and adapter_state_dict is not None:
+            adapter_state_dict = _native_adapter_weights(self, adapter_state_dict)
+        peft_config = None if peft_config is None else self.adapter_config(peft_config)
+        report = super().load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
+        if lost := sorted(name for name in report.missing_keys if ".modules_to_save." in name):
+            raise ValueError(
+                f"The trained {lost} were not loaded: the adapter lacks them, or this version of transformers can't "
+                "load what modules_to_save names. Update transformers, or use peft.PeftModel.from_pretrained."
+            )
+        return report
+
+    def adapter_config(self, config):
+        """Translates the released names of modules in a PEFT config: `wqkv`, `w1`, `attn.proj`... to those used here.
+
+        `add_adapter` and `load_adapter` do it by themselves, for `peft.get_peft_model` call it. A tensor that is fused
+        there (`wqkv`, `attn.qkv`) becomes three modules here, each with an adapter of its own.
+
+        Args:
+            config: a `peft.PeftConfig`. Names as they are here may be used too: `q_proj` of InternViT and of the
+                language model, `language_model.model.layers.0.mlp`... as PEFT matches them.
+
+        Returns:
+            The config itself if there is nothing to translate, else a copy.
+        """
+        is_targeted = _peft().tuners.tuners_utils.check_target_module_exists
+        modules = _ModuleNames(self)
+        changed = {}
+        if targets := getattr(config, "target_modules", None):
+            changed["target_modules"] = modules.native(targets, partial(is_targeted, config))
+        for field in ("exclude_modules", "modules_to_save"):
+            if (ends := getattr(config, field, None)) and not isinstance(ends, str):
+                changed[field] = modules.native(ends, partial(_is_target, ends=ends))
+        for field in ("rank_pattern", "alpha_pattern"):
+            given = getattr(config, field, None) or {}
+            names = {end: modules.native([end], partial(_is_target, ends=[end])) for end in given}
+            changed[field] = {name: given[end] for end in given for name in names[end]}
+        changed = {field: value for field, value in changed.items() if value and value != getattr(config, field)}
+        if changed:
+            config = copy.deepcopy(config)
+            for field, value in changed.items():
+                setattr(config, field, value)
+        return config
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embeddings."""
@@ -362,7 +449,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         Returns:
             [tiles, tokens, hidden], tokens = (H / patch_size * downsample_ratio)^2 (256 in released checkpoints).
         """
-        pixel_values = pixel_values.to(self.mlp1[0].weight.dtype)
+        pixel_values = pixel_values.to(_dtype(self.mlp1))
         layer = self.config.select_layer
         output = self.vision_model(pixel_values, output_hidden_states=layer != -1)
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
@@ -463,7 +550,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
             )
         is_seg = (input_ids == token_ids.seg) & (labels != IGNORE_INDEX if labels is not None else True)
-        output.seg_hidden_states = states.seg_states[is_seg]
+        output.seg_hidden_states = states.seg_states[is_seg.to(states.seg_states.device)]
         if grounding_pixel_values is not None:
             self._add_masks(output, is_seg.sum(dim=-1).tolist(), grounding_pixel_values, mask_labels)
         output.loss = self._total_loss(output)
@@ -553,7 +640,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             "object_score_loss": self.config.object_score_loss_weight,
         }
         parts = [weight * output[name] for name, weight in weights.items() if weight and output.get(name) is not None]
-        return sum(parts) if parts else None
+        return sum(part.to(parts[0].device) for part in parts) if parts else None
 
     def special_token_ids(self, tokenizer=None) -> SpecialTokenIds:
         """Ids of the special tokens, from `tokenizer`, else from the checkpoint's own."""
@@ -623,10 +710,12 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
     @property
     def execution_device(self) -> torch.device:
-        """Where inputs go: the device the first module computes on, which offloaded weights do not show."""
-        hook = getattr(self._first_module, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        return self.device if device is None else torch.device(device)
+        """Where inputs go: the device the first module, or its first part, computes on; offloaded weights hide it."""
+        for module in self._first_module.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return self.device
 
     @torch.no_grad()
     def predict_forward(
@@ -810,7 +899,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         positions = (new_ids == seg_id).nonzero().flatten()
         if not len(positions):
-            return self.text_hidden_fcs[0].weight.new_zeros(0, self.config.get_text_config().hidden_size)
+            size = (0, self.config.get_text_config().hidden_size)
+            return torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=new_ids.device)
         answer = new_ids[None, : positions[-1] + 1]
         states = self._answer_states(prompt, answer, _prompt_cache(cache, prompt["attention_mask"].shape[1]))[0]
         return states[positions.to(states.device) - (positions[-1] + 1).to(states.device)]
@@ -921,7 +1011,9 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         if input_ids is None:
             raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
         kwargs.setdefault("mm_token_type_ids", self._token_types(input_ids))
-        return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        device = self.execution_device
+        return self.model.generate(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()})
 
     def _token_types(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.config.image_token_id).long()
@@ -1055,6 +1147,22 @@ class _FrameSizes:
         return self._first if self._own is None else self._own.pop(index)
 
 
+def _language_model_only(config: dict[str, Any] | QuantizationConfigMixin) -> QuantizationConfigMixin:
+    """A copy of a quantization config that also leaves out all but the layers of the language model.
+
+    The rest is a small part of the weights, and masks suffer when it is rounded.
+    """
+    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
+    for name in _SKIP_LISTS:
+        if hasattr(config, name):
+            setattr(config, name, list(dict.fromkeys([*(getattr(config, name) or ()), *_FULL_PRECISION])))
+    return config
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
 def _token_id(tokenizer, token: str) -> int | None:
     """Id of a word that is one token, else None; tokenizers without an unknown token would give another token's id."""
     token_id = tokenizer.convert_tokens_to_ids(token)
@@ -1152,7 +1260,7 @@ def _fill(embeds: Tensor, where: Tensor, features: Tensor, what: str) -> Tensor:
             f"The text has {int(where.sum())} {what} placeholders but there are {len(features)} {what} features. Build "
             "both with the processor, from the same picture."
         )
-    return embeds.masked_scatter(where.unsqueeze(-1), features)
+    return embeds.masked_scatter(where.unsqueeze(-1).to(embeds.device), features)
 
 
 def _region_features(image_features: Tensor, masks: Tensor, tiles: Tensor | None) -> Tensor:
@@ -1298,6 +1406,107 @@ class FuseGroupedHeads(ConversionOps):
         return SplitGroupedHeads()
 
 
+def _peft() -> ModuleType:
+    try:
+        import peft  # guarded, or transformers would demand it before it loads this file from a checkpoint
+    except ImportError as error:
+        raise ImportError("Adapters need PEFT: pip install peft") from error
+    return peft
+
+
+class _ModuleNames:
+    """What a model's modules are called here, and in the released code.
+
+    Attributes:
+        released: for each name here, the released one, which three modules share if their tensors are fused there.
+        splits: for the released names of fused tensors, the operation that splits them.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        rules = get_model_conversion_mapping(model, add_legacy=False)[::-1]
+        rules = [(rule.reverse_transform(), rule) for rule in rules]
+        self.released: dict[str, str] = {}
+        self.splits: dict[str, ConversionOps] = {}
+        for name, _ in model.named_modules():
+            released, split = name, None
+            for reverse, rule in rules:
+                released, matched = reverse.rename_source_key(released)
+                if matched is not None and isinstance(rule, WeightConverter):
+                    split = rule.operations[0]
+            self.released[name] = released
+            if split is not None:
+                self.splits[released] = split
+
+    def native(self, targets: str | Sequence[str], is_target: Callable[[str], Any]) -> str | Sequence[str]:
+        """PEFT's targets (a regular expression, or ends of names), translated if only released names meet them."""
+        found = {name for name in self.released if is_target(name)}
+        more = {name for name, released in self.released.items() if is_target(released)} - found
+        if not more:
+            return targets
+        kept = found if isinstance(targets, str) else [t for t in targets if any(_is_target(n, [t]) for n in found)]
+        return sorted({*kept, *more})
+
+
+def _is_target(name: str, ends: Sequence[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _native_adapter_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's weights under the names used here; those of a fused tensor are split as it is."""
+    modules = _ModuleNames(model)
+    natives: dict[str, list[str]] = {}
+    for name, released in modules.released.items():
+        if name != released:
+            natives.setdefault(released, []).append(name)
+    output = {}
+    for key, tensor in weights.items():
+        prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
+        words = key.removeprefix(prefix).split(".")
+        heads = [".".join(words[:end]) for end in range(len(words), 0, -1)]
+        released = next((head for head in heads if head in natives), "")
+        rest = key.removeprefix(prefix + released)
+        names = natives.get(released, [""])
+        parts = [tensor] if len(names) == 1 else _split_adapter(rest, tensor, names, modules.splits[released], model)
+        output |= {f"{prefix}{name}{rest}": part for name, part in zip(names, parts, strict=True)}
+    return output
+
+
+def _split_adapter(
+    what: str, tensor: Tensor, names: list[str], split: ConversionOps, model: PreTrainedModel
+) -> Sequence[Tensor]:
+    """The parts of a fused module's adapter: LoRA's A is the same for all, B has a row for each output."""
+    if what.startswith((".lora_A", ".lora_embedding_A")):
+        return [tensor.clone() for _ in names]
+    if not what.startswith((".lora_B", ".lora_magnitude_vector", ".weight", ".bias")):
+        raise ValueError(
+            f"The adapter's {what[1:]} belongs to a tensor of the released code that is {names} here, and can't be "
+            "split. Only LoRA and DoRA adapters of fused tensors can be loaded."
+        )
+    parts = split.convert({"fused": tensor}, ["fused"], names, config=model.config)
+    return [parts[name] for name in names]
+
+
+class EachQuantizedConverter(WeightConverter):
+    """A converter from one tensor to several, each of which is quantized for itself.
+
+    torchao's operation takes one tensor and would drop the others.
+    """
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None) -> dict[str, Tensor]:
+        """Called by transformers when the tensors of a layer are read."""
+        parts = super().convert(layer_name, model=model, config=config, loading_info=loading_info)
+        if hf_quantizer is None or hf_quantizer.pre_quantized:
+            return parts
+        quantized = {}
+        for name, part in parts.items():
+            if hf_quantizer.param_needs_quantization(model, name):
+                missing = loading_info.missing_keys if loading_info else None
+                operation = hf_quantizer.get_quantize_ops()
+                part = operation.convert({name: part}, full_layer_name=name, model=model, missing_keys=missing)
+            quantized |= part if isinstance(part, dict) else {name: part}
+        return quantized
+
+
 def _head_groups(config: PreTrainedConfig) -> tuple[int, int]:
     """How many key-value heads a language model has, and how many query heads share each."""
     config = config.get_text_config()
@@ -1343,7 +1552,7 @@ register_checkpoint_conversion_mapping(
         WeightRenaming("attention_norm", "input_layernorm"),
         WeightRenaming("ffn_norm", "post_attention_layernorm"),
         WeightRenaming("output", "lm_head"),
-        WeightConverter(
+        EachQuantizedConverter(
             "attention.wqkv",
             ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
             operations=[SplitGroupedHeads()],

@@ -15,6 +15,7 @@ gives them to SAM 2 as a user's masks; from there on it is plain SAM 2, blanking
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -212,6 +213,7 @@ class FrameFeatures:
 
     def rows(self, index: Tensor | slice) -> "FrameFeatures":
         """The features of frames `index` (int64 [N]), a row each."""
+        index = index if isinstance(index, slice) else index.to(self.vision_features.device)
         high_res = tuple(level[index] for level in self.high_res_features)
         prompt = high_res
         if self.prompt_high_res_features is not self.high_res_features:
@@ -339,7 +341,23 @@ class Sam2Decoder(nn.Module):
 
     def forward(self, stage: str, *args, **kwargs) -> Any:
         """Runs the private method of that name; use `encode`, `decode`, `condition`, `propagate`, `segment_clips`."""
-        return getattr(self, f"_{stage}")(*args, **kwargs)
+        with self._direct_weights():
+            return getattr(self, f"_{stage}")(*args, **kwargs)
+
+    @contextmanager
+    def _direct_weights(self) -> Iterator[None]:
+        """Holds the weights that SAM 2 reads without calling their modules, which accelerate may have offloaded.
+
+        Its hooks load weights when a module is called; these modules never are.
+        """
+        modules = [m for m in self.modules() if isinstance(m, (Sam2Model, nn.Embedding)) and hasattr(m, "_hf_hook")]
+        for module in modules:
+            module._hf_hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._hf_hook.post_forward(module, None)
 
     def encode(self, frames: Tensor) -> FrameFeatures:
         """Runs the image encoder on normalised frames [T, 3, S, S], once."""

@@ -63,8 +63,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("picture", metavar="IMAGE_OR_VIDEO", help="an image, a video, an animated gif or a folder of frames")
     add("text", metavar="TEXT", help="the question or request")
-    add("--model", default=str(DEFAULT_MODEL), help="folder or Hugging Face name of a checkpoint; default: sa2va-tiny")
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where the files go; default: outputs")
+    add("--json", action="store_true", help="print the JSON record and nothing else")
+    add_model_options(parser)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which model answers, and how."""
+    add = parser.add_argument
+    add("--model", default=str(DEFAULT_MODEL), help="folder or Hugging Face name of a checkpoint; default: sa2va-tiny")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps...; auto (default) is an accelerator if there is one")
     add("--dtype", default="auto", choices=DTYPES, help="auto (default): float32 on a CPU, else the checkpoint's")
     add("--num-frames", type=int, metavar="N", help="frames of a video the language model sees (released: 5)")
@@ -76,8 +84,6 @@ def _parser() -> argparse.ArgumentParser:
         help="probability above which a pixel belongs to the object; default: 0.5",
     )
     add("--max-new-tokens", type=int, metavar="N", help="longest answer; default: 2048")
-    add("--json", action="store_true", help="print the JSON record and nothing else")
-    return parser
 
 
 def frame_sampling(text: str) -> str | list[int]:
@@ -97,11 +103,11 @@ def run(arguments: argparse.Namespace) -> None:
     """
     source = open_source(arguments.picture)  # before the model, which takes longer
     model = load_model(arguments.model, arguments.device, arguments.dtype)
-    answer = predict(model, source, arguments.text, _options(arguments))
+    answer = predict(model, source, arguments.text, predict_options(arguments))
     picture, first = next(answer)
     if not arguments.json:
         print(_without_end_mark(first.prediction, model), flush=True)
-    record = _new_record(arguments.text, first, source)
+    record = new_record(arguments.text, first, source)
     name = f"{Path(arguments.picture).expanduser().resolve().stem}-{'video' if source.is_video else 'image'}"
     overlay = arguments.output / f"{name}{'.mp4' if source.is_video else '.png'}"
     if first.phrases:
@@ -149,7 +155,7 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device {name} can't be used here: {reason} Try cpu.") from error
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def predict_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of `predict_stream`'s options; the checkpoint decides the others."""
     options = {
         "num_frames": arguments.num_frames,
@@ -184,7 +190,7 @@ def _without_end_mark(prediction: str, model: Sa2VAChatModel) -> str:
     return prediction.rstrip()
 
 
-def _new_record(question: str, first: Sa2VAFrame, source: Source) -> dict[str, Any]:
+def new_record(question: str, first: Sa2VAFrame, source: Source) -> dict[str, Any]:
     """What the JSON file holds, before any frame is added."""
     return {
         "question": question,
@@ -211,11 +217,11 @@ def _save_overlay(
             if picture.size != (width, height):  # a later frame of a folder; its masks have the first one's size
                 picture = picture.resize((width, height))
             write(draw_overlay(picture, frame.masks, labels))
-            _add_frame(record["objects"], frame)
+            add_frame(record["objects"], frame)
     record["overlay"] = path.name
 
 
-def _add_frame(objects: list[dict[str, Any]], frame: Sa2VAFrame) -> None:
+def add_frame(objects: list[dict[str, Any]], frame: Sa2VAFrame) -> None:
     """Adds a frame's scores, areas and masks to the objects of a record."""
     for index, (thing, rle) in enumerate(zip(objects, masks_to_rle(frame.masks), strict=True)):
         for name, scores in thing["scores"].items():

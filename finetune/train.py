@@ -108,7 +108,7 @@ class SceneTrainee(nn.Module):
         return (distance * visible).sum() / visible.sum().clamp(min=1)
 
     def _target_loss(self, image_tokens: list[Tensor], mask_labels: Sequence[Tensor]) -> Tensor:
-        """Cross entropy of "this token shows the object": tokens [objects, h * w, D] of every frame, masks of samples."""
+        """Cross entropy of "this token shows the object", for tokens [objects, h * w, D] of every frame."""
         logits = torch.stack([self.target_head(tokens)[..., 0] for tokens in image_tokens], dim=1)
         side = round(logits.shape[-1] ** 0.5)
         masks = [F.interpolate(m.float(), size=(side, side), mode="area") for m in mask_labels if len(m)]

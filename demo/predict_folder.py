@@ -1,0 +1,183 @@
+"""Asks Sa2VA the same about every image and video of a folder, with as many processes as there are devices.
+
+    python demo/predict_folder.py videos "Please segment the dog." --output dogs.jsonl
+    accelerate launch --multi_gpu --num_processes 2 demo/predict_folder.py videos "Please segment the dog."
+
+The second also works with no GPU at all (accelerate's own --cpu starts one process). Each process takes every n-th
+file. The output has one line for each file, in the order of their names:
+
+    {"file", "question", "prediction", "phrases", "size": [height, width], "fps": number or null,
+     "objects": [{"phrase", "scores": {"iou": [...], "object": [...]}, "areas": [...], "rle": [...]}]}
+
+with one number and one COCO run-length encoding for each frame. A file that can't be read gets
+`{"file", "question", "error"}`, and the exit code is 1. Run again after a stop, and only files without an answer are
+done. Processes on several machines need a file system in common.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from sa2va import Sa2VAChatModel
+from sa2va.demo.media import open_source, replacing
+from sa2va.demo.predict import (
+    USER_ERROR,
+    add_frame,
+    add_model_options,
+    load_model,
+    new_record,
+    predict,
+    predict_options,
+)
+
+SOME_FAILED = 1
+PATIENCE = timedelta(days=7)  # a process waits for the others as long as their videos take
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line.
+
+    Args:
+        argv: arguments without the program's name; default those of the process.
+
+    Returns:
+        Exit code of this process: 0; 1 if files could not be read (of the first process); 2 after an error that the
+        user can mend. Both are told on stderr.
+    """
+    arguments = _parser().parse_args(argv)
+    on_cpu = arguments.device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    try:
+        failed = run(arguments, state)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if state.is_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    for record in failed:
+        print(f"{record['file']}: {record['error']}", file=sys.stderr)
+    return SOME_FAILED if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="images and videos; hidden files and folders are left out")
+    add("text", metavar="TEXT", help="the question or request")
+    add("--output", type=Path, default=Path("results.jsonl"), metavar="FILE", help="default: results.jsonl")
+    add_model_options(parser)
+    return parser
+
+
+def run(arguments: argparse.Namespace, state: PartialState) -> list[dict[str, Any]]:
+    """Does this process's share; the first process merges what all have done.
+
+    Returns:
+        The records of files that could not be read, in the first process; nothing in the others.
+
+    Raises:
+        ValueError, OSError: the folder, the output or the model can't be used.
+    """
+    names = _file_names(arguments.folder, arguments.output)
+    done = {name for name, record in _results(arguments).items() if "error" not in record}
+    state.wait_for_everyone()  # all have read the same results before anyone adds to them
+    todo = [name for name in names if name not in done][state.process_index :: state.num_processes]
+    if todo:
+        _answer_all(todo, arguments, state)
+    state.wait_for_everyone()
+    failed = _merge(names, arguments) if state.is_main_process else []
+    state.wait_for_everyone()  # a launcher stops all processes when one ends with an error
+    return failed
+
+
+def _file_names(folder: Path, output: Path) -> list[str]:
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise NotADirectoryError(f"There is no folder {str(folder)!r}. Give one that holds images and videos.")
+    files = [f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")]
+    names = sorted(file.name for file in files if file.resolve() != output.resolve())
+    if not names:
+        raise FileNotFoundError(f"The folder {str(folder)!r} holds no files. Folders inside it are not searched.")
+    return names
+
+
+def _parts(output: Path) -> list[Path]:
+    """What the processes of this run, or of one that was stopped, have written."""
+    return sorted(output.parent.glob(f".{output.name}.*.part"))
+
+
+def _results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All records so far by file name, later ones over earlier.
+
+    Raises:
+        ValueError: they answer another question, or are no records.
+    """
+    results = {}
+    for path in (arguments.output, *_parts(arguments.output)):
+        for record in _read(path):
+            if record.get("question") != arguments.text:
+                raise ValueError(
+                    f"{str(path)!r} holds answers to {record.get('question')!r}. Give another --output, or remove it."
+                )
+            results[record["file"]] = record
+    return results
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file; a line that a stopped process left unfinished is none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return (json.loads(line) for line in lines if line.endswith("\n"))
+
+
+def _answer_all(names: list[str], arguments: argparse.Namespace, state: PartialState) -> None:
+    """Appends a record for each file to this process's part, as soon as it is known."""
+    device = str(state.device) if arguments.device == "auto" else arguments.device
+    with state.main_process_first():  # which downloads the checkpoint for all
+        model = load_model(arguments.model, device, arguments.dtype)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    part = arguments.output.with_name(f".{arguments.output.name}.{state.process_index}.part")
+    complete = list(_read(part))
+    with part.open("w", encoding="utf-8") as file:
+        for record in complete:
+            print(json.dumps(record), file=file)
+        for name in names:
+            print(json.dumps(_answer(name, model, arguments)), file=file, flush=True)
+
+
+def _answer(name: str, model: Sa2VAChatModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The record of one file."""
+    try:
+        source = open_source(arguments.folder / name)
+        record: dict[str, Any] = {}
+        for _, frame in predict(model, source, arguments.text, predict_options(arguments)):
+            if not record:
+                record = new_record(arguments.text, frame, source)
+                del record["overlay"]
+            add_frame(record["objects"], frame)
+        return {"file": name, **record}
+    except (ValueError, TypeError, OSError) as error:
+        return {"file": name, "question": arguments.text, "error": str(error)}
+
+
+def _merge(names: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Writes all records in the order of file names, removes the parts and returns the failures.
+
+    Records of files that are gone stay, at the end.
+    """
+    results = _results(arguments)
+    order = [*(name for name in names if name in results), *sorted(results.keys() - set(names))]
+    with replacing(arguments.output) as temporary:
+        temporary.write_text("".join(json.dumps(results[name]) + "\n" for name in order), encoding="utf-8")
+    for part in _parts(arguments.output):
+        part.unlink()
+    return [results[name] for name in names if "error" in results.get(name, {})]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The demo for folders: a line for every file, whatever the number of processes and stops."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sa2va.demo.make_samples import SAMPLES
+from sa2va.demo.predict_folder import main
+from sa2va.processing_sa2va import open_video
+
+ROOT = Path(__file__).parents[1]
+QUESTION = "Please segment the red star in this image."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two pictures, a clip of three frames (an animation) and a file that is nothing, with a folder beside them."""
+    folder = tmp_path / "in"
+    (folder / "more").mkdir(parents=True)
+    shutil.copy(SAMPLES / "shapes.png", folder / "b.png")
+    Image.new("RGB", (40, 30), "red").save(folder / "d.jpg")
+    frames = [frame for frame, _ in zip(open_video(SAMPLES / "shapes.mp4"), range(3), strict=False)]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:])
+    (folder / "c.mp4").write_text("no video")
+    return folder
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(folder, tmp_path):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    assert main([str(folder), QUESTION, "--output", str(one), "--device", "cpu"]) == 1
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = ["demo/predict_folder.py", str(folder), QUESTION, "--output", str(two), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "c.mp4: " in done.stderr, done.stderr
+    assert two.read_text() == one.read_text()
+    records = lines_of(two)
+    assert [record["file"] for record in records] == ["a.gif", "b.png", "c.mp4", "d.jpg"]
+    assert "neither an image" in records[2]["error"]
+    assert len(records[1]["objects"][0]["rle"]) == 1 and records[0]["fps"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_files_with_an_answer_are_not_asked_again_and_failures_are(folder, tmp_path):
+    output = tmp_path / "out.jsonl"
+    known = [{"file": name, "question": QUESTION, "prediction": "known"} for name in ("a.gif", "d.jpg")]
+    output.write_text("".join(json.dumps(record) + "\n" for record in known))
+    stopped = {"file": "b.png", "question": QUESTION, "prediction": "from a process that was stopped"}
+    (tmp_path / ".out.jsonl.7.part").write_text(json.dumps(stopped) + '\n{"file": "c.m')
+    (folder / "c.mp4").unlink()
+    assert main([str(folder), QUESTION, "--output", str(output)]) == 0
+    assert lines_of(output) == [known[0], stopped, known[1]]
+    failed = {"file": "d.jpg", "question": QUESTION, "error": "once"}
+    output.write_text("".join(json.dumps(record) + "\n" for record in (known[0], stopped, failed)))
+    assert main([str(folder), QUESTION, "--output", str(output)]) == 0
+    assert lines_of(output)[2]["prediction"].endswith("<|im_end|>")
+
+
+def test_results_of_another_question_are_not_touched(folder, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    output.write_text('{"file": "a.gif", "question": "Another?"}\n')
+    assert main([str(folder), QUESTION, "--output", str(output)]) == 2
+    assert "Another?" in capsys.readouterr().err and output.read_text() == '{"file": "a.gif", "question": "Another?"}\n'
+
+
+def test_folders_without_files_are_named(tmp_path, capsys):
+    for folder, message in ((tmp_path, "holds no files"), (tmp_path / "none", "no folder")):
+        assert main([str(folder), QUESTION]) == 2
+        assert message in capsys.readouterr().err

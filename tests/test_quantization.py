@@ -1,0 +1,134 @@
+"""Quantized language models: what is quantized and what never is, answers, and what is saved.
+
+Of the recordings only one is compared, in 8 bits: their language models are random numbers, which rounding garbles.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, GoldenFamily
+from torch import nn
+from transformers import AutoModel, BitsAndBytesConfig, EetqConfig, QuantoConfig, TorchAoConfig
+
+from sa2va.modeling_sa2va import _language_model_only
+
+ROOT = Path(__file__).parents[1]
+TINY, SHAPES = ROOT / "sa2va-tiny", ROOT / "demo" / "samples" / "shapes.png"
+FAMILIES = ("ivl_qwen2", "ivl_internlm2", "qwen25vl", "qwen3vl")
+pytest.importorskip("bitsandbytes")
+quantization = pytest.importorskip("torchao.quantization")
+
+
+def int4_config():
+    """4 bits in the one of torchao's formats that needs no GPU; groups of 32 fit the small models."""
+    return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.PerGroup(32))
+
+
+CONFIGS = {
+    "bitsandbytes-8": BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes-4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "torchao-8": TorchAoConfig(quantization.Int8WeightOnlyConfig()),
+    "torchao-4": TorchAoConfig(int4_config()),
+}
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def load(folder, **options):
+    return AutoModel.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def quantized_modules(model):
+    """Names of the modules whose weights are something else than floating point numbers."""
+    plain = (nn.Parameter, torch.Tensor)
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    return {name for name, weight in weights.items() if weight is not None and type(weight) not in plain}
+
+
+def language_layers(model):
+    """Names of the linear modules in the language model's layers."""
+    inside = {id(module) for layer in model.get_decoder().layers for module in layer.modules()}
+    return {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
+
+
+@configs
+@families
+def test_only_the_layers_of_the_language_model_are_quantized(family, config):
+    model = load(GOLDEN / family, quantization_config=config)
+    assert quantized_modules(model) == language_layers(model) != set()
+
+
+@configs
+def test_masks_are_those_of_full_precision_for_the_same_prompts(golden, golden_model, config):
+    model = load(golden.folder, quantization_config=config)
+    frames, prompts = torch.randn(1, 3, 256, 256), torch.randn(2, 64)
+    decoders = [m.grounding_encoder for m in (model, golden_model)]
+    with torch.no_grad():
+        quantized, full = (decoder.decode(decoder.encode(frames), prompts) for decoder in decoders)
+    assert torch.equal(quantized.logits, full.logits)
+
+
+@families
+def test_torchao_quantizes_all_that_comes_out_of_a_fused_tensor(family):
+    """transformers itself would keep the queries of InternLM2's `wqkv` and lose keys and values."""
+    full, model = load(GOLDEN / family), load(GOLDEN / family, quantization_config=CONFIGS["torchao-8"])
+    states = torch.randn(3, 160)
+    for name in language_layers(model):
+        parts = [m.get_submodule(name) for m in (model, full)]
+        if parts[0].in_features == 160:
+            quantized, exact = (part(states) for part in parts)
+            assert torch.cosine_similarity(quantized.flatten(), exact.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("options", [{"quantization_config": CONFIGS["torchao-8"]}, {"load_in_8bit": True}], ids=str)
+def test_eight_bits_give_the_recorded_answer(options):
+    case = GoldenFamily("qwen3vl").case("img1seg")
+    output = load(GOLDEN / "qwen3vl", **options).predict_forward(**case.arguments)
+    assert output.prediction == case.meta["prediction"]
+    mask, recorded = output.prediction_masks[0], case.mask(0)
+    assert (mask & recorded).sum() / (mask | recorded).sum() > 0.9
+
+
+@configs
+def test_a_trained_model_answers_as_in_full_precision(config):
+    question = {"image": SHAPES, "text": "Please segment the red star in this image."}
+    full, quantized = (load(TINY, quantization_config=c).predict_forward(**question) for c in (None, config))
+    assert quantized.prediction == full.prediction and len(full.prediction_masks) == 1
+    mask, wanted = quantized.prediction_masks[0], full.prediction_masks[0]
+    assert (mask & wanted).sum() / (mask | wanted).sum() > 0.9
+
+
+@configs
+@pytest.mark.parametrize("family", ["ivl_internlm2", "qwen3vl"])
+def test_a_quantized_model_is_saved_and_loads_again(family, config, tmp_path):
+    model = load(GOLDEN / family, quantization_config=config)
+    model.save_pretrained(tmp_path)
+    model.load_processor().save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert quantized_modules(again) == quantized_modules(model)
+    case = GoldenFamily(family).case("img1seg")
+    first, second = (m.predict_forward(**case.arguments, max_new_tokens=6) for m in (model, again))
+    assert first.prediction == second.prediction
+    assert np.array_equal(first.prediction_masks, second.prediction_masks)
+
+
+def test_a_skip_list_of_the_users_own_counts_too(golden):
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["down_proj"])
+    given = copy.deepcopy(config)
+    model = load(golden.folder, quantization_config=config)
+    assert quantized_modules(model) == {name for name in language_layers(model) if not name.endswith("down_proj")}
+    assert config.to_dict() == given.to_dict()  # what the user holds stays as it was
+
+
+def test_a_dictionary_will_do(golden):
+    model = load(golden.folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert quantized_modules(model) == language_layers(model)
+
+
+@pytest.mark.parametrize("config", [QuantoConfig(weights="int8"), EetqConfig()], ids=lambda c: type(c).__name__)
+def test_configs_of_other_backends_get_the_same_list(config):
+    skipped = _language_model_only(config).modules_to_not_convert
+    assert {"vision_model", "grounding_encoder", "text_hidden_fcs"} <= set(skipped)
