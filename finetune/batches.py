@@ -115,7 +115,7 @@ class SceneCollator:
     """Turns scenes into the arguments of `forward`, and the classes that training-only heads learn.
 
     Returned beside the arguments: `seg_classes` int64 [M, 2], colour and shape of every `[SEG]`; `seg_boxes` float32
-    [M, 4], its box in the first frame as centre and size in 0..1; `cell_classes` int64 [tiles, tokens, 2] and
+    [M, 4], its box as centre and size in 0..1, the mean of the key frames that show it; `cell_classes` int64 [tiles, tokens, 2] and
     `cell_boxes` float32 [tiles, tokens, 4], colour, shape and box of the object that covers most of each image token
     (all 0 is background).
     """
@@ -137,7 +137,7 @@ class SceneCollator:
             "grounding_pixel_values": [row["grounding_pixel_values"] for row in rows],
             "mask_labels": [row["mask_labels"] for row in rows],
             "seg_classes": torch.tensor([pair for row in rows for pair in row["seg_classes"]]).reshape(-1, 2),
-            "seg_boxes": torch.cat([_boxes(row["mask_labels"][:, 0]) for row in rows]),
+            "seg_boxes": torch.cat([self._mean_boxes(row["mask_labels"]) for row in rows]),
             "cell_classes": torch.cat([row["cell_classes"] for row in rows]),
             "cell_boxes": torch.cat([row["cell_boxes"] for row in rows]),
         }
@@ -158,6 +158,13 @@ class SceneCollator:
             "cell_classes": torch.cat(classes),
             "cell_boxes": torch.cat(boxes),
         }
+
+    def _mean_boxes(self, masks: Tensor) -> Tensor:
+        """Masks [S, T, H, W] -> boxes [S, 4]: one prompt serves all key frames, so it should name a place amid them."""
+        key_frames = masks[:, : self.processor.num_key_frames]
+        boxes = _boxes(key_frames.flatten(0, 1)).unflatten(0, key_frames.shape[:2])
+        visible = (boxes[..., 2:3] > 0).float()
+        return (boxes * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
 
     def _row(self, sample: SceneSample) -> dict:
         frames = [Image.fromarray(frame) for frame in sample.frames]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -42,6 +43,7 @@ HEAD_WEIGHTS = {
     "cell_loss": 0.5,
     "cell_box_loss": 2.0,
 }
+HEADS = "heads.safetensors"
 OBJECT_WEIGHT = 5.0  # of an image token that shows the object, against one of the many that don't
 LEARNERS = {  # what learns, by the names of its parameters
     "all": re.compile(""),
@@ -153,6 +155,17 @@ def _cell_loss(heads: nn.ModuleList, states: Tensor, classes: Tensor) -> Tensor:
         for i, head in enumerate(heads)
     )
     return sum((loss * weights).sum() for loss in losses)
+
+
+def save_heads(trainee: SceneTrainee, path: Path) -> None:
+    """Saves what only training needs, so that a later sitting need not begin with heads that know nothing."""
+    save_file({name: t for name, t in trainee.state_dict().items() if not name.startswith("model.")}, path)
+
+
+def load_heads(trainee: SceneTrainee, path: Path) -> None:
+    """Loads what `save_heads` saved, if there is such a file."""
+    if path.is_file():
+        trainee.load_state_dict(load_file(path), strict=False)
 
 
 class SceneTrainer(Trainer):
@@ -303,15 +316,17 @@ def main(argv: list[str] | None = None) -> Path:
         options.num_frames,
         curriculum_of(options),
     )
-    trainer = SceneTrainer(
-        model=SceneTrainee(model), args=arguments, train_dataset=dataset, data_collator=SceneCollator(processor)
-    )
+    trainee = SceneTrainee(model)
+    if options.init:
+        load_heads(trainee, Path(options.init).parent / HEADS)
+    trainer = SceneTrainer(model=trainee, args=arguments, train_dataset=dataset, data_collator=SceneCollator(processor))
     output = Path(arguments.output_dir)
     resume = arguments.resume_from_checkpoint or (get_last_checkpoint(str(output)) if output.is_dir() else None)
     trainer.train(resume_from_checkpoint=resume)
     final = output / "final"
     if trainer.is_world_process_zero():
         model.save_pretrained(final)
+        save_heads(trainee, output / HEADS)
         processor.save_pretrained(final)
         draw_curve(trainer.state.log_history, final / "curve.png")
         settings = {"preset": options.preset, "seed": arguments.seed, "steps": trainer.state.global_step}
