@@ -115,9 +115,9 @@ class SceneCollator:
     """Turns scenes into the arguments of `forward`, and the classes that training-only heads learn.
 
     Returned beside the arguments: `seg_classes` int64 [M, 2], colour and shape of every `[SEG]`; `seg_boxes` float32
-    [M, 4], its box as centre and size in 0..1, the mean of the key frames that show it; `cell_classes` int64 [tiles, tokens, 2] and
-    `cell_boxes` float32 [tiles, tokens, 4], colour, shape and box of the object that covers most of each image token
-    (all 0 is background).
+    [M, 4], its box as centre and size in 0..1, the mean of the key frames that show it; `cell_classes` int64 [tiles,
+    tokens, 2] and `cell_boxes` float32 [tiles, tokens, 4], colour, shape and box of the object that covers most of each
+    image token (all 0 is background).
     """
 
     def __init__(self, processor: Sa2VAProcessor):
