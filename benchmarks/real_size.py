@@ -99,8 +99,8 @@ def measure(folder: str, dtype: str, device: str) -> dict:
     """Loads a checkpoint and answers about one picture.
 
     Returns:
-        "load_seconds", "peak_load_gb" and "peak_gb" (of this process, 10^9 bytes), "total_seconds" of the answer,
-        "stage_seconds" by stage, "mask_shape".
+        "load_seconds", "peak_load_gb" and "peak_gb" (of this process, 10^9 bytes), "threads", "total_seconds" of the
+        answer, "stage_seconds" by stage, "mask_shape".
     """
     begun = time.perf_counter()
     model = AutoModel.from_pretrained(folder, dtype=dtype, device_map=device).eval()
@@ -116,6 +116,7 @@ def measure(folder: str, dtype: str, device: str) -> dict:
     (mask,) = output.prediction_masks
     return {
         **loaded,
+        "threads": torch.get_num_threads(),
         "peak_gb": _peak_gb(),
         "total_seconds": total,
         "stage_seconds": {**seconds, "other": total - sum(seconds.values())},
@@ -130,12 +131,25 @@ def _peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def run(config_json: Path, dtype: str = "float32", device: str = "cpu") -> dict:
-    """Writes a random checkpoint, measures it in a process of its own and throws it away."""
+def run(config_json: Path, dtype: str = "float32", device: str = "cpu", threads: int | None = None) -> dict:
+    """Writes a random checkpoint, measures it in a process of its own and throws it away.
+
+    Args:
+        config_json: see the command line.
+        dtype, device: what the weights are loaded as, and where.
+        threads: CPU threads of the measuring process; None leaves it to PyTorch.
+
+    Returns:
+        What `measure` returns, and what was measured.
+
+    Raises:
+        RuntimeError: the measuring process failed; the message holds what it wrote.
+    """
     described = json.loads(config_json.read_text())
     with tempfile.TemporaryDirectory() as folder:
         parameters = write_random_checkpoint(described.get("config", described), Path(folder))
         command = [sys.executable, __file__, "--measure", folder, "--dtype", dtype, "--device", device]
+        command += ["--threads", str(threads)] if threads else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"The measuring process failed:\n{done.stderr}")
@@ -144,7 +158,6 @@ def run(config_json: Path, dtype: str = "float32", device: str = "cpu") -> dict:
         "parameters": parameters,
         "dtype": dtype,
         "device": device,
-        "threads": torch.get_num_threads(),
         **json.loads(done.stdout.splitlines()[-1]),
     }
 
@@ -166,15 +179,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config", type=Path, nargs="?", help="config.json or a file of tests/released")
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.measure:
+        if options.threads:
+            torch.set_num_threads(options.threads)
         print(json.dumps(measure(options.measure, options.dtype, options.device)))
         return
     if options.config is None:
         parser.error("CONFIG_JSON is missing.")
-    result = run(options.config, options.dtype, options.device)
+    result = run(options.config, options.dtype, options.device, options.threads)
     print(json.dumps(result, indent=2) if options.json else format_table(result))
 
 

@@ -44,6 +44,8 @@ CURRICULUM = (
     Stage(0.6, _ALL_IMAGE_TASKS),
     Stage(1.0, _ALL_IMAGE_TASKS, video_share=0.3),
 )
+# What can be learned in ten minutes: seeing shapes, and drawing what is named on pictures.
+QUICK_CURRICULUM = (Stage(0.2, {}), Stage(1.0, {"refer": 3, "multi": 1.5, "caption": 1.5, "followup": 1}))
 
 
 class ScheduledScenes:

@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.data.scenes import COLORS, SHAPES
-from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, SceneCollator, ScheduledScenes, Stage
+from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, QUICK_CURRICULUM, SceneCollator, ScheduledScenes, Stage
 from sa2va.finetune.tiny import build_model
 
 PRESETS = {
@@ -282,9 +282,11 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
 
 
 def curriculum_of(options: argparse.Namespace) -> Sequence[Stage]:
-    """All stages for a fresh model; the last for a saved one, and only pictures with masks for a mask decoder."""
+    """All stages for a fresh model, the last for a saved one; only pictures with masks for a mask decoder."""
     if options.learn == "mask_decoder":
         return (Stage(1.0, {"refer": 3, "multi": 1, "caption": 1}),)
+    if options.preset == "ten-minutes":
+        return QUICK_CURRICULUM
     return CURRICULUM[-1:] if options.init else CURRICULUM
 
 
