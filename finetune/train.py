@@ -95,17 +95,17 @@ class SceneTrainee(nn.Module):
             states = output.seg_hidden_states
             losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
             losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
-            losses["point_loss"] = self._point_loss(states, seg_boxes)
+            losses["point_loss"] = self._point_loss(self.model.text_hidden_fcs(states), seg_boxes)
             losses["target_loss"] = self._target_loss(image_tokens, inputs["mask_labels"])
         losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes)
         return {"loss": output.loss + _weighted(losses), **losses, "logits": output.logits}
 
-    def _point_loss(self, states: Tensor, boxes: Tensor) -> Tensor:
+    def _point_loss(self, prompts: Tensor, boxes: Tensor) -> Tensor:
         """Squared distance of the prompts from the encoded centres of visible objects."""
         sam2_model = self.model.grounding_encoder.sam2_model
         side = sam2_model.image_size
         centres = sam2_model.sam_prompt_encoder.pe_layer.forward_with_coords(side * boxes[:, None, :2], (side, side))
-        distance = (self.model.text_hidden_fcs(states) - centres[:, 0]).square().mean(dim=1)
+        distance = (prompts - centres[:, 0]).square().mean(dim=1)
         visible = boxes[:, 2] > 0
         return (distance * visible).sum() / visible.sum().clamp(min=1)
 

@@ -176,3 +176,53 @@ def test_training_stopped_and_resumed_reaches_the_same_loss(tmp_path):
     assert losses(stopped)[2:] == pytest.approx(losses(tmp_path / "whole")[2:], rel=1e-4)
     assert (final / "curve.png").stat().st_size > 10_000
     assert AutoModel.from_pretrained(final).load_processor().image_size == 56
+
+
+@pytest.mark.parametrize(("learners", "learn"), [("all", 5), ("sam2", 2), ("mask_decoder", 2)])
+def test_only_what_is_named_learns(tiny, learners, learn):
+    model, _ = tiny
+    names = [name for name, _ in model.named_parameters() if train.LEARNERS[learners].match(name)]
+    assert len({name.split(".")[0] for name in names}) == learn
+    image_encoder = [name for name in names if ".image_encoder." in name]
+    assert bool(image_encoder) == (learners != "mask_decoder")
+
+
+def test_a_new_mask_decoder_leaves_the_words_as_they_were(tiny, tmp_path):
+    model, processor = tiny
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, _ = train.start(str(tmp_path), seed=5, new_mask_decoder=True)
+    same = {name: torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items()}
+    assert all(same[name] for name in same if name.startswith(("vision_model", "mlp1", "language_model")))
+    assert all(same[name] for name in same if ".image_encoder." in name)
+    assert not same["text_hidden_fcs.0.weight"]
+    assert not same["grounding_encoder.sam2_model.sam_mask_decoder.mask_tokens.weight"]
+
+
+def test_heads_are_kept_between_sittings(tiny, tmp_path):
+    model, _ = tiny
+    first, second = train.SceneTrainee(model), train.SceneTrainee(model)
+    assert not torch.equal(first.box_head.weight, second.box_head.weight)
+    train.save_heads(first, tmp_path / train.HEADS)
+    train.load_heads(second, tmp_path / train.HEADS)
+    assert torch.equal(first.box_head.weight, second.box_head.weight)
+
+
+def test_prompts_are_drawn_to_the_encoded_centre_of_their_object(tiny):
+    model, _ = tiny
+    trainee, boxes = train.SceneTrainee(model), torch.tensor([[0.25, 0.5, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0]])
+    layer = model.grounding_encoder.sam2_model.sam_prompt_encoder.pe_layer
+    centre = layer((128, 128))[:, 63:65, 31:33].mean(dim=(1, 2))  # the four pixels around that point
+    away = torch.ones_like(centre)  # the second object is nowhere, so its prompt may be anything
+    assert trainee._point_loss(torch.stack([centre, away]), boxes) < 1e-3
+    assert trainee._point_loss(torch.stack([away, centre]), boxes) > 0.1
+
+
+def test_a_clips_prompt_names_the_middle_of_its_key_frames(tiny):
+    _, processor = tiny
+    masks = torch.zeros(1, 7, 10, 10, dtype=torch.bool)
+    masks[0, 0, 2:4, 0:2] = True
+    masks[0, 1, 2:4, 4:6] = True  # hidden in the other key frames
+    masks[0, 6, 8:10, 8:10] = True  # tracked, so no prompt reaches it
+    box = SceneCollator(processor)._mean_boxes(masks)[0]
+    torch.testing.assert_close(box, torch.tensor([0.3, 0.3, 0.2, 0.2]))
