@@ -246,6 +246,7 @@ class _Tensor(NamedTuple):
 
     @classmethod
     def parse(cls, name: str, entry: Any) -> "_Tensor":
+        """The tensor of a header's entry, or CheckpointError for one that is no such thing."""
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (TypeError, KeyError, ValueError):

@@ -77,6 +77,23 @@ class GoldenFamily:
         return arguments
 
 
+def training_batch(processor, picture) -> dict[str, Any]:
+    """Arguments of `forward` for a picture of 97 x 61 pixels with one object, in any family."""
+    inputs = processor.prepare(picture, None, "Segment it.")
+    answer = processor.tokenizer("Sure, [SEG].<|im_end|>", return_tensors="pt", add_special_tokens=False).input_ids
+    input_ids = torch.cat([inputs.input_ids, answer], dim=1)
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": torch.cat([torch.full_like(inputs.input_ids, -100), answer], dim=1),
+        "pixel_values": inputs.pixel_values,
+        "image_grid_thw": inputs.image_grid_thw,
+        "grounding_pixel_values": [processor.grounding_pixel_values(list(inputs.frames))],
+        "mask_labels": [torch.ones(1, 61, 97)],
+    }
+    return {name: value for name, value in batch.items() if value is not None}
+
+
 @pytest.fixture(scope="session")
 def golden() -> GoldenFamily:
     """The InternVL + Qwen2 family."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from accelerate import dispatch_model
-from conftest import GOLDEN, GoldenFamily
+from conftest import GOLDEN, GoldenFamily, training_batch
 from packaging.version import Version
 from pretend_devices import pretend_devices
 from safetensors.torch import load_file
@@ -129,22 +129,6 @@ def test_visual_prompts_go_with_the_picture_from_device_to_device(golden):
     with pretend_devices():
         dispatch_model(model, one_device_each(model), skip_keys=model._skip_keys_device_placement)
         assert_answers_as_recorded(model, golden.case("img_vp"))
-
-
-def training_batch(processor, picture):
-    inputs = processor.prepare(picture, None, "Segment it.")
-    answer = processor.tokenizer("Sure, [SEG].<|im_end|>", return_tensors="pt", add_special_tokens=False).input_ids
-    input_ids = torch.cat([inputs.input_ids, answer], dim=1)
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "labels": torch.cat([torch.full_like(inputs.input_ids, -100), answer], dim=1),
-        "pixel_values": inputs.pixel_values,
-        "image_grid_thw": inputs.image_grid_thw,
-        "grounding_pixel_values": [processor.grounding_pixel_values(list(inputs.frames))],
-        "mask_labels": [torch.ones(1, 61, 97)],
-    }
-    return {name: value for name, value in batch.items() if value is not None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

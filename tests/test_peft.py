@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import GOLDEN, GoldenFamily
+from conftest import GOLDEN, GoldenFamily, training_batch
 from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import AutoModel
@@ -41,23 +41,6 @@ def lora(*targets, **options):
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=False, **options)
 
 
-def batch_of(model, picture):
-    processor = model.load_processor()
-    inputs = processor.prepare(picture, None, "Segment it.")
-    answer = processor.tokenizer("Sure, [SEG].<|im_end|>", return_tensors="pt", add_special_tokens=False).input_ids
-    input_ids = torch.cat([inputs.input_ids, answer], dim=1)
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "labels": torch.cat([torch.full_like(inputs.input_ids, -100), answer], dim=1),
-        "pixel_values": inputs.pixel_values,
-        "image_grid_thw": inputs.image_grid_thw,
-        "grounding_pixel_values": [processor.grounding_pixel_values(list(inputs.frames))],
-        "mask_labels": [torch.ones(1, 61, 97)],
-    }
-    return {name: value for name, value in batch.items() if value is not None}
-
-
 def adapted(model):
     """Names of the modules that carry a LoRA."""
     return {name.partition(".lora_A")[0] for name, _ in model.named_modules() if name.endswith("lora_A.default")}
@@ -69,7 +52,7 @@ def test_a_training_step_changes_nothing_but_the_adapter(family, picture):
     wrapped = peft.get_peft_model(model, lora("q_proj", "v_proj", modules_to_save=["text_hidden_fcs"]))
     before = {name: p.detach().clone() for name, p in wrapped.named_parameters()}
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
-    wrapped(**batch_of(model, picture)).loss.backward()
+    wrapped(**training_batch(model.load_processor(), picture)).loss.backward()
     optimizer.step()
     changed = {name for name, p in wrapped.named_parameters() if not torch.equal(p, before[name])}
     assert changed and all("lora_" in name or "modules_to_save" in name for name in changed)
@@ -93,7 +76,7 @@ def test_a_merged_model_answers_as_the_adapted_one(family):
 @families
 def test_an_adapter_is_added_saved_and_loaded(family, picture, tmp_path):
     model = load(family)
-    batch = batch_of(model, picture)
+    batch = training_batch(model.load_processor(), picture)
     plain = model(**batch).loss.detach()
     model.add_adapter(lora("q_proj", "up_proj", modules_to_save=["text_hidden_fcs"]))
     model.save_pretrained(tmp_path)
@@ -113,7 +96,7 @@ def test_the_official_recipe_trains_the_mask_decoder_beside_the_adapter(picture)
     model = load("ivl_qwen2")
     config = lora("q_proj", modules_to_save=["text_hidden_fcs", "sam_mask_decoder", "lm_head", "embed_tokens"])
     wrapped = peft.get_peft_model(model, config)
-    wrapped(**batch_of(model, picture)).loss.backward()
+    wrapped(**training_batch(model.load_processor(), picture)).loss.backward()
     trained = {name for name, p in wrapped.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     for part in ("sam_mask_decoder", "text_hidden_fcs", "lm_head", "embed_tokens"):
         assert any(f"{part}.modules_to_save" in name for name in trained)
