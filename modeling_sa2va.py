@@ -63,6 +63,7 @@ from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
+PROMPT_DECODER = "sam_mask_decoder_modified"  # what only Sa2VA-i has
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 # transformers 5.24 gave the key-value cache of every model a new name.
@@ -293,7 +294,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         `use_flash_attn` and `low_cpu_mem_usage` have no effect here: attention follows `attn_implementation`, and
         loading never needs the weights twice. `torch_dtype` and `load_in_8bit` are translated. A `quantization_config`
-        quantizes the layers of the language model only, as if its skip list named all else.
+        quantizes the layers of the language model only, as if its skip list named all else. Its skip list, and a
+        `device_map` that is a dictionary, may name modules as the released code does.
 
         Raises:
             OSError: no such checkpoint, or its weights are pickles (`.bin`), which are never read.
@@ -306,14 +308,19 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         for bits in ("load_in_8bit", "load_in_4bit"):
             if kwargs.pop(bits, False):
                 kwargs.setdefault("quantization_config", BitsAndBytesConfig(**{bits: True}))
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _language_model_only(kwargs["quantization_config"])
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         chosen = kwargs.get("dtype") is not None
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(kwargs.get("device_map"), dict) or kwargs.get("quantization_config") is not None:
+            names = _ModuleNames.of_checkpoint(pretrained_model_name_or_path, kwargs.get("config"), hub_arguments)
+            kwargs |= _with_native_names(names, kwargs)
+        wants_report = kwargs.pop("output_loading_info", False)
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, *model_args, output_loading_info=True)
+        model, report = load(**kwargs)
+        if any(PROMPT_DECODER in key for key in report["unexpected_keys"]):
+            # Sa2VA-i in a place where its weight names could not be read beforehand: a subfolder, a variant, a cache.
+            model, report = load(**{**kwargs, "config": _as_sa2va_i(model.config)})
         model._hub_arguments = hub_arguments
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
@@ -322,7 +329,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 f"Loaded in {model.dtype}, the dtype of the checkpoint. On a CPU float32 is several times faster for "
                 "SAM 2: pass dtype=torch.float32, or device_map to use an accelerator."
             )
-        return loaded
+        return (model, report) if wants_report else model
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """transformers' `save_pretrained`: in the released layout, quantized models in that of transformers.
@@ -659,7 +666,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                         "This model was built from a config, so it has no checkpoint to read a tokenizer from. Pass "
                         "processor= (or tokenizer=), or set it once with model.set_processor(processor)."
                     )
-                self._processor = Sa2VAProcessor.from_pretrained(self.name_or_path, **self._hub_arguments)
+                self._processor = Sa2VAProcessor.from_pretrained(
+                    self.name_or_path, config=self.config, **self._hub_arguments
+                )
             return self._processor
 
     def set_processor(self, processor: Sa2VAProcessor) -> None:
@@ -929,6 +938,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """Yields logits float32 [N, h, w] at the user's size and the prediction they come from, for every frame."""
         if inputs.frames is None:
             return
+        is_sa2va_i = self.config.grounding_config.separate_prompt_decoder
         sizes = _FrameSizes(inputs.size, options.mask_sizes == "own")
         frames = sizes.watch(inputs.frames)
         if len(prompts):
@@ -937,7 +947,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             predictions = ((i, _no_objects(prompts)) for i, _ in enumerate(frames))
         for index, prediction in predictions:
             size = sizes.pop(index)
-            logits = processor.resize_logits(prediction.logits, size) if len(prompts) else prompts.new_zeros(0, *size)
+            if len(prompts):
+                logits = processor.resize_logits(prediction.logits, size, two_steps=inputs.is_video or not is_sa2va_i)
+            else:
+                logits = prompts.new_zeros(0, *size)
             yield logits, prediction
 
     def _track(
@@ -1145,6 +1158,31 @@ class _FrameSizes:
 
     def pop(self, index: int) -> tuple[int, int]:
         return self._first if self._own is None else self._own.pop(index)
+
+
+def _as_sa2va_i(config: Sa2VAChatConfig) -> Sa2VAChatConfig:
+    """A copy of a config that asks for the second mask decoder, and for key frames as such checkpoints want them."""
+    config = copy.deepcopy(config)
+    config.grounding_config.separate_prompt_decoder = True
+    config.grounding_config.frame_sampling = "uniform"
+    return config
+
+
+def _with_native_names(names: "_ModuleNames", arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that name modules, by the names used here."""
+    changed: dict[str, Any] = {}
+    if isinstance(device_map := arguments.get("device_map"), dict):
+        places = ((name, place) for key, place in device_map.items() for name in names.at(key))
+        changed["device_map"] = dict(places)
+    if (config := arguments.get("quantization_config")) is not None:
+        config = _language_model_only(config)
+        for field in _SKIP_LISTS:
+            if given := getattr(config, field, None):
+                setattr(
+                    config, field, list(dict.fromkeys([*given, *names.native(given, partial(_is_target, ends=given))]))
+                )
+        changed["quantization_config"] = config
+    return changed
 
 
 def _language_model_only(config: dict[str, Any] | QuantizationConfigMixin) -> QuantizationConfigMixin:
@@ -1427,7 +1465,7 @@ class _ModuleNames:
         rules = [(rule.reverse_transform(), rule) for rule in rules]
         self.released: dict[str, str] = {}
         self.splits: dict[str, ConversionOps] = {}
-        for name, _ in model.named_modules():
+        for name in [name for name, _ in (*model.named_modules(), *model.named_parameters())]:
             released, split = name, None
             for reverse, rule in rules:
                 released, matched = reverse.rename_source_key(released)
@@ -1436,6 +1474,22 @@ class _ModuleNames:
             self.released[name] = released
             if split is not None:
                 self.splits[released] = split
+
+    @classmethod
+    def of_checkpoint(
+        cls, name_or_path: str, config: Sa2VAChatConfig | None, hub_arguments: dict[str, Any]
+    ) -> "_ModuleNames":
+        """Those of a checkpoint that is yet to be loaded, from its config alone."""
+        if config is None:
+            config = Sa2VAChatConfig.from_pretrained(name_or_path, **hub_arguments)
+        with torch.device("meta"):
+            return cls(Sa2VAChatModel(copy.deepcopy(config)))
+
+    def at(self, name: str) -> list[str]:
+        """What is called `name` in the released code and not here: one module, or the parts of one; else the name."""
+        if name in self.released:
+            return [name]
+        return [native for native, released in self.released.items() if released == name] or [name]
 
     def native(self, targets: str | Sequence[str], is_target: Callable[[str], Any]) -> str | Sequence[str]:
         """PEFT's targets (a regular expression, or ends of names), translated if only released names meet them."""

@@ -1187,14 +1187,17 @@ class Sa2VAProcessor(ProcessorMixin):
         data = {name: value for name in names if (value := getattr(inputs, name)) is not None}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def resize_logits(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+    def resize_logits(self, logits: Tensor, size: tuple[int, int], two_steps: bool = True) -> Tensor:
         """Mask logits [N, 1, s, s] -> float32 [N, h, w] for size (h, w).
 
-        Bilinear in two steps, by way of SAM 2's input size, as the released models do.
+        Bilinear in two steps, by way of SAM 2's input size, as the released models do; or in one, as Sa2VA-i does with
+        the masks of prompted frames.
         """
-        side = (self.grounding_image_size, self.grounding_image_size)
-        full = F.interpolate(logits.float(), size=side, mode="bilinear", align_corners=False)
-        return F.interpolate(full, size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+        logits = logits.float()
+        if two_steps:
+            side = (self.grounding_image_size, self.grounding_image_size)
+            logits = F.interpolate(logits, size=side, mode="bilinear", align_corners=False)
+        return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
     def binarize(self, logits: Tensor, mask_threshold: float = 0.5) -> Tensor:
         """Logits of any shape -> bool: probability above `mask_threshold`.

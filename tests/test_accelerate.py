@@ -93,6 +93,33 @@ def test_released_module_names_place_a_model(tmp_path):
     assert_answers_as_recorded(model, GoldenFamily("ivl_qwen2").case("img1seg"))
 
 
+RELEASED_SPLIT = {
+    "vision_model.embeddings": "cpu",
+    "vision_model.encoder.layers.0": "disk",
+    "vision_model.encoder.layers.1": "cpu",
+    "mlp1": "cpu",
+    "language_model.model.tok_embeddings": "cpu",
+    "language_model.model.layers.0": "cpu",
+    "language_model.model.layers.1": "disk",
+    "language_model.model.norm": "cpu",
+    "language_model.output": "disk",
+    "text_hidden_fcs": "cpu",
+    "grounding_encoder": "disk",
+}
+
+
+def test_released_names_place_single_layers_too(tmp_path):
+    model = load("ivl_internlm2", device_map=RELEASED_SPLIT, offload_folder=tmp_path)
+    assert model.hf_device_map["language_model.lm_head"] == "disk"
+    assert_answers_as_recorded(model, GoldenFamily("ivl_internlm2").case("img1seg"))
+
+
+def test_both_mask_decoders_of_sa2va_i_come_from_disk(tmp_path):
+    parts = dict.fromkeys(("vision_model", "mlp1", "language_model", "text_hidden_fcs"), "cpu")
+    model = load("sa2vai_qwen2", device_map={**parts, "grounding_encoder": "disk"}, offload_folder=tmp_path)
+    assert_answers_as_recorded(model, GoldenFamily("sa2vai_qwen2").case("vid8_1seg"))
+
+
 def test_a_stream_comes_from_disk_too(golden, golden_model, tmp_path):
     model = load("ivl_qwen2", device_map=SPLIT["ivl_qwen2"], offload_folder=tmp_path)
     arguments = golden.case("vid3_1seg").arguments

@@ -17,7 +17,7 @@ from sa2va.modeling_sa2va import _language_model_only
 
 ROOT = Path(__file__).parents[1]
 TINY, SHAPES = ROOT / "sa2va-tiny", ROOT / "demo" / "samples" / "shapes.png"
-FAMILIES = ("ivl_qwen2", "ivl_internlm2", "qwen25vl", "qwen3vl")
+FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
 pytest.importorskip("bitsandbytes")
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -121,6 +121,13 @@ def test_a_skip_list_of_the_users_own_counts_too(golden):
     model = load(golden.folder, quantization_config=config)
     assert quantized_modules(model) == {name for name in language_layers(model) if not name.endswith("down_proj")}
     assert config.to_dict() == given.to_dict()  # what the user holds stays as it was
+
+
+def test_a_skip_list_may_use_released_names():
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["attention.wqkv", "feed_forward.w2"])
+    model = load(GOLDEN / "ivl_internlm2", quantization_config=config)
+    skipped = ("q_proj", "k_proj", "v_proj", "down_proj")
+    assert quantized_modules(model) == {name for name in language_layers(model) if not name.endswith(skipped)}
 
 
 def test_a_dictionary_will_do(golden):

@@ -50,6 +50,18 @@ def test_it_is_recognised_from_its_weights(model, tmp_path, layout):
     assert grounding.separate_prompt_decoder and grounding.frame_sampling == "uniform"
 
 
+@pytest.mark.parametrize("place", ["subfolder", "variant"])
+def test_it_is_recognised_where_its_weights_are_found_late(tmp_path, place):
+    folder = tmp_path / "inner" if place == "subfolder" else tmp_path
+    shutil.copytree(FOLDER, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("golden*"))
+    if place == "variant":
+        (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    where = {"subfolder": "inner"} if place == "subfolder" else {"variant": "fp16"}
+    late, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True, **where)
+    assert late.config.grounding_config.separate_prompt_decoder and not report["unexpected_keys"]
+    assert late.load_processor().frame_sampling == "uniform"
+
+
 def test_saving_gives_the_released_layout_bit_for_bit(model, tmp_path):
     model.save_pretrained(tmp_path)
     saved, released = load_file(tmp_path / "model.safetensors"), load_file(FOLDER / "model.safetensors")
@@ -108,6 +120,19 @@ def test_an_image_gets_the_mask_of_the_prompted_decoder(model, picture):
     output = model.predict_forward(image=picture, text="Please segment the person.", return_mask_logits=True)
     assert {mask.shape for mask in output.prediction_masks} == {(1, picture.height, picture.width)}
     assert output.prediction_masks[0].any() and np.unique(output.mask_logits[0]).size > 100  # not cut out to +-10
+
+
+def test_an_images_logits_are_resized_as_those_of_prompted_frames(model, picture):
+    output = model.predict_forward(image=picture, text="Please segment the person.", return_mask_logits=True)
+    processor, decoder = model.load_processor(), model.grounding_encoder
+    kept = []
+    handle = model.text_hidden_fcs.register_forward_hook(lambda module, args, output: kept.append(output))
+    model.predict_forward(image=picture, text="Please segment the person.")
+    handle.remove()
+    with torch.no_grad():
+        low_res = decoder.decode(decoder.encode(processor.grounding_pixel_values([picture])), kept[0]).logits
+    direct = torch.nn.functional.interpolate(low_res, (picture.height, picture.width), mode="bilinear")
+    np.testing.assert_allclose(np.concatenate(output.mask_logits), direct[:, 0], atol=1e-5)
 
 
 def test_tracked_frames_of_an_absent_object_are_blank_and_key_frames_are_not(model, absent_object):
