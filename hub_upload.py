@@ -32,6 +32,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 MAX_JSON_BYTES = 100_000_000
 LFS_POINTER = b"version "  # how the text begins that git leaves in place of a large file
+WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
 PROMPT_DECODER = "grounding_encoder.sam2_model.sam_mask_decoder_modified."
 # Never copied beside converted weights: other forms of them, or more pickles.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -132,6 +133,11 @@ def check_checkpoint(name_or_path: str | Path, revision: str | None = None) -> C
     """
     files = _find_files(str(name_or_path), revision)
     tensors, problems = _read_weights(files)
+    problems += [
+        f"{name} is {tensor.dtype}; weights are one of {', '.join(WEIGHT_DTYPES)}, so it is quantized or damaged"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in WEIGHT_DTYPES
+    ]
     config, comparison = None, _Comparison()
     try:
         config = _read_config(files, tensors)

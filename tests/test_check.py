@@ -221,6 +221,15 @@ def test_a_missing_key_of_a_native_checkpoint_has_its_native_name(tmp_path, gold
     assert check_checkpoint(tmp_path).missing_keys == ("vision_model.encoder.layer.1.layernorm_before.weight",)
 
 
+def test_a_weight_of_whole_numbers_is_named(tmp_path):
+    weights = load_file(GOLDEN / "ivl_qwen2" / "model.safetensors")
+    weights["mlp1.1.weight"] = weights["mlp1.1.weight"].to(torch.int8)
+    save_file(weights, tmp_path / "model.safetensors")
+    shutil.copy(GOLDEN / "ivl_qwen2" / "config.json", tmp_path)
+    report = check_checkpoint(tmp_path)
+    assert not report.ok and len(report.problems) == 1 and report.problems[0].startswith("mlp1.1.weight is I8")
+
+
 def test_a_shard_that_is_not_there_is_named(sharded):
     lost = index_of(sharded)[NORM]
     (sharded / lost).unlink()
