@@ -13,6 +13,9 @@ from transformers import AutoModel
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2")
 CASES = [(family, name) for family in FAMILIES for name in GoldenFamily(family).cases]
 TOLERANCE, TRACKED_TOLERANCE, RELATIVE = 2e-4, 1e-3, 2e-4
+# A memory feature that lies between two bfloat16 values may be rounded the other way, and what follows passes it on:
+# fifteen tracked frames on torch 2.7 are up to 2.6e-3 away, on 2.14 within 1e-3.
+LONG_TOLERANCE, LONG = 3e-3, 8
 LOGIT_TOLERANCE = 3e-4  # logits reach 31; with one thread instead of two, sums of float32 differ by 2.2e-4
 
 
@@ -123,7 +126,8 @@ def test_low_res_logits_pointers_and_scores_are_close(runs, models, key):
     case, _, _, recorder = runs[key]
     predictions = low_res_predictions(models[key[0]], case, recorder.seg_embeds[0])
     for row, (frame, *prompted) in enumerate(case.meta["frames_meta"]):  # in the order in which they were computed
-        prediction, atol = predictions[frame], LOGIT_TOLERANCE if any(prompted) else TRACKED_TOLERANCE
+        tracked = LONG_TOLERANCE if len(predictions) > LONG else TRACKED_TOLERANCE
+        prediction, atol = predictions[frame], LOGIT_TOLERANCE if any(prompted) else tracked
         for i in range(case.meta["n_masks"]):
             np.testing.assert_allclose(prediction.logits[i], case.arrays[f"low{i}"][row], atol=atol, rtol=RELATIVE)
             np.testing.assert_allclose(
