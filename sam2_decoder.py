@@ -453,8 +453,8 @@ class Sam2Decoder(nn.Module):
         high, middle, low = (level.to(frames.dtype) for level in output["backbone_fpn"])
         position = output["vision_pos_enc"][-1][:1].to(frames.dtype)
         decoders = (self.sam2_model.sam_mask_decoder, self.sam2_model.prompt_decoder)
-        high_res = {id(d): (d.conv_s0(high), d.conv_s1(middle)) for d in decoders}
-        return FrameFeatures(low, position, *(high_res[id(d)] for d in decoders))
+        high_res = {d: (d.conv_s0(high), d.conv_s1(middle)) for d in dict.fromkeys(decoders)}  # once if they are one
+        return FrameFeatures(low, position, *(high_res[d] for d in decoders))
 
     def _decode(self, features: FrameFeatures, prompts: Tensor, output_all_masks: bool = False) -> MaskPrediction:
         no_memory = self.sam2_model.no_mem_embed.reshape(1, -1, 1, 1)
