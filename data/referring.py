@@ -5,7 +5,7 @@ expression is a sample of its own.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -41,13 +41,15 @@ class Style:
         max_expressions: turns of a training sample at most; more expressions are drawn from by chance.
         questions: templates with {} and {medium} around a phrase; evaluation takes the first.
         sentences: the same around a sentence.
+        seed: names what chance does.
     """
 
     one_per_expression: bool
     is_video: bool = False
     max_expressions: int = 5
     questions: Sequence[str] = templates.SEGMENT_QUESTIONS
-    sentences: Sequence[str] = field(default=("{}",))
+    sentences: Sequence[str] = ("{}",)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_expressions < 1:
@@ -97,16 +99,19 @@ class Style:
         return Turn(question, answer, (expression.objects,))
 
 
-def make_style(split: str, one_per_expression: bool | None, template: str | None, **options: Any) -> Style:
+def make_style(
+    split: str, *, one_per_expression: bool | None = None, template: str | None = None, **options: Any
+) -> Style:
     """The style of a split.
 
     Args:
         split: those that begin with "train" are grouped for training, all others are for evaluation.
         one_per_expression: True or False says so outright.
         template: a question with {} in it that replaces the usual ones.
-        **options: for `Style`.
+        **options: `max_expressions`, `seed` and what else `Style` takes.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: a template without {}, or what `Style` refuses.
     """
     if template is not None and "{}" not in template:

@@ -63,7 +63,7 @@ class _CocoExpressions:
         expressions = [self._expression(*pair) for pair in self.style.choose(rng, pairs)]
         name = expressions[0].id if self.style.one_per_expression else str(image_id)
         info = {"image": file_name}
-        return self.style.sample(name, Media((resolve(self.folder, file_name),)), expressions, info, rng)
+        return self.style.sample(rng, name, Media((resolve(self.folder, file_name),)), expressions, info)
 
     def _expression(self, ref: Mapping[str, Any], sentence: Mapping[str, Any]) -> Expression:
         number = f"{field(ref, 'ref_id', int)}_{field(sentence, 'sent_id', int)}"
@@ -88,10 +88,7 @@ def open_refcoco(
     split: str,
     *,
     split_by: str | None = None,
-    one_per_expression: bool | None = None,
-    max_expressions: int = 5,
-    template: str | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> Reader:
     """Opens RefCOCO, RefCOCO+, RefCOCOg or gRefCOCO.
 
@@ -101,7 +98,7 @@ def open_refcoco(
             in the usual places of COCO's train2014 below or beside it.
         split: "train", "val", "testA", "testB", for RefCOCOg "test".
         split_by: who split it, part of the file's name: "unc", for RefCOCOg "umd" (default) or "google".
-        one_per_expression, max_expressions, template, seed: see `referring.Style` and `referring.make_style`.
+        **options: see `referring.make_style`.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -116,10 +113,10 @@ def open_refcoco(
     with located(str(folder / "instances.json")):
         images = {field(image, "id", int): image for image in field(instances, "images", list)}
         annotations = {field(entry, "id", int): entry for entry in field(instances, "annotations", list)}
-    style = make_style(split, one_per_expression, template, max_expressions=max_expressions)
+    style = make_style(split, **options)
     records = _group_refs(refs, split, file.name, style.one_per_expression)
     images_folder = find_below(folder, COCO_FOLDERS, "images of COCO train2014")
-    return Reader(records, _CocoExpressions(images, annotations, images_folder, style, generalized), seed)
+    return Reader(records, _CocoExpressions(images, annotations, images_folder, style, generalized), style.seed)
 
 
 def _group_refs(refs: list[Record], split: str, file: str, single: bool) -> list[Record]:
@@ -171,7 +168,7 @@ class _ReasonSeg:
             Expression(image.stem, text, ObjectMasks({0: target}), is_sentence=is_sentence) for text in chosen
         ]
         info = {"image": image.name, "kind": "long" if is_sentence else "short", "ignore": ObjectMasks({0: ignored})}
-        return self.style.sample(image.stem, Media((image,)), expressions, info, rng)
+        return self.style.sample(rng, image.stem, Media((image,)), expressions, info)
 
     @staticmethod
     def _painted(shapes: list) -> tuple[PaintedPolygons, PaintedPolygons]:
@@ -185,15 +182,7 @@ class _ReasonSeg:
         return PaintedPolygons(tuple(layers), 1), PaintedPolygons(tuple(layers), IGNORED)
 
 
-def open_reasonseg(
-    root: Path,
-    split: str,
-    *,
-    one_per_expression: bool | None = None,
-    max_expressions: int = 5,
-    template: str | None = None,
-    seed: int = 0,
-) -> Reader:
+def open_reasonseg(root: Path, split: str, **options: Any) -> Reader:
     """Opens ReasonSeg: `train/`, `val/`, `test/` with a .jpg and a .json of the same name for each sample.
 
     Evaluation asks the first question of every image, as LISA does; `info["kind"]` is "long" for whole sentences and
@@ -202,7 +191,7 @@ def open_reasonseg(
     Args:
         root: folder with the splits, or the one above with `ReasonSeg` in it.
         split: name of a folder.
-        one_per_expression, max_expressions, template, seed: see `referring.Style` and `referring.make_style`.
+        **options: see `referring.make_style`.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -212,11 +201,10 @@ def open_reasonseg(
     images = sorted(folder.glob("*.jpg"))
     if not images:
         raise ValueError(f"There are no .jpg images in {str(folder)!r}.")
-    options = {"max_expressions": max_expressions, "sentences": templates.REASONING_QUESTIONS}
-    style = make_style(split, one_per_expression, template, **options)
+    style = make_style(split, sentences=templates.REASONING_QUESTIONS, **options)
     records = [
         Record(f"{split}/{annotation.name}", (image, annotation))
         for image in images
         for annotation in [image.with_suffix(".json")]
     ]
-    return Reader(records, _ReasonSeg(style), seed)
+    return Reader(records, _ReasonSeg(style), style.seed)
