@@ -17,6 +17,7 @@ again after a stop, and what is there is not done again.
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -35,6 +36,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from sa2va.data.registry import open_dataset
 from sa2va.data.samples import MaskFile, Media, ObjectMasks, Sample
+from sa2va.demo.media import replacing
+from sa2va.processing_sa2va import masks_to_rle
 
 Captioner = Callable[[Sequence[Image.Image], str], str]
 Checker = Callable[[str], str]
@@ -77,6 +80,8 @@ GREY = 127
 MARGIN = 0.15  # of the object's box, on each side of a crop
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm")
+VIDEO_DATA = ("mevis", "ref_youtube_vos", "revos", "ref_davis17", "ref_sav", "jsonl")
+QUESTION = "Please segment the object that this describes: {}"
 USER_ERROR = 2
 
 
@@ -109,7 +114,7 @@ class Target:
 def targets_in_dataset(samples: Iterable[Sample]) -> Iterator[Target]:
     """Every object of a data set once, however many of its expressions mean it.
 
-    What means several objects at once is left out.
+    What means several objects at once in a frame is left out.
 
     Raises:
         ValueError: a sample is no video.
@@ -320,6 +325,71 @@ def _require_agreement(verdict: str) -> None:
         raise Rejection("check", match[2] or "conflict")
 
 
+# ---------- what was found
+
+
+def finished(path: Path, models: dict[str, str]) -> dict[str, str | None]:
+    """The expressions in the output by the id of their object; a last line that was torn by a stop is cut off.
+
+    Args:
+        path: the output; need not exist.
+        models: what the lines must say of their models.
+
+    Raises:
+        ValueError: a line is broken, or by other models.
+    """
+    if not path.is_file():
+        return {}
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    expressions = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            expressions[record["id"]] = record["expression"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: no record of this command. Give another --output.") from error
+        if any(record.get(role) != name for role, name in models.items()):
+            raise ValueError(f"{path}, line {number}: written with other models. Give another --output.")
+    os.truncate(path, len(whole))
+    return expressions
+
+
+def training_line(target: Target, expression: str, root: Path) -> dict[str, Any]:
+    """An object with its expression as a line of a "jsonl" data set (`data/conversations.py`).
+
+    Args:
+        target: the object.
+        expression: what describes it.
+        root: folder of the data set.
+
+    Raises:
+        ValueError: the video lies outside of the folder.
+    """
+    media, step = target.media, target.media.step
+    try:
+        paths = [str(path.resolve().relative_to(root.resolve())) for path in media.paths]
+    except ValueError as error:
+        raise ValueError(
+            f"{media.paths[0]} is not below {str(root)!r}: put the data set's file above its videos."
+        ) from error
+    size, masks = media.size(), {}
+    for index in sorted(target.masks.frames):
+        mask = target.masks.read([index], size)
+        if mask.any():
+            masks[index * step] = masks_to_rle(mask)[0]
+    annotated = target.masks.annotated
+    if annotated is None and step > 1:
+        annotated = range(len(media))
+    labelled = {} if annotated is None else {"annotated": [index * step for index in sorted(annotated)]}
+    return {
+        "id": target.id,
+        **({"video": paths[0]} if media.is_file else {"frames": paths}),
+        "objects": [{"masks": masks, **labelled}],
+        "turns": [{"question": QUESTION.format(expression), "answer": "Sure, it is [SEG].", "objects": [0]}],
+    }
+
+
 # ---------- models
 
 
@@ -401,11 +471,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--checker", required=True, metavar="MODEL", help="the same of a text model")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--videos", type=Path, metavar="DIR", help="NAME.mp4 or a folder NAME of frames for each video")
-    source.add_argument("--data", metavar="NAME", help="a video data set of data/registry.py: mevis, ref_sav...")
+    source.add_argument("--data", choices=VIDEO_DATA, help="a data set that data/registry.py reads")
     add("--masks", type=Path, metavar="DIR", help="to --videos: NAME/FRAME.png or NAME/OBJECT/FRAME.png")
     add("--root", type=Path, metavar="DIR", help="to --data: where it is")
     add("--split", default="train", help="to --data; default: train")
     add("--output", type=Path, default=Path("labels.jsonl"), metavar="FILE", help="default: labels.jsonl")
+    add("--train-file", type=Path, metavar="FILE", help="write what was accepted as a jsonl data set, above its videos")
     add("--limit", type=int, metavar="N", help="stop after so many new lines")
     add("--num-frames", type=int, default=8, metavar="N", help="frames of the last stage; default: 8")
     add(
@@ -431,13 +502,15 @@ def run(arguments: argparse.Namespace) -> None:
     checker = load_checker(arguments.checker, **options)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     todo = (target for target in targets if target.id not in done)
-    counts = {"accepted": 0, "rejected": 0}
     with arguments.output.open("a", encoding="utf-8") as file:
-        for _, target in zip(range(arguments.limit or sys.maxsize), tqdm(todo, unit="object"), strict=False):
+        for target in tqdm(itertools.islice(todo, arguments.limit), unit="object"):
             record = label(target, captioner, checker, arguments.num_frames, arguments.min_area)
             print(json.dumps(record | models, ensure_ascii=False), file=file, flush=True)
-            counts["rejected" if record["rejected"] else "accepted"] += 1
-    print(f"{counts['accepted']} expressions, {counts['rejected']} rejected: {arguments.output}")
+            done[target.id] = record["expression"]
+    accepted = {id: expression for id, expression in done.items() if expression}
+    print(f"{len(accepted)} expressions, {len(done) - len(accepted)} rejected: {arguments.output}")
+    if arguments.train_file:
+        _write_training_file(arguments, accepted)
 
 
 def _targets(arguments: argparse.Namespace) -> Iterator[Target]:
@@ -446,37 +519,18 @@ def _targets(arguments: argparse.Namespace) -> Iterator[Target]:
         raise ValueError(f"--{'videos' if arguments.videos else 'data'} needs --{partner} DIR too.")
     if arguments.videos:
         return targets_in_folders(arguments.videos, arguments.masks)
-    samples = open_dataset(arguments.data, arguments.root, arguments.split)
+    options = {} if arguments.data == "jsonl" else {"one_per_expression": True}
+    samples = open_dataset(arguments.data, arguments.root, arguments.split, **options)
     return targets_in_dataset(samples[index] for index in range(len(samples)))
 
 
-def finished(path: Path, models: dict[str, str]) -> set[str]:
-    """The ids that the output holds; a last line that was torn by a stop is cut off.
-
-    Args:
-        path: the output; need not exist.
-        models: what the lines must say of their models.
-
-    Raises:
-        ValueError: a line is broken, or by other models.
-    """
-    if not path.is_file():
-        return set()
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    ids = set()
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            ids.add(record["id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is no record of this command: {error}. Give another --output."
-            ) from error
-        if any(record.get(role) != name for role, name in models.items()):
-            raise ValueError(f"{path}, line {number} was written with other models. Give another --output.")
-    os.truncate(path, len(whole))
-    return ids
+def _write_training_file(arguments: argparse.Namespace, accepted: dict[str, str]) -> None:
+    path = arguments.train_file
+    found = (target for target in _targets(arguments) if target.id in accepted)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for target in found:
+            print(json.dumps(training_line(target, accepted[target.id], path.parent), ensure_ascii=False), file=file)
+    print(f"Training data: {path} (--data jsonl:{path.parent}, split {path.stem})")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from sa2va.data.registry import open_dataset
 from sa2va.data.samples import MaskFile, Media, ObjectMasks, Sample, Turn
 from sa2va.demo.media import video_writer
 from sa2va.finetune import label_video
 from sa2va.finetune.label_video import Target, label, targets_in_dataset, targets_in_folders
+from sa2va.processing_sa2va import masks_to_rle
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen3vl"
 SIZE = (48, 64)
@@ -169,6 +171,32 @@ def test_an_object_that_many_expressions_mean_is_described_once(clip):
         list(targets_in_dataset([Sample("p", Media(media.paths[:1]), ())]))
 
 
+# ---------- what was found
+
+
+def test_accepted_objects_become_training_data(clip, target, tmp_path):
+    write = label_video.training_line(target, "a car", clip)
+    (clip / "labels.jsonl").write_text(json.dumps(write) + "\n")
+    (sample,) = open_dataset("jsonl", clip, "labels")
+    (again,) = targets_in_dataset([sample])
+    assert (sample.id, again.media.paths) == ("car/3", target.media.paths)
+    assert sample.turns[0].question.endswith(": a car") and sample.turns[0].answer.count("[SEG]") == 1
+    assert np.array_equal(again.masks.read(range(FRAMES), SIZE), target.masks.read(range(FRAMES), SIZE))
+    assert 9 not in again.masks.frames and 9 in again.masks.annotated
+    with pytest.raises(ValueError, match="is not below"):
+        label_video.training_line(target, "a car", tmp_path)
+
+
+def test_frames_of_a_video_file_are_numbered_as_in_the_file(clip, tmp_path):
+    with video_writer(tmp_path / "car.mp4", SIZE, 8) as write:
+        for index in range(FRAMES):
+            write(pixels(index))
+    every_fourth = ObjectMasks({1: MaskFile(clip / "masks" / "car" / "4.png", 3)})
+    line = label_video.training_line(Target("x", Media((tmp_path / "car.mp4",), True, 4), every_fourth), "a", tmp_path)
+    (entry,) = line["objects"]
+    assert line["video"] == "car.mp4" and list(entry["masks"]) == [4] and entry["annotated"] == [0, 4, 8]
+
+
 # ---------- the command
 
 
@@ -239,7 +267,29 @@ def test_lines_of_other_models_or_of_no_model_are_not_added_to(run, models, caps
     output.write_text(json.dumps(line | {"checker": "another"}) + "\n")
     assert run()[0] == 2 and "written with other models" in capsys.readouterr().err
     output.write_text("{}\n")
-    assert run()[0] == 2 and "line 1 is no record" in capsys.readouterr().err
+    assert run()[0] == 2 and "line 1: no record" in capsys.readouterr().err
+
+
+def test_objects_of_a_data_set_are_labelled(clip, models, tmp_path, capsys):
+    folder = tmp_path / "train"
+    (folder / "JPEGImages").mkdir(parents=True)
+    (folder / "JPEGImages" / "car").symlink_to(clip / "jpg", target_is_directory=True)
+    (clip / "jpg").mkdir()
+    for index in range(FRAMES):
+        Image.fromarray(pixels(index)).save(clip / "jpg" / f"{index}.jpg")
+    rles = masks_to_rle(np.stack([square(index) for index in range(FRAMES)]))
+    (folder / "mask_dict.json").write_text(json.dumps({"0": rles, "1": rles}))
+    ids = {"0": [0], "1": [0], "2": [0, 1]}
+    expressions = {id: {"exp": "a car", "obj_id": anno, "anno_id": anno} for id, anno in ids.items()}
+    video = {"frames": [str(index) for index in range(FRAMES)], "expressions": expressions}
+    (folder / "meta_expressions.json").write_text(json.dumps({"videos": {"car": video}}))
+    output = tmp_path / "labels.jsonl"
+    names = ["--captioner", models[0], "--checker", models[1], "--max-new-tokens", "4", "--output", str(output)]
+    files = ["--data", "mevis", "--root", str(tmp_path), "--train-file", str(tmp_path / "data.jsonl")]
+    assert label_video.main([*names, *files]) == 0
+    (record,) = lines_of(output)
+    assert record["id"] == "car/0/0" and record["crop"]
+    assert (tmp_path / "data.jsonl").read_text() == ""  # an untrained checker agrees to nothing
 
 
 def test_wrong_calls_say_what_to_do(run, models, capsys):
