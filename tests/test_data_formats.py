@@ -408,11 +408,7 @@ LLAVA = "LLaVA-Instruct-150K/llava_v1_5_mix665k.json"
 FIRST = "meta_expressions.json: video clip: expression 1"
 BROKEN = {
     "polygon of two corners": (
-        (
-            "finetune",
-            "train",
-            lambda r: edit(r / "annotations.json", lambda d: d[1]["mask"].__setitem__(0, [[1, 2, 3, 4.5, 6]])),
-        ),
+        ("finetune", "train", lambda r: edit(r / "annotations.json", lambda d: d[1]["mask"][0].append([1, 2, 3, 4.5]))),
         ['annotations.json[1]: "mask"[0]: a polygon is [x0, y0, x1, y1, x2, y2, ...], got [1, 2, 3, 4.5].'],
     ),
     "text missing": (
@@ -525,7 +521,7 @@ BROKEN = {
     ),
     "unknown speaker": (
         ("llava", "train", lambda r: edit(r / LLAVA, lambda d: d[2]["conversations"][0].update({"from": "user"}))),
-        ['llava_v1_5_mix665k.json[2]: "conversations"[0]: "from" has no split \'user\''],
+        ['llava_v1_5_mix665k.json[2]: "conversations"[0]: "from" must be "human" or "gpt", got'],
     ),
     "video missing": (
         ("chatunivi", "train", lambda r: (r / "Activity_Videos/v_0.mp4").unlink()),
