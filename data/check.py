@@ -76,6 +76,7 @@ def _problems(sample: Sample) -> Iterator[str]:
 def _mask_problems(sample: Sample) -> Iterator[str]:
     try:
         size, length = sample.media.size(), len(sample.media)
+        sample.media.read([length - 1])  # a video may be shorter than its data set says
     except BROKEN as error:
         yield f"{sample.media.paths[0].name} can't be read: {error}"
         return
