@@ -20,10 +20,10 @@ from sa2va.data.registry import open_dataset
 from sa2va.data.samples import MaskFile, Media, ObjectMasks, Sample, Turn
 from sa2va.demo.media import video_writer
 from sa2va.finetune import label_video
-from sa2va.finetune.label_video import Target, label, targets_in_dataset, targets_in_folders
-from sa2va.processing_sa2va import masks_to_rle
+from sa2va.finetune.label_video import VIDEO_DATA, Target, label, targets_in_dataset, targets_in_folders
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen3vl"
+EXAMPLES = Path(__file__).parents[1] / "data" / "examples"
 SIZE = (48, 64)
 FRAMES = 10
 AGREE = "AGREE. Both say red square."
@@ -167,8 +167,16 @@ def test_an_object_that_many_expressions_mean_is_described_once(clip):
         for number, objects in enumerate([(square,), (again, dot), (both,), ()])
     ]
     assert [target.id for target in targets_in_dataset(samples)] == ["s0/0", "s1/1"]
-    with pytest.raises(ValueError, match="is a picture"):
-        list(targets_in_dataset([Sample("p", Media(media.paths[:1]), ())]))
+    assert not list(targets_in_dataset([Sample("picture", Media(media.paths[:1]), (Turn("?", None, (square,)),))]))
+
+
+@pytest.mark.parametrize("name", VIDEO_DATA)
+def test_every_video_data_set_gives_objects_that_can_be_described(name):
+    split = "valid" if name == "ref_davis17" else "train"
+    options = {} if name == "jsonl" else {"one_per_expression": True}
+    samples = open_dataset(name, EXAMPLES / name, split, **options)
+    target = next(targets_in_dataset(samples[index] for index in range(len(samples))))
+    assert label(target, Scripted("a", "b", "c", "d"), Scripted(AGREE))["expression"] == "d"
 
 
 # ---------- what was found
@@ -270,26 +278,15 @@ def test_lines_of_other_models_or_of_no_model_are_not_added_to(run, models, caps
     assert run()[0] == 2 and "line 1: no record" in capsys.readouterr().err
 
 
-def test_objects_of_a_data_set_are_labelled(clip, models, tmp_path, capsys):
-    folder = tmp_path / "train"
-    (folder / "JPEGImages").mkdir(parents=True)
-    (folder / "JPEGImages" / "car").symlink_to(clip / "jpg", target_is_directory=True)
-    (clip / "jpg").mkdir()
-    for index in range(FRAMES):
-        Image.fromarray(pixels(index)).save(clip / "jpg" / f"{index}.jpg")
-    rles = masks_to_rle(np.stack([square(index) for index in range(FRAMES)]))
-    (folder / "mask_dict.json").write_text(json.dumps({"0": rles, "1": rles}))
-    ids = {"0": [0], "1": [0], "2": [0, 1]}
-    expressions = {id: {"exp": "a car", "obj_id": anno, "anno_id": anno} for id, anno in ids.items()}
-    video = {"frames": [str(index) for index in range(FRAMES)], "expressions": expressions}
-    (folder / "meta_expressions.json").write_text(json.dumps({"videos": {"car": video}}))
-    output = tmp_path / "labels.jsonl"
+def test_objects_of_a_data_set_are_labelled(models, tmp_path):
+    output, train_file = tmp_path / "labels.jsonl", tmp_path / "train.jsonl"
     names = ["--captioner", models[0], "--checker", models[1], "--max-new-tokens", "4", "--output", str(output)]
-    files = ["--data", "mevis", "--root", str(tmp_path), "--train-file", str(tmp_path / "data.jsonl")]
-    assert label_video.main([*names, *files]) == 0
-    (record,) = lines_of(output)
-    assert record["id"] == "car/0/0" and record["crop"]
-    assert (tmp_path / "data.jsonl").read_text() == ""  # an untrained checker agrees to nothing
+    options = ["--data", "mevis", "--root", str(EXAMPLES / "mevis"), "--train-file", str(train_file)]
+    assert label_video.main([*names, *options]) == 0
+    records = lines_of(output)
+    assert [record["id"] for record in records] == [f"clip/{number}/0" for number in range(4)]  # the fifth means two
+    assert all(record["crop"] for record in records)
+    assert train_file.read_text() == ""  # an untrained checker agrees to nothing
 
 
 def test_wrong_calls_say_what_to_do(run, models, capsys):
