@@ -23,6 +23,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ VIDEO_PROMPT = (
     "contour."
 )
 VERDICT = re.compile(r"\W*(agree|conflict)\b[\W_]*(.*)", re.IGNORECASE | re.DOTALL)
-THOUGHTS = re.compile(r".*</think>", re.DOTALL)
+THOUGHTS = re.compile(r".*</think>|<think>.*", re.DOTALL)  # the second: cut off before they ended
 DRAWN = re.compile(r"\b(contour|outlined?|yellow (line|border|edge)|grey(ed)? out)\b", re.IGNORECASE)
 YELLOW = (255, 255, 0)
 GREY = 127
@@ -272,15 +273,18 @@ def label(
     Returns:
         A line of the output: "id", "media" and "expression" (None if rejected); "rejected", None or "stage" and
         "reason"; what each stage said, as far as they went.
+
+    Raises:
+        ValueError: `num_frames` below 1.
     """
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}.")
     media = [str(path) for path in target.media.paths]
     record: dict[str, Any] = {"id": target.id, "media": media, "expression": None, "rejected": None}
     try:
         _describe(record, target, captioner, checker, num_frames, min_area)
     except Rejection as rejection:
         record["rejected"] = {"stage": rejection.stage, "reason": str(rejection)}
-    except (OSError, ValueError) as error:  # a damaged file must not stop the others
-        record["rejected"] = {"stage": "read", "reason": f"{type(error).__name__}: {error}"}
     return record
 
 
@@ -288,20 +292,31 @@ def _describe(
     record: dict[str, Any], target: Target, captioner: Captioner, checker: Checker, num_frames: int, min_area: float
 ) -> None:
     """Adds what each stage finds to the record."""
-    record["frame"], picture, mask = largest_view(target, min_area)
+    with _reading():
+        record["frame"], picture, mask = largest_view(target, min_area)
     record["crop"] = _said("object", captioner([cut_out(picture, mask)], CROP_PROMPT))
     record["masked"] = _said("object", captioner([hide_rest(picture, mask)], MASKED_PROMPT))
     record["check"] = _said("check", checker(CHECK_PROMPT.format(**record)))
     _require_agreement(record["check"])
     record["scene"] = _said("scene", captioner([draw_contour(picture, mask)], SCENE_PROMPT.format(**record)))
-    record["frames"] = spread_frames(target, num_frames)
-    pictures = target.media.read(record["frames"])
-    masks = target.masks.read(record["frames"], mask.shape)
+    with _reading():
+        record["frames"] = spread_frames(target, num_frames)
+        pictures = target.media.read(record["frames"])
+        masks = target.masks.read(record["frames"], mask.shape)
     shown = [draw_contour(*pair) for pair in zip(pictures, masks, strict=True)]
     expression = _said("video", captioner(shown, VIDEO_PROMPT.format(scene=record["scene"], frames=len(shown))))
     if DRAWN.search(expression):
         raise Rejection("video", f"speaks of what was drawn into the picture: {expression}")
     record["expression"] = expression
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """A damaged file costs its objects, not the whole run."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise Rejection("read", str(error)) from error
 
 
 def _said(stage: str, answer: str) -> str:

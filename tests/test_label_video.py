@@ -101,6 +101,7 @@ REJECTED = {
     "no verdict": (["a", "b"], ["They agree, no doubt."], "check", "neither AGREE nor CONFLICT: They agree, no doubt."),
     "silence": (["a", " "], [], "object", "the model said nothing"),
     "only thoughts": (["a", "<think>Hm.</think>"], [], "object", "the model said nothing"),
+    "endless thoughts": (["a", "b", "<think>Well"], [AGREE], "scene", "the model said nothing"),
     "contour": (["a", "b", "c", "The outlined car."], [AGREE], "video", "speaks of what was drawn"),
 }
 
@@ -128,6 +129,14 @@ def test_small_objects_and_damaged_files_are_rejected_without_asking(clip, tmp_p
     (tmp_path / "0.png").write_text("no picture")
     damaged = Target("x", Media((tmp_path / "0.png",), is_video=True), dot.masks)
     assert label(damaged, Scripted(), Scripted())["rejected"]["stage"] == "read"
+
+
+def test_a_model_that_fails_is_no_rejection(target):
+    def fails(*question):
+        raise ValueError("too many pictures")
+
+    with pytest.raises(ValueError, match="too many pictures"):
+        label(target, fails, Scripted())
 
 
 # ---------- where objects come from
