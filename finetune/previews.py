@@ -16,7 +16,7 @@ from sa2va.finetune.collator import answer_of
 from sa2va.processing_sa2va import draw_overlay
 
 MAX_NEW_TOKENS = 256
-LINE = 14  # pixels of a line of text
+LINE, MIN_WIDTH = 14, 640  # pixels: height of a line of text, and its least width
 
 
 class Previews(TrainerCallback):
@@ -70,7 +70,7 @@ def draw_preview(model: Sa2VAChatModel, processor: Sa2VAProcessor, sample: Sampl
     wanted = [thing.read(frames, size) for thing in turn.objects]
     rows = [(f"Q: {turn.question}", None), (f"wanted: {answer_of(turn)}", wanted)]
     rows.append((f"answered: {output.prediction}", output.prediction_masks))
-    width = max(320, sum(picture.width for picture in pictures))
+    width = max(MIN_WIDTH, sum(picture.width for picture in pictures))
     return np.concatenate([part for words, masks in rows for part in _row(words, masks, pictures, width)])
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ def parse_arguments(
     """
     parser = HfArgumentParser((RecipeArguments, TrainingArguments), description=__doc__)
     parser.add_argument("--data", action="extend", nargs="+", required=True, metavar="NAME:FOLDER[:WEIGHT]|FILE")
-    argv = list(os.sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     given = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
     batch = (
         parser.parse_known_args(argv)[0].per_device_train_batch_size if _BATCH in given else TRAINING_DEFAULTS[_BATCH]
@@ -279,19 +280,23 @@ def _is_sharded(training: TrainingArguments) -> bool:
 
 
 def run_idle_parts(model: Sa2VAChatModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook: makes processes that train together run the same modules, whatever is in their batches.
+    """Forward hook: every part that learns has a gradient, if only of zero, whatever is in the batch.
 
-    One that has no picture, or no object, runs those parts on nothing, at no weight in the loss; else the others would
-    wait for it for ever. Clips of different lengths are segmented in turn, so the number of turns must be equal, too.
+    A process that has no picture, or no object, runs those parts on nothing, at no weight in the loss; else processes
+    that train together would wait for it for ever. Clips of different lengths are segmented in turn, so the number of
+    turns must be equal, too. One process alone does as they do, without the work.
     """
-    if not (model.training and dist.is_initialized()) or output.loss is None:
+    if not model.training or output.loss is None:
         return output
     lengths = {masks.shape[1] for masks in output.pred_masks or () if len(masks)}
-    turns = torch.tensor(max(1, len(lengths)), device=output.loss.device)
-    dist.all_reduce(turns, dist.ReduceOp.MAX)
-    idle = [_segment_nothing(model, output.loss) for _ in range(int(turns) - len(lengths))]
-    if kwargs.get("pixel_values") is None:
-        idle.append(_see_nothing(model, output.loss))
+    is_blind = kwargs.get("pixel_values") is None
+    if dist.is_initialized():
+        turns = torch.tensor(max(1, len(lengths)), device=output.loss.device)
+        dist.all_reduce(turns, dist.ReduceOp.MAX)
+        idle = [_segment_nothing(model, output.loss) for _ in range(int(turns) - len(lengths))]
+        idle += [_see_nothing(model, output.loss)] if is_blind else []
+    else:
+        idle = [p.sum() for p in model.parameters() if p.requires_grad] if is_blind or not lengths else []
     if idle:
         output.loss = output.loss + 0.0 * sum(idle)
     return output
@@ -408,10 +413,13 @@ def save_result(trainer: RecipeTrainer, base: str, output: Path) -> Path:
     )
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(output / "adapter" if has_adapter else final))
-    if has_adapter and trainer.is_world_process_zero():
-        release_adapter(output / "adapter", base)
-        merge_adapter(output / "adapter", final, base)
+    saved = output / "adapter" if has_adapter else final
+    trainer.save_model(str(saved))
+    if trainer.is_world_process_zero():
+        (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to others
+        if has_adapter:
+            release_adapter(saved, base)
+            merge_adapter(saved, final, base)
     trainer.accelerator.wait_for_everyone()
     return final
 
