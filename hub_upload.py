@@ -1840,9 +1840,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hub_upload.py", description="Sa2VA checkpoints on their way to and from the Hub."
-    )
+    parser = argparse.ArgumentParser(description="Sa2VA checkpoints on their way to and from the Hub.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="compare keys and shapes with the config; reads no weights")
     check.add_argument("checkpoint", metavar="FOLDER_OR_REPO", help="folder, or name on the Hugging Face Hub")
