@@ -247,8 +247,8 @@ def prepare_model(model: Sa2VAChatModel, recipe: RecipeArguments) -> nn.Module:
 
 def _full_modules(model: Sa2VAChatModel, names: Sequence[str]) -> list[str]:
     """Whole names of the modules that are trained in full. "mask_decoder" is the one that prompts reach."""
-    is_i = model.config.grounding_config.separate_prompt_decoder
-    ends = ["sam_mask_decoder_modified" if is_i else "sam_mask_decoder" if n == "mask_decoder" else n for n in names]
+    prompted = "sam_mask_decoder" + "_modified" * model.config.grounding_config.separate_prompt_decoder
+    ends = [prompted if name == "mask_decoder" else name for name in names]
     found = {end: [name for name, _ in model.named_modules() if f".{name}".endswith(f".{end}")] for end in ends}
     if missing := [end for end in ends if not found[end] and end != "mlp1"]:  # which only the InternVL family has
         raise ValueError(f"--train_modules: the model has no {', '.join(missing)}. See model.named_modules().")
