@@ -5,6 +5,9 @@
 * `open_gcg`              grounded captions of GLaMM (arXiv:2311.03356): GranD-f, OpenPSG, RefCOCOg, Flickr30k
 * `open_region_captions`  regions of Osprey (arXiv:2312.10032)
 * `open_llava`, `open_chatunivi`  chat about images and videos, without masks
+
+All take the folder of the data set and the name of a split, and raise FileNotFoundError where files are missing,
+ValueError where they are broken or there is no such split.
 """
 
 import json
@@ -87,9 +90,6 @@ def open_finetune(root: Path, split: str = "train", **options: Any) -> Reader:
         root: folder with `annotations.json` and `images/`.
         split: "train" is `annotations.json`, any other `annotations_<split>.json`.
         **options: see `referring.make_style`.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken.
     """
     style = make_style(split, **options)
     file = root / ("annotations.json" if split == "train" else f"annotations_{split}.json")
@@ -113,13 +113,13 @@ class _Line:
     def __call__(self, record: Record, rng: np.random.Generator) -> Sample:
         line = json.loads(record.data)
         asked = field(line, "turns", list)
-        objects = [self._object(f'"objects"[{i}]', entry) for i, entry in enumerate(line.get("objects", []))]
+        objects = [self._object(i, entry) for i, entry in enumerate(field(line, "objects", list, default=[]))]
         turns = []
         for index, turn in enumerate(asked):
             with located(f'"turns"[{index}]'):
-                answer = field(turn, "answer", str, type(None)) if "answer" in turn else None
+                answer = field(turn, "answer", str, type(None), default=None)
                 turns.append(Turn(field(turn, "question", str), answer, _select(objects, turn, "objects")))
-        info = field(line, "info", dict) if "info" in line else {}
+        info = field(line, "info", dict, default={})
         name = str(line.get("id", record.where.rpartition(":")[2]))
         return Sample(name, self._media(line), tuple(turns), _select(objects, line, "regions"), info)
 
@@ -133,34 +133,26 @@ class _Line:
             return Media(())
         return Media((resolve(self.root, field(line, given[0], str)),), given[0] == "video")
 
-    def _object(self, where: str, entry: Any) -> ObjectMasks:
-        with located(where):
+    def _object(self, index: int, entry: Any) -> ObjectMasks:
+        with located(f'"objects"[{index}]'):
             if not isinstance(entry, Mapping) or ("mask" in entry) == ("masks" in entry):
                 raise ValueError('needs "mask" (of an image) or "masks" (of a clip, by frame number).')
             if "mask" in entry:
                 return ObjectMasks({0: parse_mask(entry["mask"], self.root)})
             frames = {int(frame): parse_mask(mask, self.root) for frame, mask in field(entry, "masks", dict).items()}
-            annotated = frozenset(field(entry, "annotated", list)) if "annotated" in entry else None
-            return ObjectMasks(frames, annotated)
+            annotated = field(entry, "annotated", list, default=None)
+            return ObjectMasks(frames, annotated and frozenset(annotated))
 
 
 def _select(objects: Sequence[ObjectMasks], holder: Mapping[str, Any], name: str) -> tuple[ObjectMasks, ...]:
-    numbers = field(holder, name, list) if name in holder else []
+    numbers = field(holder, name, list, default=[])
     if wrong := [n for n in numbers if not isinstance(n, int) or not 0 <= n < len(objects)]:
         raise ValueError(f'"{name}" are numbers of the {len(objects)} objects from 0, got {wrong[0]!r}.')
     return tuple(objects[number] for number in numbers)
 
 
 def open_jsonl(root: Path, split: str) -> Reader:
-    """Opens data in our own format, one sample a line; `docs/data.md` describes it.
-
-    Args:
-        root: folder with `<split>.jsonl`; paths in it are relative to this folder.
-        split: name of the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
+    """Opens `<split>.jsonl` below `root`, one sample a line in our own format; `docs/data.md` describes it."""
     return Reader(JsonLines(root / f"{split}.jsonl"), _Line(root))
 
 
@@ -273,9 +265,6 @@ def open_gcg(root: Path, split: str, *, seed: int = 0) -> Reader:
         root: folder with `annotations/` (also `annotations/train/`, `annotations/val_test/`) and the images.
         split: a key of `GCG_SPLITS`; "train" is "grandf_train".
         seed: names the choice of questions.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
     """
     split = "grandf_train" if split == "train" else one_of(split, tuple(GCG_SPLITS), "GCG")
     name, folders = GCG_SPLITS[split]
@@ -304,10 +293,10 @@ def _by_image(file: Path, content: Any, name: str) -> Iterator[tuple[str, Any, l
 
 
 def _reference_records(captions: Path, masks: Path) -> list[Record]:
-    content = read_json(captions)
+    content, labels = read_json(captions), read_json(masks)
     by_image = defaultdict(list)
     with located(masks.name):
-        for entry in field(read_json(masks), "annotations", list):
+        for entry in field(labels, "annotations", list):
             by_image[field(entry, "image_id", int, str)].append(entry)
     return [
         Record(where, (image, own, by_image[image["id"]]))
@@ -365,15 +354,14 @@ def open_region_captions(root: Path, split: str, *, seed: int = 0) -> Reader:
         root: folder with the JSON (also in `Osprey-724K/`) and COCO's images in `coco/<one of OSPREY_IMAGES>`.
         split: a key of `OSPREY_FILES`; "train" is "description".
         seed: names the choice of questions.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
     """
     kind = "description" if split == "train" else one_of(split, tuple(OSPREY_FILES), "Osprey")
     name = OSPREY_FILES[kind]
     file = find_below(root, (name, f"Osprey-724K/{name}"), name)
     coco = find_below(root, ("coco", "."), "images")
-    return Reader(json_records(file), _Regions(tuple(coco / folder for folder in OSPREY_IMAGES), kind), seed)
+    # some of Osprey's conversations are empty
+    records = [r for r in json_records(file) if not isinstance(r.data, Mapping) or r.data.get("conversations") != []]
+    return Reader(records, _Regions(tuple(coco / folder for folder in OSPREY_IMAGES), kind), seed)
 
 
 # ---------- chat
@@ -382,23 +370,25 @@ def open_region_captions(root: Path, split: str, *, seed: int = 0) -> Reader:
 def read_turns(messages: Sequence[Any]) -> list[Turn]:
     """The turns of a LLaVA conversation: a list of {"from": "human" or "gpt", "value": text}.
 
-    Answers to nothing are dropped, questions in a row are joined, and tags of pictures removed.
+    Questions in a row are joined, tags of pictures removed; an answer to nothing and a last question without answer are
+    dropped, as some of the public sets have them.
 
     Raises:
-        ValueError: messages of another form, or a question without answer.
+        ValueError: messages of another form, or no turn at all.
     """
     turns, question = [], ""
     for number, message in enumerate(messages):
         with located(f'"conversations"[{number}]'):
-            speaker = one_of(field(message, "from", str), ("human", "gpt"), '"from"')
-            text = field(message, "value", str)
+            speaker, text = field(message, "from", str), field(message, "value", str)
+            if speaker not in ("human", "gpt"):
+                raise ValueError(f'"from" must be "human" or "gpt", got {speaker!r}.')
         if speaker == "human":
             question += re.sub("<(image|video)>", "", text).strip()
         elif question:
             turns.append(Turn(question, text))
             question = ""
-    if question or not turns:
-        raise ValueError('"conversations" must end with an answer of "gpt" to a question of "human".')
+    if not turns:
+        raise ValueError('"conversations" needs a question of "human" and an answer of "gpt".')
     return turns
 
 
@@ -431,9 +421,6 @@ def open_llava(root: Path, split: str = "train", *, file: str | None = None, tex
         split: "train".
         file: another JSON of the same form, relative to root.
         text_only: keep conversations without image, too; Sa2VA leaves them out.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
     """
     one_of(split, ("train",), "LLaVA")
     names = ("LLaVA-Instruct-150K/llava_v1_5_mix665k.json", "llava_v1_5_mix665k.json")
@@ -443,14 +430,6 @@ def open_llava(root: Path, split: str = "train", *, file: str | None = None, tex
 
 
 def open_chatunivi(root: Path, split: str = "train") -> Reader:
-    """Opens the video part of Chat-UniVi's instructions (arXiv:2311.08046).
-
-    Args:
-        root: folder with `video_chat.json` and `Activity_Videos/`.
-        split: "train".
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
-    """
+    """Opens the video part of Chat-UniVi's instructions (arXiv:2311.08046): `video_chat.json`, `Activity_Videos/`."""
     one_of(split, ("train",), "ChatUniVi")
     return Reader(json_records(root / "video_chat.json"), _Chat(root / "Activity_Videos"))

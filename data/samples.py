@@ -31,11 +31,13 @@ class Media:
             conversation without a picture.
         is_video: whether it is a clip; a clip may have a single frame.
         step: of a video file, only every `step`-th frame counts (SA-V labels every fourth).
+        length: number of frames of a video file, where a data set knows it; without it, `len` reads to the end.
     """
 
     paths: tuple[Path, ...]
     is_video: bool = False
     step: int = 1
+    length: int | None = None
 
     @property
     def is_file(self) -> bool:
@@ -43,8 +45,10 @@ class Media:
         return self.is_video and len(self.paths) == 1 and not _is_picture(self.paths[0])
 
     def __len__(self) -> int:
-        """Number of frames: 1 for an image; a video file is read to its end to count them."""
-        return -(-len(open_video(self.paths[0])) // self.step) if self.is_file else len(self.paths)
+        """Number of frames: 1 for an image."""
+        if not self.is_file:
+            return len(self.paths)
+        return -(-len(open_video(self.paths[0])) // self.step) if self.length is None else self.length
 
     def __bool__(self) -> bool:
         """Whether there is a picture; a truth test must not count a file's frames."""
@@ -197,8 +201,10 @@ def _decode_run_lengths(encoded: Mapping[str, Any], size: Size) -> np.ndarray:
         raise ValueError(f'Run lengths need "size": [h, w] and "counts"; got keys {sorted(encoded)}.') from error
     if isinstance(counts, str | bytes):
         rle = {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-    elif sum(counts) != height * width:
-        raise ValueError(f"Run lengths add up to {sum(counts)}, but {height}x{width} has {height * width} pixels.")
+    elif sum(counts) != height * width or min(counts) < 0:
+        raise ValueError(
+            f"Run lengths must be >= 0 and add up to {height}x{width} = {height * width}, not {sum(counts)}."
+        )
     else:
         rle = coco.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
     return _of_size(coco.decode(rle).astype(bool), size)
@@ -253,7 +259,8 @@ class Turn:
 
     Attributes:
         question: in words, without `<image>` tag.
-        answer: what to learn, with one `[SEG]` for each of `objects`; None where a data set has masks only.
+        answer: what to learn, with one `[SEG]` for each of `objects`; None where a data set has masks only, or keeps
+            even those to itself (then there are no objects).
         objects: what the answer points at; none where nothing fits the question or nothing is asked for.
     """
 
