@@ -33,18 +33,19 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Scenes as JSONL: pictures, clips, regions, refusals and follow-up questions."""
+    """Scenes as JSONL: pictures, clips, regions and refusals; and chat without a picture."""
     folder = tmp_path_factory.mktemp("data")
-    export_scenes(0, 2, folder, split="train", tasks=("multi", "absent", "region", "video_refer"), num_frames=7)
+    file = export_scenes(0, 2, folder, split="train", tasks=("multi", "absent", "region", "video_refer"), num_frames=7)
+    turns = [{"question": "How are you?", "answer": "Fine."}, {"question": "Really?", "answer": "Yes."}]
+    file.write_text(file.read_text() + json.dumps({"id": "chat", "turns": turns}) + "\n")
     return folder
 
 
 @pytest.fixture(scope="module")
 def samples(data) -> list[Sample]:
-    """Those, and chat without a picture."""
+    """The same, opened."""
     dataset = open_dataset("jsonl", data, "train")
-    chat = Sample("chat", Media(()), (Turn("How are you?", "Fine."), Turn("Really?", "Yes.")))
-    return [*(dataset[i] for i in range(len(dataset))), chat]
+    return [dataset[index] for index in range(len(dataset))]
 
 
 def command(data, output, **options) -> list[str]:
@@ -181,7 +182,7 @@ def test_data_is_named_in_words_or_in_a_file(data, tmp_path):
     (tmp_path / "mixture.json").write_text(json.dumps({"datasets": [entry]}))
     plain = [f"jsonl:{data}"]
     datasets, weights = recipe.open_datasets(plain, "train")
-    assert [len(d) for d in datasets.values()] == [8] and weights is None
+    assert [len(d) for d in datasets.values()] == [9] and weights is None
     datasets, weights = recipe.open_datasets([*plain, f"jsonl:{data}:0.5", str(tmp_path / "mixture.json")], "train")
     assert list(weights.values()) == [1.0, 0.5, 3.0] and len(datasets) == 3
     for wrong in ("jsonl", ":x", "jsonl:"):
@@ -243,10 +244,10 @@ def test_two_processes_learn_as_one_does(data, whole, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launcher, str(ROOT / "finetune" / "train.py"), *arguments], check=True, timeout=600)
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
-    for name in recipe.LOSS_PARTS:
-        assert curve(tmp_path)[-1][name] == pytest.approx(curve(whole)[-1][name], rel=1e-3)
-    mine, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path, whole))
-    assert all(torch.allclose(mine[name], theirs[name], atol=1e-4) for name in theirs)
+    for ours, theirs in zip(curve(tmp_path), curve(whole), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=SAME_CURVE)
+        parts = [{name: entry[name] for name in recipe.LOSS_PARTS if name in entry} for entry in (ours, theirs)]
+        assert parts[0] == pytest.approx(parts[1], rel=SAME_CURVE, abs=2e-6)  # as they are rounded
 
 
 @pytest.mark.slow
