@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from sa2va import Sa2VAProcessor
+from sa2va.data import templates
 from sa2va.data.registry import Dataset
 from sa2va.data.samples import Media, ObjectMasks, Sample, Turn
 from sa2va.modeling_sa2va import IGNORE_INDEX
 from sa2va.processing_sa2va import Sa2VAInputs
 
 SEG = "[SEG]"
-NOT_THERE = "There is no such object."
 
 
 class Numbered:
@@ -145,7 +145,7 @@ class SampleCollator:
                 shown = [1] if picture else None
                 prompt = processor.build_prompt(turn.question, image_tokens=shown, past_text=past_text)
                 asked = tokenizer(prompt[len(past_text) :], add_special_tokens=False).input_ids
-            answer = answer_of(turn) + processor.stop_words[0]
+            answer = answer_of(turn, first.is_video) + processor.stop_words[0]
             answered, newline = (tokenizer(text, add_special_tokens=False).input_ids for text in (answer, "\n"))
             input_ids += asked + answered + newline
             labels += [IGNORE_INDEX] * len(asked) + answered + [IGNORE_INDEX] * len(newline)
@@ -153,7 +153,7 @@ class SampleCollator:
         return input_ids[: self.max_length], labels[: self.max_length], first
 
 
-def answer_of(turn: Turn) -> str:
+def answer_of(turn: Turn, is_video: bool) -> str:
     """What is to be answered: the turn's own answer, or one that points at its objects.
 
     Raises:
@@ -161,9 +161,8 @@ def answer_of(turn: Turn) -> str:
     """
     if turn.answer is None:
         if not turn.objects:
-            return NOT_THERE
-        segs = [SEG] * len(turn.objects)
-        return f"Sure, it is {SEG}." if len(segs) == 1 else f"Sure, they are {', '.join(segs)}."
+            return templates.REFUSALS[0].format(medium=templates.medium(is_video))
+        return templates.ANSWERS[0].replace(SEG, ", ".join([SEG] * len(turn.objects)))
     if turn.answer.count(SEG) != len(turn.objects):
         raise ValueError(
             f"the answer {turn.answer!r} has {turn.answer.count(SEG)} {SEG}, but there are masks of "

@@ -68,7 +68,7 @@ def draw_preview(model: Sa2VAChatModel, processor: Sa2VAProcessor, sample: Sampl
         arguments["mask_prompts"] = np.concatenate([region.read([0], size) for region in sample.regions])
     output = model.predict_forward(**arguments)
     wanted = [thing.read(frames, size) for thing in turn.objects]
-    rows = [(f"Q: {turn.question}", None), (f"wanted: {answer_of(turn)}", wanted)]
+    rows = [(f"Q: {turn.question}", None), (f"wanted: {answer_of(turn, sample.media.is_video)}", wanted)]
     rows.append((f"answered: {output.prediction}", output.prediction_masks))
     width = max(MIN_WIDTH, sum(picture.width for picture in pictures))
     return np.concatenate([part for words, masks in rows for part in _row(words, masks, pictures, width)])

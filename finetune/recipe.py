@@ -108,21 +108,15 @@ def parse_arguments(
     parser = HfArgumentParser((RecipeArguments, TrainingArguments), description=__doc__)
     parser.add_argument("--data", action="extend", nargs="+", required=True, metavar="NAME:FOLDER[:WEIGHT]|FILE")
     argv = list(sys.argv[1:] if argv is None else argv)
-    given = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
-    batch = (
-        parser.parse_known_args(argv)[0].per_device_train_batch_size if _BATCH in given else TRAINING_DEFAULTS[_BATCH]
-    )
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    defaults = {**TRAINING_DEFAULTS, "gradient_accumulation_steps": max(1, GLOBAL_BATCH // (batch * processes))}
+    defaults = dict(TRAINING_DEFAULTS)
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
         defaults["bf16"] = True
-    words = [word for name, value in defaults.items() if name not in given for word in (f"--{name}", str(value))]
+    words = [word for name, value in defaults.items() for word in (f"--{name}", str(value))]  # later ones win
+    batch = parser.parse_known_args(words + argv)[0].per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    words += ["--gradient_accumulation_steps", str(max(1, GLOBAL_BATCH // batch))]
     recipe, training, options = parser.parse_args_into_dataclasses(words + argv)
     _check(recipe, training)
     return recipe, training, options.data
-
-
-_BATCH = "per_device_train_batch_size"
 
 
 def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
@@ -247,8 +241,8 @@ def prepare_model(model: Sa2VAChatModel, recipe: RecipeArguments) -> nn.Module:
 
 def _full_modules(model: Sa2VAChatModel, names: Sequence[str]) -> list[str]:
     """Whole names of the modules that are trained in full. "mask_decoder" is the one that prompts reach."""
-    is_i = model.config.grounding_config.separate_prompt_decoder
-    ends = ["sam_mask_decoder_modified" if is_i else "sam_mask_decoder" if n == "mask_decoder" else n for n in names]
+    prompted = "sam_mask_decoder" + "_modified" * model.config.grounding_config.separate_prompt_decoder
+    ends = [prompted if name == "mask_decoder" else name for name in names]
     found = {end: [name for name, _ in model.named_modules() if f".{name}".endswith(f".{end}")] for end in ends}
     if missing := [end for end in ends if not found[end] and end != "mlp1"]:  # which only the InternVL family has
         raise ValueError(f"--train_modules: the model has no {', '.join(missing)}. See model.named_modules().")
@@ -361,7 +355,7 @@ class RecipeTrainer(Trainer):
                 if total:
                     logs[name] = round(total / steps, 6)
             self._parts.clear()
-        self._parts_since = self.state.global_step
+            self._parts_since = self.state.global_step
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
