@@ -360,11 +360,13 @@ class Sa2VAChatConfig(PreTrainedConfig):
             config_dict = {**config_dict, "grounding_config": grounding}
         return super().from_dict(config_dict, **kwargs)
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`."""
         self.auto_map = auto_map(self.is_qwen_vl)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory)
         copy_code(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The language model's config, where transformers looks for vocabulary, cache and generation settings."""

@@ -94,6 +94,7 @@ LINEAGE = {
     ("qwen3_vl_text", 2560): ("ByteDance/Sa2VA-Qwen3-VL-4B", "Qwen/Qwen3-VL-4B-Instruct"),
 }
 TAGS = ("sa2va", "sam2", "referring-segmentation", "video-segmentation", "grounding")
+TEMPLATE = Path(__file__).parent / "docs" / "model_card.md"
 BARE_CARD = "---\n{{ card_data }}\n---\n\n# {{ name }}\n\nSa2VA ({{ family }}, {{ parameters }} parameters).\n"
 CARD_MARK = re.compile(r"\n<!-- (?P<id>\S+), by hub_upload\.py: [0-9a-f]{64}\. .*-->\n\Z")
 FORM_PHRASES = ("[More Information Needed]", "<!-- This model card has been generated automatically")
@@ -145,7 +146,7 @@ if not torch.isfinite(output.loss) or len(output.pred_masks[0]) != 1:
 """
 
 # How often a request to the Hub is sent again, and for which answers.
-ATTEMPTS = 5
+ATTEMPTS, FIRST_WAIT = 5, 1.0  # seconds, twice as long each time
 PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 MOVED_STATUS = (409, 412)  # somebody else has committed meanwhile
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
@@ -808,15 +809,17 @@ def pack_checkpoint(
         raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
     with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
         origin = _find_origin(str(source), revision, token, merged)
+        old_card = out / CARD if (out / CARD).is_file() else origin.card
+        old_text = old_card.read_text(encoding="utf-8") if old_card.is_file() else ""
+        _card(old_text)  # if it can't be read, say so before anything that takes long
         report = check_checkpoint(origin.folder)
         if not report.ok:
             raise CheckpointError(f"Not packed, since it would not load.\n{report}")
         config = _config_of(origin.folder)
         weights = _pack_weights(origin.folder, target, config, report.layout, _size(max_shard_size))
         _pack_settings(origin.folder, target, config)
-        old_card = out / CARD if (out / CARD).is_file() else origin.card
-        card, notes = _pack_card(target, config, report, origin, old_card, facts, model_id or out.name)
-        _pack_documents(origin, target)
+        card, notes = _pack_card(target, config, report, origin, old_text, facts, model_id or out.name)
+        _pack_documents((origin.documents, old_card.parent), target)
         files = {name: (target / name).stat().st_size for name in _uploaded_names(target)}
         _refuse_private({name: target / name for name in files}, origin.folder, out)
         if not skip_test:
@@ -1113,10 +1116,10 @@ def _without_places(value: Any) -> Any:
     return [_without_places(part) for part in value] if isinstance(value, list) else value
 
 
-def _pack_documents(origin: _Origin, out: Path) -> None:
+def _pack_documents(folders: Sequence[Path], out: Path) -> None:
     """License texts, and the pictures that the card shows; ours if the card says Apache-2.0 and there is none."""
     text = (out / CARD).read_text(encoding="utf-8")
-    for path in sorted(origin.documents.iterdir()):
+    for path in (path for folder in folders for path in sorted(folder.iterdir())):
         if path.is_file() and (_matches(path.name, DOCUMENTS) or (_matches(path.name, PICTURES) and path.name in text)):
             shutil.copyfile(path, out / path.name)
     ours = Path(__file__).with_name("LICENSE")
@@ -1129,10 +1132,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _pack_card(
-    out: Path, config, report: CheckpointReport, origin: _Origin, old: Path, facts: CardFacts, model_id: str
+    out: Path, config, report: CheckpointReport, origin: _Origin, old_text: str, facts: CardFacts, model_id: str
 ) -> tuple[str, tuple[str, ...]]:
     """Writes README.md; says whether it was "generated" or "kept", and what is to be known about it."""
-    old_text = old.read_text(encoding="utf-8") if old.is_file() else ""
     written_by_hand = bool(old_text) and not _is_made_by_machine(old_text)
     if written_by_hand and not facts.new_card:
         data = _card(old_text).data
@@ -1201,10 +1203,9 @@ def _render_card(config, report: CheckpointReport, origin: _Origin, old, facts: 
         tags=[*TAGS, *(getattr(old, "tags", None) or ()), *facts.tags],
         **({"eval_results": results, "model_name": name} if results else {}),
     )
-    template = Path(__file__).parent / "docs" / "model_card.md"
     card = ModelCard.from_template(
         data,
-        template_str=template.read_text(encoding="utf-8") if template.is_file() else BARE_CARD,
+        template_str=TEMPLATE.read_text(encoding="utf-8") if TEMPLATE.is_file() else BARE_CARD,
         model_id=model_id,
         name=name,
         family=report.family,
@@ -1565,7 +1566,7 @@ class _Hub:
             except HubError as error:
                 if attempt == attempts or not _is_passing(error):
                     raise
-                time.sleep(2 ** (attempt - 1))
+                time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
 
     def look_around(self) -> bool:
         """Whether the repository is there; raises if it can't be pushed to or holds no Sa2VA."""
@@ -1666,7 +1667,7 @@ class _Hub:
             except HubError as error:  # also if only the answer was lost: comparing tells
                 if attempt == ATTEMPTS or not _is_passing(error, MOVED_STATUS):
                     raise
-                time.sleep(2 ** (attempt - 1))
+                time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
         head, changed, _ = self.compare(additions)
         if changed:
             raise HubError(f"{self.repo_id} still differs in {', '.join(changed)}. Run it again.")
@@ -1711,7 +1712,8 @@ class _Hub:
 
     def url(self, commit: str | None) -> str:
         """Where to look at it."""
-        place = f"discussions/{self.revision.rpartition('/')[2]}" if self.create_pr else f"commit/{commit}"
+        _, is_pr, number = self.revision.rpartition("refs/pr/")
+        place = f"discussions/{number}" if is_pr else f"commit/{commit}"
         return f"{self.api.endpoint}/{self.repo_id}/{place}"
 
 
@@ -1761,7 +1763,8 @@ def _advice(repo_id: str, fault: BaseException | None) -> str:
             f"or see https://huggingface.co/settings/billing. {again}"
         )
     told = {
-        401: f"The Hub does not accept this token. Make another at {TOKENS_PAGE} and run `hf auth login`.",
+        401: f"The Hub does not accept this token (or there is none, and {repo_id} is private or not there). Make one "
+        f"at {TOKENS_PAGE} and run `hf auth login`.",
         403: f"This token may not write to {repo_id}. Use one with the role 'write' of an account that may "
         f"({TOKENS_PAGE}), or propose the upload with --create-pr.",
         404: f"The Hub has no {repo_id} with such a revision, or this token may not see it.",

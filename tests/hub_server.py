@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -129,7 +129,8 @@ class HubServer(ThreadingHTTPServer):
         store: large files by SHA-256.
         faults: see `Fault`; tried in order.
         log: "METHOD /path" of every request.
-        slow: seconds that a large upload takes.
+        stall_after: large files that are taken before uploads hang, until it is None again; those that hung are lost.
+        spoils: paths of which a commit keeps other bytes than it was sent.
     """
 
     daemon_threads = True
@@ -145,7 +146,8 @@ class HubServer(ThreadingHTTPServer):
         self.store: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[str] = []
-        self.slow = 0.0
+        self.stall_after: int | None = None
+        self.spoils: set[str] = set()
         self.lock = threading.RLock()
 
     @property
@@ -380,7 +382,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def store(self, oid):
         """Takes a large file, if its bytes are those that were announced."""
-        time.sleep(self.server.slow)
+        if self.server.stall_after is not None and len(self.server.store) >= self.server.stall_after:
+            while self.server.stall_after is not None:
+                time.sleep(0.01)
+            raise Refusal(503, "", "too late")
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise Refusal(400, "", "checksum mismatch")
         self.server.store[oid] = self.body
@@ -481,6 +486,7 @@ def _entry(path: str, blob: Blob) -> dict[str, Any]:
 
 def _add(server: HubServer, files: dict[str, Blob], value: dict[str, Any]) -> None:
     content = base64.b64decode(value["content"])
+    content = bytes(len(content)) if value["path"] in server.spoils else content
     files[value["path"]] = Blob(len(content), content)
 
 
@@ -493,13 +499,6 @@ def _add_large(server: HubServer, files: dict[str, Blob], value: dict[str, Any])
 def _delete(server: HubServer, files: dict[str, Blob], value: dict[str, Any]) -> None:
     if files.pop(value["path"], None) is None:
         raise Refusal(404, "EntryNotFound", "A file with this name doesn't exist")
-
-
-def damaged(repo: Repo, path: str, branch: str = "main") -> None:
-    """Puts other bytes of the same length where a file was, as a broken disk would."""
-    commit = repo.at(branch)
-    blob = commit.files[path]
-    commit.files[path] = replace(blob, content=bytes(blob.size))
 
 
 CHANGES: dict[str, Callable] = {"file": _add, "lfsFile": _add_large, "deletedFile": _delete}
