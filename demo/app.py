@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 2 after an error that the user can mend, which is told on stderr.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         launch(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -35,24 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; see `python demo/app.py --help`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add_model_options(parser)
     add("--port", type=int, help="default: the first free one from 7860 on")
-    add("--share", action="store_true", help="make a public link, through gradio's servers; default: this computer only")
+    add("--share", action="store_true", help="make a public link through gradio's servers")
     add("--max-file-size", default="200mb", metavar="SIZE", help="of an upload; default: 200mb")
     add("--max-frames", type=int, default=300, metavar="N", help="of a video; default: 300")
     add("--concurrency", type=int, default=1, metavar="N", help="questions answered at the same time; default: 1")
     add("--queue", type=int, default=20, metavar="N", help="questions that may wait; default: 20")
-    return parser
+    return parser.parse_args(argv)
 
 
 def launch(arguments: argparse.Namespace, wait: bool = True) -> str:
     """Serves the page that the parsed command line asks for.
 
     Args:
-        arguments: see `python demo/app.py --help`.
+        arguments: see `parse`.
         wait: until the process is interrupted; else the server goes on in a thread.
 
     Returns:
@@ -62,24 +63,19 @@ def launch(arguments: argparse.Namespace, wait: bool = True) -> str:
         ValueError, TypeError, OSError: the model, an option or the port can't be used.
         ImportError: gradio is missing.
     """
-    from sa2va.demo.page import CSS, THEME, Page  # gradio takes seconds to import, and is needed for nothing else
-    from sa2va.demo.session import Limits, Reading
+    from sa2va.demo.page import CSS, THEME, Page  # gradio takes seconds to import, and --help needs it not
 
     options = predict_options(arguments)
     model = load_model(arguments.model, arguments.device, arguments.dtype)
-    sampling = options.pop("frame_sampling", "first")
-    reading = Reading(
-        options.pop("num_frames", model.load_processor().num_key_frames),
-        sampling if isinstance(sampling, str) else tuple(sampling),
-    )
     page = Page(
         model,
-        Limits(arguments.max_frames),
-        reading,
-        options.pop("mask_threshold"),
-        arguments.concurrency,
-        arguments.queue,
-        **options,
+        num_frames=options.pop("num_frames", model.load_processor().num_key_frames),
+        frame_sampling=options.pop("frame_sampling", "first"),
+        threshold=options.pop("mask_threshold"),
+        max_frames=arguments.max_frames,
+        concurrency=arguments.concurrency,
+        queue_size=arguments.queue,
+        generate_kwargs=options,
     )
     _, address, _ = page.blocks.launch(
         server_name=LOCALHOST,

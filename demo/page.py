@@ -1,7 +1,7 @@
 """The browser page: what stands where, and what happens when. What is computed stands in `session.py`.
 
-All visitors share the model and the limits, which never change. Everything else lives in `gr.State`, of which gradio
-keeps one for each open page.
+All visitors share the model, which never changes. Everything else lives in `gr.State`, of which gradio keeps one for
+each open page.
 """
 
 import html
@@ -18,12 +18,10 @@ import torch
 
 from sa2va import Sa2VAChatModel
 from sa2va.data.scenes import CAPTION_QUESTION
+from sa2va.demo.make_figure import IMAGE_QUESTION, VIDEO_QUESTION
 from sa2va.demo.make_samples import SAMPLES
-from sa2va.demo.predict import frame_sampling
+from sa2va.demo.predict import frame_sampling as parse_sampling
 from sa2va.demo.session import (
-    LEVELS,
-    Limits,
-    Reading,
     Session,
     answer_html,
     ask,
@@ -35,40 +33,31 @@ from sa2va.demo.session import (
     write_files,
 )
 
-IMAGE_QUESTIONS = ("Please segment the red star in this image.", CAPTION_QUESTION, "How many shapes are there?")
-VIDEO_QUESTION = "Can you segment the square moving right in this video?"
-SAMPLINGS = ("first", "uniform")
-KEPT_SECONDS = (3600, 24 * 3600)  # files are looked through every hour, and deleted after a day
+IMAGE_QUESTIONS = (IMAGE_QUESTION, CAPTION_QUESTION, "How many shapes are there?")
+KEPT_SECONDS = (3600, 24 * 3600)  # every hour, files older than a day are deleted
 DRAWING_CONCURRENCY = 4  # of what needs no model
+MAX_QUESTION = 4000  # characters
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError)
-THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"])
+PRIVATE = {"api_visibility": "private"}
+QUICK = {**PRIVATE, "show_progress": "hidden", "trigger_mode": "always_last"}
 
+HERE = Path(__file__).resolve().parent
+THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"])
+CSS = (HERE / "page.css").read_text(encoding="utf-8") + "".join(
+    f"#objects label:nth-of-type({i + 1}) {{ border-left-color: {css_color(i)} }}\n" for i in range(24)
+)
+STAGE_SCRIPT = (HERE / "stage.js").read_text(encoding="utf-8")
 STAGE = """<div class="tools">
 <button data-tool="look" title="Point at a mask, or at its words, to see it alone">Look</button>
 <span>Mark a region:</span> <button data-tool="point">Point</button> <button data-tool="box">Box</button>
 <button data-tool="brush">Brush</button> <button data-tool="clear">Clear</button>
 </div><div class="picture">${picture}</div>"""
 EMPTY = "<p>Give an image or a video, or take one of the examples.</p>"
-HERE = Path(__file__).resolve().parent
-STAGE_SCRIPT = (HERE / "stage.js").read_text(encoding="utf-8")
-CSS = (HERE / "page.css").read_text(encoding="utf-8") + "".join(
-    f"#objects label:nth-of-type({i + 1}) {{ border-left-color: {css_color(i)} }}\n" for i in range(24)
-)
-
-
-class Photo(gr.Image):
-    """gradio's image, which hands over the file as it is: whether it can be read is then told as everywhere."""
-
-    is_template = True  # the browser's side is that of gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Path of the uploaded file."""
-        return None if payload is None else payload.path
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Errors that the visitor can mend become messages on the page; paths in them lose the server's folders."""
+    """Makes errors that the visitor can mend messages on the page; paths in them lose the server's folders."""
     try:
         yield
     except USER_ERRORS as error:
@@ -81,8 +70,8 @@ class Page:
 
     Args:
         model: answers all questions.
-        limits: of what visitors bring.
-        reading, threshold: what the page begins with.
+        num_frames, frame_sampling, threshold: what the page begins with.
+        max_frames: of a video.
         concurrency: how many questions are answered at the same time.
         queue_size: how many more may wait.
         generate_kwargs: of every question, as for `predict_forward`.
@@ -94,101 +83,105 @@ class Page:
     def __init__(
         self,
         model: Sa2VAChatModel,
-        limits: Limits,
-        reading: Reading,
+        *,
+        num_frames: int,
+        frame_sampling: str | list[int] = "first",
         threshold: float = 0.5,
+        max_frames: int = 300,
         concurrency: int = 1,
         queue_size: int = 20,
-        **generate_kwargs: Any,
+        generate_kwargs: dict[str, Any] | None = None,
     ):
-        self.model, self.limits, self.generate_kwargs = model, limits, generate_kwargs
-        self.with_model = {"concurrency_id": "model", "concurrency_limit": concurrency}
+        self.model, self.max_frames, self.generate_kwargs = model, max_frames, generate_kwargs or {}
+        sampling = frame_sampling if isinstance(frame_sampling, str) else ",".join(map(str, frame_sampling))
         with gr.Blocks(title="Sa2VA", analytics_enabled=False, delete_cache=KEPT_SECONDS, fill_width=True) as blocks:
             self.session, self.turn = gr.State(Session()), gr.State(0)
-            gr.Markdown("## Sa2VA\nAsk about a picture or a video, and see what the answer points at.")
+            gr.Markdown("## Sa2VA\nAsk about an image or a video, and see what the answer points at.")
             with gr.Row():
                 with gr.Column(scale=3, min_width=360):
                     self._lay_stage(threshold)
                 with gr.Column(scale=2, min_width=320):
                     self._lay_media()
-                    self._lay_chat(reading)
-            self._wire()
-            self._add_api(reading, threshold)
+                    self._lay_chat(num_frames, sampling)
+            self._wire({"concurrency_id": "model", "concurrency_limit": concurrency})
+            self._lay_api(num_frames, sampling, threshold)
         self.blocks = blocks.queue(max_size=queue_size, default_concurrency_limit=DRAWING_CONCURRENCY)
 
-    def _lay_media(self) -> None:
-        with gr.Tabs():
-            with gr.Tab("Image"):
-                self.image = Photo(sources=["upload", "webcam", "clipboard"], height=170, elem_id="image")
-            with gr.Tab("Video"):
-                self.video = gr.Video(sources=["upload", "webcam"], height=170, include_audio=True, elem_id="video")
-
     def _lay_stage(self, threshold: float) -> None:
+        """The picture with its masks, and what changes how they look."""
         self.stage = gr.HTML(
             [], picture=EMPTY, html_template=STAGE, js_on_load=STAGE_SCRIPT, apply_default_css=False, elem_id="stage"
         )
         self.frame = gr.Slider(0, 1, 0, step=1, label="Frame", visible=False, elem_id="frame")
-        self.objects = gr.CheckboxGroup([], label="Objects", type="value", visible=False, elem_id="objects")
+        self.objects = gr.CheckboxGroup([], label="Objects", visible=False, elem_id="objects")
         self.threshold = gr.Slider(
-            0.05, 0.95, threshold, step=0.05, label="Threshold: probability above which a pixel belongs to an object"
+            0.05, 0.95, threshold, step=0.05, label="Threshold of the masks (probability)", elem_id="threshold"
         )
-        self.player = gr.Video(label="Overlay", interactive=False, visible=False, elem_id="player")
+        self.player = gr.Video(label="Overlay", height=300, interactive=False, visible=False, elem_id="player")
         with gr.Row():
-            self.overlay = gr.DownloadButton("Overlay", size="sm", visible=False, elem_id="overlay")
-            self.masks = gr.DownloadButton("Masks (RLE, JSON)", size="sm", visible=False, elem_id="masks")
+            self.overlay = gr.DownloadButton("Download overlay", size="sm", visible=False, elem_id="overlay")
+            self.masks = gr.DownloadButton("Download masks (RLE)", size="sm", visible=False, elem_id="masks")
 
-    def _lay_chat(self, reading: Reading) -> None:
-        self.chat = gr.Chatbot(height=360, buttons=[], latex_delimiters=[], show_label=False, elem_id="chat")
+    def _lay_media(self) -> None:
+        with gr.Tab("Image"):
+            self.image = gr.Image(sources=["upload", "webcam", "clipboard"], height=220, elem_id="image")
+        with gr.Tab("Video"):
+            self.video = gr.Video(sources=["upload", "webcam"], include_audio=True, height=220, elem_id="video")
+
+    def _lay_chat(self, num_frames: int, sampling: str) -> None:
+        self.chat = gr.Chatbot(height=340, buttons=[], latex_delimiters=[], show_label=False, elem_id="chat")
         self.question = gr.Textbox(
-            placeholder="Please segment ...", show_label=False, lines=2, max_length=4000, elem_id="question"
+            placeholder="Please segment ...", show_label=False, lines=2, max_length=MAX_QUESTION, elem_id="question"
         )
         with gr.Row():
-            self.send = gr.Button("Ask", variant="primary", elem_id="ask")
-            self.stop = gr.Button("Stop", elem_id="stop")
-            self.anew = gr.Button("New conversation", elem_id="anew")
+            self.send = gr.Button("Ask", variant="primary", min_width=80, elem_id="ask")
+            self.stop = gr.Button("Stop", min_width=80, elem_id="stop")
+            self.anew = gr.Button("New chat", min_width=80, elem_id="anew")
         with gr.Accordion("How a video is read", open=False):
-            sampling = reading.frame_sampling
-            shown = sampling if isinstance(sampling, str) else ",".join(map(str, sampling))
             self.sampling = gr.Dropdown(
-                SAMPLINGS, value=shown, allow_custom_value=True, label="Frames the language model sees",
-                info="the first ones, uniformly spread ones, or numbers such as 0,8,16",
+                ["first", "uniform"], value=sampling, allow_custom_value=True, label="Frames the language model sees",
+                info="the first ones, some spread over the video, or numbers such as 0,8,16",
             )  # fmt: skip
-            self.num_frames = gr.Slider(1, 16, reading.num_frames, step=1, label="How many (first and uniform)")
-        gr.Examples(
-            [[str(SAMPLES / "shapes.png"), question] for question in IMAGE_QUESTIONS],
-            [self.image, self.question], label="Examples: image",
-        )  # fmt: skip
-        gr.Examples([[str(SAMPLES / "shapes.mp4"), VIDEO_QUESTION]], [self.video, self.question], label="Video")
+            self.num_frames = gr.Slider(1, 16, num_frames, step=1, label="How many (first, uniform)")
+        image, video = SAMPLES / "shapes.png", SAMPLES / "shapes.mp4"
+        asked = [self.image, self.question]
+        gr.Examples([[image, question] for question in IMAGE_QUESTIONS], asked, label="Examples", elem_id="examples")
+        gr.Examples([[video, VIDEO_QUESTION]], [self.video, self.question], label="Video", elem_id="video-examples")
 
-    def _wire(self) -> None:
-        private = {"api_visibility": "private"}
-        quick = {**private, "show_progress": "hidden", "trigger_mode": "always_last"}
+    def _wire(self, with_model: dict[str, Any]) -> None:
+        """Which event calls what; `with_model` limits those that need the model."""
         look = [self.session, self.turn, self.frame, self.threshold, self.objects]
         files = [self.player, self.overlay, self.masks]
         whole = [self.session, self.turn, self.chat, self.stage, self.frame, self.objects, *files]
-        self.image.change(self.open_image, [self.image, self.session], [*whole, self.video], **private)
-        self.video.change(self.open_video, [self.video, self.session], [*whole, self.image], **private)
-        self.anew.click(self.restart, self.session, whole, **private)
+        for media, opened, other in (
+            (self.image, self.open_image, self.video),
+            (self.video, self.open_video, self.image),
+        ):
+            # preprocess: gradio would decode images itself, and tell in its own way of those it can't
+            media.change(
+                opened, [media, self.session], [*whole, other], show_progress_on=media, preprocess=False, **PRIVATE
+            )
+        gr.on([self.anew.click, self.chat.clear], self.restart, self.session, whole, **QUICK)
         asked = gr.on(
             [self.send.click, self.question.submit],
             self.ask,
             [self.question, self.session, self.stage, self.num_frames, self.sampling, self.threshold],
             [*whole, self.question],
-            show_progress_on=self.chat,
-            **self.with_model,
-            **private,
+            show_progress_on=self.question,
+            **with_model,
+            **PRIVATE,
         )
-        asked.success(self.keep, look, files, show_progress_on=files, **private)
-        self.stop.click(self.keep, look, files, cancels=[asked], **private)
-        self.frame.input(self.redraw, look, self.stage, **quick)
-        gr.on([self.threshold.input, self.objects.input], self.redraw, look, self.stage, **quick).then(
-            self.keep, look, files, show_progress="hidden", **private
-        )
-        self.chat.select(self.choose, [self.session, self.threshold], whole, **quick).then(
-            self.keep, look, files, show_progress="hidden", **private
-        )
+        asked.success(self.keep, look, files, show_progress_on=files[1:], **PRIVATE)
+        self.stop.click(self.keep, look, files, cancels=asked, **PRIVATE)
+        self.frame.input(self.redraw, look, self.stage, **QUICK)
+        for changed in (
+            gr.on([self.threshold.input, self.objects.input], self.redraw, look, self.stage, **QUICK),
+            self.chat.select(self.choose, [self.session, self.threshold], whole, **QUICK),
+        ):
+            changed.then(self.keep, look, files, **QUICK)
+        self.with_model = with_model
 
-    def _add_api(self, reading: Reading, threshold: float) -> None:
+    def _lay_api(self, num_frames: int, sampling: str, threshold: float) -> None:
         """`/predict`, described in docs/app.md."""
         with gr.Group(visible=False):
             inputs = [
@@ -196,31 +189,33 @@ class Page:
                 gr.Textbox(label="text"),
                 gr.Textbox("", label="past_text"),
                 gr.JSON([], label="marks"),
-                gr.Number(reading.num_frames, precision=0, label="num_frames"),
-                gr.Textbox("first", label="frame_sampling"),
+                gr.Number(num_frames, precision=0, label="num_frames"),
+                gr.Textbox(sampling, label="frame_sampling"),
                 gr.Number(threshold, label="threshold"),
             ]
             gr.Button().click(self.predict, inputs, gr.JSON(label="answer"), api_name="predict", **self.with_model)
 
     # ------------------------------------------------------------------------------------------------------- events
 
-    def open_image(self, path: str | None, session: Session) -> dict[Any, Any]:
+    def open_image(self, file: dict[str, Any] | None, session: Session) -> dict[Any, Any]:
         """An image came, or went."""
-        return self._open(path, session, is_video=False, other=self.video)
+        return self._open(file, session, False, self.video)
 
-    def open_video(self, path: str | None, session: Session) -> dict[Any, Any]:
+    def open_video(self, file: dict[str, Any] | None, session: Session) -> dict[Any, Any]:
         """A video came, or went."""
-        return self._open(path, session, is_video=True, other=self.image)
+        return self._open(file, session, True, self.image)
 
-    def _open(self, path: str | None, session: Session, is_video: bool, other: gr.Component) -> dict[Any, Any]:
-        if path is None:
-            return self._show(Session()) if session.source and session.is_video == is_video else {self.turn: gr.skip()}
+    def _open(
+        self, file: dict[str, Any] | None, session: Session, is_video: bool, other: gr.Component
+    ) -> dict[Any, Any]:
+        if file is None:  # also when the other kind has come instead
+            return self._whole(Session(), 0) if session.is_video == is_video else {self.turn: gr.skip()}
         with told():
-            return {**self._show(open_session(path, self.limits)), other: None}
+            return {**self._whole(open_session(file["path"], self.max_frames), 0), other: None}
 
     def restart(self, session: Session) -> dict[Any, Any]:
         """Begins a new conversation about the same picture."""
-        return self._show(replace(session, turns=()))
+        return self._whole(replace(session, turns=()), 0)
 
     def ask(
         self,
@@ -236,69 +231,64 @@ class Page:
         with told():
             if session.source is None:
                 raise ValueError("There is no picture yet. Give an image or a video, and wait until it is shown.")
-            reading, marks = Reading(int(num_frames), _sampling(sampling)), parse_marks(marks)
-            if session.turns and not session.goes_on(marks, reading):
+            reading = {"num_frames": int(num_frames), "frame_sampling": parse_sampling(sampling)}
+            marks = parse_marks(marks)
+            if not session.goes_on(marks, reading):
                 gr.Info("The marks or the frames to be read have changed, so this is a new conversation.")
-            index = 0
-            for index, answered in enumerate(ask(self.model, session, question, reading, marks, **self.generate_kwargs)):
-                number = len(answered.turns) - 1
-                progress((index + 1, answered.length), desc="Frames", unit="frames")
-                yield {**self._show(answered, number, index, threshold, new=not index), self.question: ""}
-            if index:
-                yield {**self._show(answered, number, 0, threshold, new=False)}
+            for answered in ask(self.model, session, question, reading, marks, **self.generate_kwargs):
+                turn, number = answered.turns[-1], len(answered.turns) - 1
+                index, shown = len(turn.frames) - 1, range(len(turn.labels))
+                progress((index + 1, answered.length), unit="frames")
+                if not index:
+                    yield {**self._whole(answered, number, threshold), self.question: ""}
+                else:
+                    stage = self.redraw(answered, number, index, threshold, shown)
+                    yield {self.session: answered, self.frame: index, self.stage: stage}
+            yield {self.frame: 0, self.stage: self.redraw(answered, number, 0, threshold, shown)}
 
     def choose(self, session: Session, threshold: float, event: gr.SelectData) -> dict[Any, Any]:
         """Shows the masks of the answer that was clicked."""
-        return self._show(session, event.index // 2, 0, threshold)
+        return self._whole(session, event.index // 2, threshold)
 
-    def redraw(self, session: Session, turn: int, frame: int, threshold: float, shown: list[int]) -> Any:
+    def redraw(self, session: Session, turn: int, frame: int, threshold: float, shown: Any) -> Any:
         """The stage with another frame, threshold or choice of objects."""
         return gr.HTML(picture=stage_html(session, frame, turn, threshold, shown)) if session.source else gr.skip()
 
-    def keep(self, session: Session, turn: int, frame: int, threshold: float, shown: list[int]) -> list[Any]:
+    def keep(self, session: Session, turn: int, frame: int, threshold: float, shown: Any) -> list[Any]:
         """Player and downloads for what the stage shows."""
         if turn >= len(session.turns):
             return [gr.skip()] * 3
         with told():
-            folder = Path(tempfile.mkdtemp(dir=self.chat.GRADIO_CACHE))
+            folder = Path(tempfile.mkdtemp(dir=gr.utils.get_upload_folder()))
             overlay, masks = write_files(session, turn, threshold, shown, folder)
-        is_clip = overlay is not None and session.is_video
+        clip = overlay if session.is_video else None
         return [
-            gr.Video(overlay if is_clip else None, visible=is_clip),
+            gr.Video(clip, visible=clip is not None),
             gr.DownloadButton(value=overlay, visible=overlay is not None),
             gr.DownloadButton(value=masks, visible=True),
         ]
 
-    def _show(
-        self, session: Session, number: int = 0, frame: int = 0, threshold: float = 0.5, new: bool = True
-    ) -> dict[Any, Any]:
-        """What a session looks like; `new` is False if only the frame is another one than before."""
+    def _whole(self, session: Session, number: int, threshold: float = 0.5) -> dict[Any, Any]:
+        """The whole page with the masks of turn `number`, all of them, in the first frame."""
         labels = session.turns[number].labels if session.turns else []
-        shown = range(len(labels))
-        output = {self.session: session, self.frame: gr.Slider(value=frame)}
-        if session.source:
-            output[self.stage] = gr.HTML(picture=stage_html(session, frame, number, threshold, shown))
-        if not new:
-            return output
         messages = [
             {"role": role, "content": content}
             for i, turn in enumerate(session.turns)
             for role, content in (("user", html.escape(turn.question)), ("assistant", answer_html(turn, i)))
         ]
+        picture = stage_html(session, 0, number, threshold, range(len(labels))) if session.source else EMPTY
         choices = [(f"{i + 1}. {label}", i) for i, label in enumerate(labels)]
-        output |= {
+        return {
+            self.session: session,
             self.turn: number,
             self.chat: messages,
-            self.frame: gr.Slider(value=frame, maximum=max(session.length - 1, 1), visible=session.is_video),
-            self.objects: gr.CheckboxGroup(choices, value=list(shown), visible=bool(choices)),
+            self.stage: gr.HTML(**({} if session.turns else {"value": []}), picture=picture),
+            self.frame: gr.Slider(value=0, maximum=max(session.length - 1, 1), visible=session.is_video),
+            self.objects: gr.CheckboxGroup(choices, value=list(range(len(labels))), visible=bool(labels)),
             self.player: gr.Video(None, visible=False),
             self.overlay: gr.DownloadButton(visible=False),
             self.masks: gr.DownloadButton(visible=False),
         }
-        if not session.turns:
-            picture = stage_html(session, 0, 0, threshold, ()) if session.source else EMPTY
-            output[self.stage] = gr.HTML([], picture=picture)
-        return output
 
     def predict(
         self,
@@ -310,16 +300,14 @@ class Page:
         frame_sampling: str,
         threshold: float,
     ) -> dict[str, Any]:
-        """Answers one question about an image or a video, as described in docs/app.md."""
+        """Answers one question about an image or a video; see docs/app.md."""
         with told():
-            session = open_session(picture, self.limits) if picture else Session()
-            reading = Reading(num_frames, _sampling(frame_sampling))
-            asked = (reading, parse_marks(marks), past_text)
-            for session in ask(self.model, session, text, *asked, **self.generate_kwargs):  # noqa: B007,B020
-                pass
-            return record(session, 0, threshold) | {"past_text": session.turns[0].past_text}
-
-
-def _sampling(text: str) -> str | tuple[int, ...]:
-    chosen = frame_sampling(text)
-    return chosen if isinstance(chosen, str) else tuple(chosen)
+            if picture is None or not 0 < threshold < 1:
+                raise ValueError("An image or a video is needed, and a threshold between 0 and 1.")
+            session = open_session(picture, self.max_frames)
+            reading = {"num_frames": num_frames, "frame_sampling": parse_sampling(frame_sampling)}
+            for answered in ask(
+                self.model, session, text, reading, parse_marks(marks), past_text, **self.generate_kwargs
+            ):
+                session = answered
+            return record(session, 0, threshold) | {"past_text": session.turns[0].frames[0].past_text}

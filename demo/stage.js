@@ -8,14 +8,14 @@ const place = (event) => {
 };
 const shape = ({kind, points}, index) => {
   const [x, y] = points[0], [u, v] = points.at(-1), {width, height} = svg().viewBox.baseVal;
-  const unit = Math.max(width, height) / 512, left = Math.min(x, u), top = Math.min(y, v);
+  const unit = Math.max(width, height) / 512, left = Math.min(x, u), top = Math.min(y, v);  // as region_masks has it
   const drawn = {
     point: `<circle cx="${x}" cy="${y}" r="${20 * unit}"/>`,
     box: `<rect x="${left}" y="${top}" width="${Math.abs(u - x)}" height="${Math.abs(v - y)}"/>`,
-    brush: `<polyline class="stroke" points="${points.join(" ")} ${u + 0.1},${v}" stroke-width="${40 * unit}"/>`,
+    brush: `<polyline points="${points.join(" ")} ${u + 0.1},${v}" stroke-width="${40 * unit}"/>`,
   }[kind];
-  const size = 20 * unit, up = Math.max(kind == "box" ? top - 5 * unit : top - 24 * unit, size);
-  return `<g>${drawn}<text x="${left}" y="${up}" font-size="${size}">region${index + 1}</text></g>`;
+  const size = 15 * unit, up = Math.max(top - (kind == "box" ? 4 : 24) * unit, size);
+  return `<g>${drawn}<text x="${Math.min(left, width - 4.5 * size)}" y="${up}" font-size="${size}">region${index + 1}</text></g>`;
 };
 const draw = () => {
   for (const button of element.querySelectorAll("[data-tool]"))
