@@ -348,11 +348,12 @@ def test_visitor_asks_about_an_image_and_asks_on(visit):
     assert "a red star" in visitor.ask(CAPTION_QUESTION)
     assert len(visitor.outlines()) == 5
     assert visitor.ask("Please segment the purple square.").startswith("Sure")
-    assert list(visitor.outlines()) == ["turn1-object0"]
+    assert {name.partition("-")[0] for name in visitor.outlines()} == {"turn1"}
     visitor.page.locator("#chat .bot.message").first.click()  # back to the first answer
     visitor.page.wait_for_selector(".mask.turn0-object4", state="attached")
     visitor.page.hover("#chat mark.turn0-object1")
-    visitor.page.wait_for_timeout(300)  # they fade
+    faded = "getComputedStyle(document.querySelector('.mask.turn0-object4')).opacity == 0"
+    visitor.page.wait_for_function(faded)
     assert list(visitor.outlines()) == ["turn0-object1"]
 
 
@@ -369,8 +370,8 @@ def test_visitor_changes_how_masks_look_and_takes_them_home(visit, captioned):
         "d => document.querySelector('.mask.turn0-object0').getAttribute('d') != d", arg=before["turn0-object0"]
     )
     assert set(visitor.outlines()) == set(before) - {"turn0-object1"}
-    visitor.page.wait_for_timeout(1000)
-    assert json.loads(visitor.download("#masks")) == {**record(captioned, 0, 0.9), "overlay": "shapes-image.png"}
+    wanted = {**record(captioned, 0, 0.9), "overlay": "shapes-image.png"}
+    assert any(json.loads(visitor.download("#masks")) == wanted for _ in range(30))  # soon
     assert visitor.download("#overlay").startswith(b"\x89PNG")
 
 
@@ -382,7 +383,7 @@ def test_visitor_points_at_a_region(visit):
     assert "purple square" in visitor.ask("Please describe region1.")
     visitor.draw("brush", (20, 270), (90, 270))
     visitor.draw("point", (430, 205))
-    assert visitor.page.locator("#stage .marks text").all_inner_texts() == ["region1", "region2", "region3"]
+    assert visitor.page.locator("#stage .marks text").all_text_contents() == ["region1", "region2", "region3"]
 
 
 @pytest.mark.slow
@@ -436,3 +437,18 @@ def test_page_fits_a_phone(visit):
     visitor = visit(viewport={"width": 390, "height": 844})
     visitor.give_and_see(IMAGE)
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.skipif(
+    "SA2VA_SCREENSHOT" not in os.environ, reason="SA2VA_SCREENSHOT=docs/app.png makes the README's picture"
+)
+def test_screenshot(visit):
+    visitor = visit(viewport={"width": 1280, "height": 960})
+    visitor.give_and_see(IMAGE)
+    visitor.ask(CAPTION_QUESTION)
+    visitor.ask("How many shapes are there?")
+    visitor.page.locator("#chat .bot.message").first.click()
+    visitor.page.wait_for_selector(".mask.turn0-object4", state="attached")
+    visitor.page.mouse.move(0, 0)
+    visitor.page.wait_for_timeout(1000)
+    visitor.page.screenshot(path=os.environ["SA2VA_SCREENSHOT"])
