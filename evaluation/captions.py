@@ -56,7 +56,7 @@ def grounding_scores(
         return {
             "ap50": overlap_precision(images),
             "ap50_phrase": overlap_precision(images, match_phrases=True),
-            "miou": mean([_iou_of_all(image) for image in images]),
+            "miou": mean([iou_of_all(image) for image in images]),
             "recall": _recall(images, _count_possible),
         }
     if mode == "glamm":
@@ -73,7 +73,7 @@ def _recall(images: Sequence[Overlaps], count: Callable[[Overlaps], int]) -> flo
     return sum(map(count, images)) / wanted if wanted else math.nan
 
 
-def _iou_of_all(image: Overlaps) -> float:
+def iou_of_all(image: Overlaps) -> float:
     """Mean IoU of the best one-to-one pairing, masks without a partner counting 0; 1 if there are none at all."""
     most = max(image.ious.shape)
     return float(image.ious[linear_sum_assignment(image.ious, maximize=True)].sum() / most) if most else 1.0
