@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .records import located
 from .registry import Dataset
 from .samples import Sample
 
@@ -13,7 +14,8 @@ class Mixture:
 
     What stands at an index follows from (seed, index) alone: training resumes anywhere by going on counting, and a
     longer mixture begins like a shorter one. Every data set goes through all its samples, in a new order each time,
-    before one comes again. Nothing is read before it is asked for.
+    before one comes again; readers with random choices (templates, expressions) choose anew each time. Nothing is read
+    before it is asked for.
 
     Args:
         datasets: by name; none of them empty.
@@ -32,11 +34,13 @@ class Mixture:
         shares = np.array([weights[name] for name in self.names], dtype=float)
         self.sources = np.random.default_rng(seed).choice(len(shares), length, p=shares / shares.sum())
         self.places = np.empty(length, dtype=np.int64)
+        self.visits = np.empty(length, dtype=np.int64)
         for source, dataset in enumerate(datasets.values()):
             mine = np.flatnonzero(self.sources == source)
             rng = np.random.default_rng([seed, source])
             rounds = [rng.permutation(len(dataset)) for _ in range(-(-len(mine) // len(dataset)))]
             self.places[mine] = np.concatenate(rounds)[: len(mine)] if rounds else mine
+            self.visits[mine] = np.arange(len(mine)) // len(dataset)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -52,13 +56,12 @@ class Mixture:
 
         Raises:
             IndexError: an index beyond the length.
-            ValueError: the sample is broken; says which one of which data set.
+            ValueError: the sample is broken; says which one of which data set, and where in its file.
         """
         name, place = self.source(index)
-        try:
-            return self.datasets[name][place]
-        except (ValueError, OSError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"Sample {place} of data set {name!r} (index {index} of the mixture): {error}") from error
+        dataset = self.datasets[name]
+        with located(f"sample {place} of data set {name!r} (index {index} of the mixture)"):
+            return dataset.at(place, int(self.visits[index])) if hasattr(dataset, "at") else dataset[place]
 
 
 def _check(datasets: Mapping[str, Dataset], weights: Mapping[str, float], length: int) -> None:

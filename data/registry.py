@@ -2,14 +2,19 @@
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import conversations, referring_images, referring_videos
 from .samples import Sample
 
 
 class Dataset(Protocol):
-    """A lazy sequence of samples: the index is in memory, pixels and masks are read by who needs them."""
+    """A lazy sequence of samples: the index is in memory, pixels and masks are read by who needs them.
+
+    A data set may also have `at(index, visit)`: sample `index` with other random choices for each visit.
+    """
 
     def __len__(self) -> int: ...
 
@@ -18,7 +23,21 @@ class Dataset(Protocol):
 
 Opener = Callable[..., Dataset]
 
-DATASETS: Mapping[str, Opener] = {}
+DATASETS: Mapping[str, Opener] = {
+    "finetune": conversations.open_finetune,
+    "jsonl": conversations.open_jsonl,
+    **{name: partial(referring_images.open_refcoco, name) for name in ("refcoco", "refcoco+", "refcocog", "grefcoco")},
+    "reasonseg": referring_images.open_reasonseg,
+    "mevis": referring_videos.open_mevis,
+    "ref_youtube_vos": referring_videos.open_ref_youtube_vos,
+    "revos": referring_videos.open_revos,
+    "ref_davis17": referring_videos.open_ref_davis17,
+    "ref_sav": referring_videos.open_ref_sav,
+    "gcg": conversations.open_gcg,
+    "region_captions": conversations.open_region_captions,
+    "llava": conversations.open_llava,
+    "chatunivi": conversations.open_chatunivi,
+}
 
 
 def open_dataset(name: str, root: str | os.PathLike, split: str, **options: Any) -> Dataset:

@@ -114,10 +114,10 @@ class Polygons:
 
 @dataclass(frozen=True, eq=False)
 class PaintedPolygons:
-    """Labelled polygons painted one over the other by OpenCV, outline included, as LISA reads ReasonSeg.
+    """Labelled polygons painted one over the other, the largest first, as LISA (arXiv:2308.00692) reads ReasonSeg.
 
     Attributes:
-        layers: label and corners ((x, y), ...) of each polygon; later ones cover earlier ones.
+        layers: label (1..255) and corners ((x, y), ...) of each polygon.
         label: the label whose pixels are the mask.
     """
 
@@ -126,14 +126,22 @@ class PaintedPolygons:
 
     def decode(self, size: Size) -> np.ndarray:
         """Bool [h, w]."""
+        painted = [self._paint(size, points) for _, points in self.layers]
+        canvas = np.zeros(size, dtype=np.uint8)
+        for index in np.argsort([int(mask.sum()) for mask in painted])[::-1]:
+            canvas[painted[index]] = self.layers[index][0]
+        return canvas == self.label
+
+    @staticmethod
+    def _paint(size: Size, points: Sequence[tuple[float, float]]) -> np.ndarray:
+        """A polygon with its outline, as OpenCV draws it."""
         import cv2
 
         canvas = np.zeros(size, dtype=np.uint8)
-        for label, points in self.layers:
-            corners = np.array([points], dtype=np.int32)
-            cv2.polylines(canvas, corners, True, label, 1)
-            cv2.fillPoly(canvas, corners, label)
-        return canvas == self.label
+        corners = np.array([points], dtype=np.int32)
+        cv2.polylines(canvas, corners, True, 1, 1)
+        cv2.fillPoly(canvas, corners, 1)
+        return canvas.astype(bool)
 
 
 @dataclass(frozen=True, eq=False)
