@@ -18,6 +18,7 @@ Masks of an answer are joined before they are compared, and so are the objects o
 evaluation takes the first `[SEG]` alone; so do these protocols, unless `merge` is "union".
 """
 
+import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -258,7 +259,9 @@ def measure_grounding(asked: Asked) -> tuple[float, tuple[Overlaps, str, Sequenc
     found = [masks[0] for masks in asked.output.prediction_masks]
     sureness = np.array([score["iou"][0] for score in asked.output.mask_scores], dtype=float)
     predicted = PhraseMasks(np.stack(found) if found else truth[:0], asked.output.phrases, sureness)
-    overlaps = Overlaps.of(predicted, PhraseMasks(truth, asked.sample.info["phrases"]))
+    # a caption may have fewer labels than its image has masks: those are phrases that nothing matches
+    labels = itertools.chain(asked.sample.info["phrases"], itertools.repeat(""))
+    overlaps = Overlaps.of(predicted, PhraseMasks(truth, list(itertools.islice(labels, len(truth)))))
     return captions.iou_of_all(overlaps), (overlaps, *_words(asked))
 
 
@@ -281,7 +284,7 @@ def measure_words(asked: Asked) -> tuple[float, tuple[str, Sequence[str]]]:
 
 
 def _words(asked: Asked) -> tuple[str, Sequence[str]]:
-    references = asked.sample.info.get("references") or [asked.turn.answer or ""]
+    references = asked.sample.info.get("captions") or [asked.turn.answer or ""]
     return plain_caption(asked.output.prediction), [plain_caption(text) for text in references]
 
 
