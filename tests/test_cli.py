@@ -45,6 +45,14 @@ def test_help_lists_the_commands_without_loading_the_model():
     assert done.stdout.endswith("[]\n")
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_under_its_own_name(name, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([name, "--model", "m", "--help"] if name == "train" else [name, "--help"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: sa2va {name} ")
+
+
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["predict"], ["predict", "a.png", "?", "--nothing"], ["check"]])
 def test_wrong_command_lines_are_told_by_2_and_the_right_name(argv, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -80,6 +88,13 @@ def test_predict_is_the_demo(tmp_path, capsys):
 def test_check_is_that_of_hub_upload(capsys):
     assert cli.main(["check", "sa2va-tiny", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"]
+
+
+def test_eval_prints_what_it_writes(tmp_path, capsys):
+    words = ["--data", "refcoco", "--root", "data/examples/refcoco", "--split", "val", "--limit", "1", "--json"]
+    assert cli.main(["eval", *words, "--output", str(tmp_path), "--device", "cpu"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["scores"] and scores == json.loads((tmp_path / "scores.json").read_text())
 
 
 def test_a_checkpoint_that_is_not_whole_is_a_failure(tmp_path, capsys):
