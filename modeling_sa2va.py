@@ -1585,7 +1585,7 @@ def merged_with_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Pr
     """
     peft = _peft()
     config = model.adapter_config(peft.PeftConfig.from_pretrained(folder))
-    weights = _native_adapter_weights(model, peft.utils.load_peft_weights(str(folder), device="cpu"))
+    weights = native_adapter_weights(model, peft.utils.load_peft_weights(str(folder), device="cpu"))
     wrapped = peft.get_peft_model(model, config)
     expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     report = peft.set_peft_model_state_dict(wrapped, weights)
