@@ -37,6 +37,7 @@ IMAGE_QUESTIONS = (IMAGE_QUESTION, CAPTION_QUESTION, "How many shapes are there?
 KEPT_SECONDS = (3600, 24 * 3600)  # every hour, files older than a day are deleted
 DRAWING_CONCURRENCY = 4  # of what needs no model
 MAX_QUESTION = 4000  # characters
+THRESHOLDS = (0.01, 0.99)
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError)
 PRIVATE = {"api_visibility": "private"}
 QUICK = {**PRIVATE, "show_progress": "hidden", "trigger_mode": "always_last"}
@@ -78,6 +79,9 @@ class Page:
 
     Attributes:
         blocks: the gradio app.
+
+    Raises:
+        ValueError: the threshold is out of range.
     """
 
     def __init__(
@@ -92,19 +96,24 @@ class Page:
         queue_size: int = 20,
         generate_kwargs: dict[str, Any] | None = None,
     ):
+        if not THRESHOLDS[0] <= threshold <= THRESHOLDS[1]:
+            raise ValueError(f"threshold={threshold} is a probability: give a number from 0.01 to 0.99.")
         self.model, self.max_frames, self.generate_kwargs = model, max_frames, generate_kwargs or {}
         sampling = frame_sampling if isinstance(frame_sampling, str) else ",".join(map(str, frame_sampling))
         with gr.Blocks(title="Sa2VA", analytics_enabled=False, delete_cache=KEPT_SECONDS, fill_width=True) as blocks:
             self.session, self.turn = gr.State(Session()), gr.State(0)
             gr.Markdown("## Sa2VA\nAsk about an image or a video, and see what the answer points at.")
             with gr.Row():
-                with gr.Column(scale=3, min_width=360):
+                with gr.Column(scale=3, min_width=360) as left:
                     self._lay_stage(threshold)
                 with gr.Column(scale=2, min_width=320):
                     self._lay_media()
                     self._lay_chat(num_frames, sampling)
-            self._wire({"concurrency_id": "model", "concurrency_limit": concurrency})
-            self._lay_api(num_frames, sampling, threshold)
+            with left:  # again, because examples fill what has just been laid
+                self._lay_examples()
+            with_model = {"concurrency_id": "model", "concurrency_limit": concurrency}
+            self._wire(with_model)
+            self._lay_api(num_frames, sampling, threshold, with_model)
         self.blocks = blocks.queue(max_size=queue_size, default_concurrency_limit=DRAWING_CONCURRENCY)
 
     def _lay_stage(self, threshold: float) -> None:
@@ -115,7 +124,7 @@ class Page:
         self.frame = gr.Slider(0, 1, 0, step=1, label="Frame", visible=False, elem_id="frame")
         self.objects = gr.CheckboxGroup([], label="Objects", visible=False, elem_id="objects")
         self.threshold = gr.Slider(
-            0.05, 0.95, threshold, step=0.05, label="Threshold of the masks (probability)", elem_id="threshold"
+            *THRESHOLDS, threshold, step=0.01, label="Threshold of the masks (probability)", elem_id="threshold"
         )
         self.player = gr.Video(label="Overlay", height=300, interactive=False, visible=False, elem_id="player")
         with gr.Row():
@@ -123,15 +132,19 @@ class Page:
             self.masks = gr.DownloadButton("Download masks (RLE)", size="sm", visible=False, elem_id="masks")
 
     def _lay_media(self) -> None:
+        camera = gr.WebcamOptions(mirror=False)  # or left would be right
         with gr.Tab("Image"):
-            self.image = gr.Image(sources=["upload", "webcam", "clipboard"], height=220, elem_id="image")
+            sources = ["upload", "webcam", "clipboard"]
+            self.image = gr.Image(sources=sources, webcam_options=camera, height=220, elem_id="image")
         with gr.Tab("Video"):
-            self.video = gr.Video(sources=["upload", "webcam"], include_audio=True, height=220, elem_id="video")
+            self.video = gr.Video(
+                sources=sources[:2], webcam_options=camera, include_audio=True, height=220, elem_id="video"
+            )
 
     def _lay_chat(self, num_frames: int, sampling: str) -> None:
         self.chat = gr.Chatbot(height=340, buttons=[], latex_delimiters=[], show_label=False, elem_id="chat")
         self.question = gr.Textbox(
-            placeholder="Please segment ...", show_label=False, lines=2, max_length=MAX_QUESTION, elem_id="question"
+            placeholder="Please segment ...", show_label=False, max_lines=4, max_length=MAX_QUESTION, elem_id="question"
         )
         with gr.Row():
             self.send = gr.Button("Ask", variant="primary", min_width=80, elem_id="ask")
@@ -143,6 +156,8 @@ class Page:
                 info="the first ones, some spread over the video, or numbers such as 0,8,16",
             )  # fmt: skip
             self.num_frames = gr.Slider(1, 16, num_frames, step=1, label="How many (first, uniform)")
+
+    def _lay_examples(self) -> None:
         image, video = SAMPLES / "shapes.png", SAMPLES / "shapes.mp4"
         asked = [self.image, self.question]
         gr.Examples([[image, question] for question in IMAGE_QUESTIONS], asked, label="Examples", elem_id="examples")
@@ -171,7 +186,7 @@ class Page:
             **with_model,
             **PRIVATE,
         )
-        asked.success(self.keep, look, files, show_progress_on=files[1:], **PRIVATE)
+        asked.success(self.redraw, look, self.stage, **QUICK).then(self.keep, look, files, **PRIVATE)
         self.stop.click(self.keep, look, files, cancels=asked, **PRIVATE)
         self.frame.input(self.redraw, look, self.stage, **QUICK)
         for changed in (
@@ -179,9 +194,8 @@ class Page:
             self.chat.select(self.choose, [self.session, self.threshold], whole, **QUICK),
         ):
             changed.then(self.keep, look, files, **QUICK)
-        self.with_model = with_model
 
-    def _lay_api(self, num_frames: int, sampling: str, threshold: float) -> None:
+    def _lay_api(self, num_frames: int, sampling: str, threshold: float, with_model: dict[str, Any]) -> None:
         """`/predict`, described in docs/app.md."""
         with gr.Group(visible=False):
             inputs = [
@@ -193,7 +207,7 @@ class Page:
                 gr.Textbox(sampling, label="frame_sampling"),
                 gr.Number(threshold, label="threshold"),
             ]
-            gr.Button().click(self.predict, inputs, gr.JSON(label="answer"), api_name="predict", **self.with_model)
+            gr.Button().click(self.predict, inputs, gr.JSON(label="answer"), api_name="predict", **with_model)
 
     # ------------------------------------------------------------------------------------------------------- events
 
@@ -244,7 +258,7 @@ class Page:
                 else:
                     stage = self.redraw(answered, number, index, threshold, shown)
                     yield {self.session: answered, self.frame: index, self.stage: stage}
-            yield {self.frame: 0, self.stage: self.redraw(answered, number, 0, threshold, shown)}
+            yield {self.frame: 0}
 
     def choose(self, session: Session, threshold: float, event: gr.SelectData) -> dict[Any, Any]:
         """Shows the masks of the answer that was clicked."""
@@ -252,7 +266,8 @@ class Page:
 
     def redraw(self, session: Session, turn: int, frame: int, threshold: float, shown: Any) -> Any:
         """The stage with another frame, threshold or choice of objects."""
-        return gr.HTML(picture=stage_html(session, frame, turn, threshold, shown)) if session.source else gr.skip()
+        with told():
+            return gr.HTML(picture=stage_html(session, frame, turn, threshold, shown)) if session.source else gr.skip()
 
     def keep(self, session: Session, turn: int, frame: int, threshold: float, shown: Any) -> list[Any]:
         """Player and downloads for what the stage shows."""
