@@ -328,7 +328,7 @@ class SceneTurn(NamedTuple):
 def measure_scene(asked: Asked) -> tuple[float, tuple[str, str, Any]]:
     """The criterion of `evaluation/scenes.py`, the label of its details and its measurement."""
     info = asked.sample.info
-    expected, kind = info["expected"][asked.index], info["kinds"][asked.index]
+    expected, kind = info["expected"][asked.index], info["kind"][asked.index]
     turn = SceneTurn(asked.targets(), asked.turn.answer or "", asked.turn.objects, expected, kind)
     criterion = scenes.criterion_of(info["task"], turn)
     value = scenes.CRITERIA[criterion].measure(turn, asked.output)
