@@ -265,13 +265,17 @@ def measure_grounding(asked: Asked) -> tuple[float, tuple[Overlaps, str, Sequenc
     return captions.iou_of_all(overlaps), (overlaps, *_words(asked))
 
 
-def summarize_grounding(measurements: Sequence[Measurement]) -> Scores:
-    """Both modes of `captions`, and the words; a warning says so if there is no BERT for the recall of mode "glamm"."""
-    try:
-        similarity = captions.bert_similarity()
-    except OSError as error:
-        warnings.warn(f"No recall as GLaMM counts it, for want of {captions.TEXT_ENCODER}: {error}", stacklevel=2)
-        similarity = None
+def summarize_grounding(measurements: Sequence[Measurement], text_encoder: str | None = None) -> Scores:
+    """Both modes of `captions`, and the words.
+
+    The recall of mode "glamm" needs a `text_encoder` (`captions.bert_similarity`); a warning says so if there is none.
+    """
+    similarity = None
+    if text_encoder:
+        try:
+            similarity = captions.bert_similarity(text_encoder)
+        except OSError as error:
+            warnings.warn(f"No recall as GLaMM counts it, for want of {text_encoder}: {error}", stacklevel=2)
     in_order = sorted(measurements, key=lambda item: item.sample_id)  # as COCO's evaluation orders images
     overlaps, texts, references = zip(*(item.value for item in in_order), strict=True)
     scores = {mode: grounding_scores(overlaps, mode, similarity) for mode in captions.MODES}

@@ -39,7 +39,7 @@ def percent(scores: Scores) -> Scores:
 def format_table(scores: Scores) -> str:
     """Lines of group, score and percent; "-" where there is no value."""
     rows = [(group, name, score) for group, part in scores.items() for name, score in part.items()]
-    width = max([len(group) for group, *_ in rows], default=0) + 2
+    width = max(len(group) for group in ("group", *scores)) + 2
     lines = [f"{'group':{width}}{'score':16}{'%':>8}"]
     return "\n".join(lines + [f"{group:{width}}{name:16}{_shown(score):>8}" for group, name, score in rows])
 

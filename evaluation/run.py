@@ -25,9 +25,17 @@ from tqdm import tqdm
 from sa2va.data.registry import DATASETS, Dataset, open_dataset
 from sa2va.demo.media import replacing
 from sa2va.demo.predict import DEFAULT_MODEL, DTYPES, USER_ERROR, frame_sampling, load_model
+from sa2va.evaluation.captions import TEXT_ENCODER
 from sa2va.evaluation.metrics import mean
 from sa2va.evaluation.predict import Predictions, missing, predict_dataset, subset
-from sa2va.evaluation.protocols import PROTOCOLS, Measurement, Protocol, measure_sample, protocol_of
+from sa2va.evaluation.protocols import (
+    PROTOCOLS,
+    Measurement,
+    Protocol,
+    measure_sample,
+    protocol_of,
+    summarize_grounding,
+)
 from sa2va.evaluation.report import code_version, format_table, library_versions, percent, worst, worst_page
 from sa2va.evaluation.submissions import FOLDERS, write_submission
 
@@ -49,6 +57,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("split", default="val", help="such as val, testA or valid_u; default: val")
     add("metric", choices=sorted(PROTOCOLS), help="default: that of the data set")
     add("merge", default="official", choices=("official", "union"), help="masks of a video's answer: the first, or all")
+    add("text_encoder", default=TEXT_ENCODER, help="compares phrases of gcg as GLaMM does; '' leaves it out")
     add("limit", type=int, metavar="N", help="that many samples, drawn at random")
     add("seed", type=int, default=0, help="names the draw")
     add("output", type=Path, metavar="DIR", help="default: outputs/evaluation/MODEL/DATA-SPLIT")
@@ -147,8 +156,9 @@ def _score(
         record = predictions[name]
         seconds.append(record["seconds"])
         measurements += measure_sample(protocol, dataset[index], record, arguments.merge)
+    options = {"text_encoder": arguments.text_encoder} if protocol.summarize is summarize_grounding else {}
     result = {
-        "scores": percent(protocol.summarize(measurements)) if measurements else {},
+        "scores": percent(protocol.summarize(measurements, **options)) if measurements else {},
         "samples": {"data_set": len(dataset), "drawn": len(indices), "predicted": len(there)},
         "turns": len(measurements),
         "seconds_per_sample": round(mean(seconds), 3) if seconds else None,
