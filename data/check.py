@@ -7,7 +7,6 @@ what is expected"; the command ends with status 1 if there are any.
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,29 +76,28 @@ def _problems(sample: Sample) -> Iterator[str]:
 def _mask_problems(sample: Sample) -> Iterator[str]:
     try:
         size, length = sample.media.size(), len(sample.media)
+        sample.media.read([length - 1])  # a video may be shorter than its data set says
     except BROKEN as error:
         yield f"{sample.media.paths[0].name} can't be read: {error}"
         return
     if other := _other_size(sample.media, size):
         yield other
-    named = chain(
-        (
-            (f"turn {t}, object {o}", masks)
-            for t, turn in enumerate(sample.turns)
-            for o, masks in enumerate(turn.objects)
-        ),
-        ((f"region {r}", masks) for r, masks in enumerate(sample.regions, 1)),
-    )
+    named = [
+        (f"turn {number}, object {place}", masks)
+        for number, turn in enumerate(sample.turns)
+        for place, masks in enumerate(turn.objects)
+    ]
+    named += [(f"region {number}", masks) for number, masks in enumerate(sample.regions, 1)]
     for name, masks in named:
         if beyond := [frame for frame in masks.frames if not 0 <= frame < length]:
             yield f"{name}: a mask of frame {beyond[0]}, but there are {length} frames, numbered from 0."
             continue
         try:
-            seen = any(masks.read([frame], size).any() for frame in masks.frames)
+            areas = [int(masks.read([frame], size).sum()) for frame in masks.frames]
         except BROKEN as error:
             yield f"{name}: {error}"
             continue
-        if not seen and not sample.media.is_video:
+        if not any(areas) and not sample.media.is_video:
             yield f"{name}: the mask is empty; an object needs at least one pixel."
 
 
@@ -121,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="look at the first N samples only")
     options = parser.parse_args(argv)
     problems = validate(options.name, options.root, options.split, limit=options.limit)
-    print("\n".join([*problems, f"{len(problems)} problems" if problems else "no problems"]))
+    print("\n".join([*problems, f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"]))
     raise SystemExit(1 if problems else 0)
 
 

@@ -5,6 +5,9 @@
 * `open_gcg`              grounded captions of GLaMM (arXiv:2311.03356): GranD-f, OpenPSG, RefCOCOg, Flickr30k
 * `open_region_captions`  regions of Osprey (arXiv:2312.10032)
 * `open_llava`, `open_chatunivi`  chat about images and videos, without masks
+
+All take the folder of the data set and the name of a split, and raise FileNotFoundError where files are missing,
+ValueError where they are broken or there is no such split.
 """
 
 import json
@@ -87,9 +90,6 @@ def open_finetune(root: Path, split: str = "train", **options: Any) -> Reader:
         root: folder with `annotations.json` and `images/`.
         split: "train" is `annotations.json`, any other `annotations_<split>.json`.
         **options: see `referring.make_style`.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken.
     """
     style = make_style(split, **options)
     file = root / ("annotations.json" if split == "train" else f"annotations_{split}.json")
@@ -152,15 +152,7 @@ def _select(objects: Sequence[ObjectMasks], holder: Mapping[str, Any], name: str
 
 
 def open_jsonl(root: Path, split: str) -> Reader:
-    """Opens data in our own format, one sample a line; `docs/data.md` describes it.
-
-    Args:
-        root: folder with `<split>.jsonl`; paths in it are relative to this folder.
-        split: name of the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
+    """Opens `<split>.jsonl` below `root`, one sample a line in our own format; `docs/data.md` describes it."""
     return Reader(JsonLines(root / f"{split}.jsonl"), _Line(root))
 
 
@@ -273,9 +265,6 @@ def open_gcg(root: Path, split: str, *, seed: int = 0) -> Reader:
         root: folder with `annotations/` (also `annotations/train/`, `annotations/val_test/`) and the images.
         split: a key of `GCG_SPLITS`; "train" is "grandf_train".
         seed: names the choice of questions.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
     """
     split = "grandf_train" if split == "train" else one_of(split, tuple(GCG_SPLITS), "GCG")
     name, folders = GCG_SPLITS[split]
@@ -365,9 +354,6 @@ def open_region_captions(root: Path, split: str, *, seed: int = 0) -> Reader:
         root: folder with the JSON (also in `Osprey-724K/`) and COCO's images in `coco/<one of OSPREY_IMAGES>`.
         split: a key of `OSPREY_FILES`; "train" is "description".
         seed: names the choice of questions.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
     """
     kind = "description" if split == "train" else one_of(split, tuple(OSPREY_FILES), "Osprey")
     name = OSPREY_FILES[kind]
@@ -390,8 +376,9 @@ def read_turns(messages: Sequence[Any]) -> list[Turn]:
     turns, question = [], ""
     for number, message in enumerate(messages):
         with located(f'"conversations"[{number}]'):
-            speaker = one_of(field(message, "from", str), ("human", "gpt"), '"from"')
-            text = field(message, "value", str)
+            speaker, text = field(message, "from", str), field(message, "value", str)
+            if speaker not in ("human", "gpt"):
+                raise ValueError(f'"from" must be "human" or "gpt", got {speaker!r}.')
         if speaker == "human":
             question += re.sub("<(image|video)>", "", text).strip()
         elif question:
@@ -431,9 +418,6 @@ def open_llava(root: Path, split: str = "train", *, file: str | None = None, tex
         split: "train".
         file: another JSON of the same form, relative to root.
         text_only: keep conversations without image, too; Sa2VA leaves them out.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
     """
     one_of(split, ("train",), "LLaVA")
     names = ("LLaVA-Instruct-150K/llava_v1_5_mix665k.json", "llava_v1_5_mix665k.json")
@@ -443,14 +427,6 @@ def open_llava(root: Path, split: str = "train", *, file: str | None = None, tex
 
 
 def open_chatunivi(root: Path, split: str = "train") -> Reader:
-    """Opens the video part of Chat-UniVi's instructions (arXiv:2311.08046).
-
-    Args:
-        root: folder with `video_chat.json` and `Activity_Videos/`.
-        split: "train".
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
-    """
+    """Opens the video part of Chat-UniVi's instructions (arXiv:2311.08046): `video_chat.json`, `Activity_Videos/`."""
     one_of(split, ("train",), "ChatUniVi")
     return Reader(json_records(root / "video_chat.json"), _Chat(root / "Activity_Videos"))

@@ -63,11 +63,11 @@ class Style:
 
     def sample(
         self,
+        rng: np.random.Generator,
         id: str,
         media: Media,
         expressions: Sequence[Expression],
         info: Mapping[str, Any],
-        rng: np.random.Generator,
     ) -> Sample:
         """The sample with a turn for each expression; `info` is what holds for all of them."""
         turns = tuple(self._turn(expression, rng) for expression in expressions)

@@ -3,6 +3,9 @@
 * RefCOCO, RefCOCO+, RefCOCOg: `refs(unc).p` (a pickle of plain lists and dicts) and `instances.json` of COCO
 * gRefCOCO: `grefs(unc).json`; an expression means several objects, merged into one mask, or none at all
 * ReasonSeg: one JSON of painted polygons an image, as LISA reads it (arXiv:2308.00692)
+
+Both openers raise FileNotFoundError where files are missing, ValueError where they are broken or there is no such
+split.
 """
 
 from collections import defaultdict
@@ -99,10 +102,6 @@ def open_refcoco(
         split: "train", "val", "testA", "testB", for RefCOCOg "test".
         split_by: who split it, part of the file's name: "unc", for RefCOCOg "umd" (default) or "google".
         **options: see `referring.make_style`.
-
-    Raises:
-        FileNotFoundError: files are missing.
-        ValueError: they are broken, or there is no such split.
     """
     folder = root / name if (root / name).is_dir() else root
     generalized = name == "grefcoco"
@@ -186,16 +185,8 @@ def open_reasonseg(root: Path, split: str, **options: Any) -> Reader:
     """Opens ReasonSeg: `train/`, `val/`, `test/` with a .jpg and a .json of the same name for each sample.
 
     Evaluation asks the first question of every image, as LISA does; `info["kind"]` is "long" for whole sentences and
-    "short" for phrases, `info["ignore"]` the area that does not count. Training draws from all questions.
-
-    Args:
-        root: folder with the splits, or the one above with `ReasonSeg` in it.
-        split: name of a folder.
-        **options: see `referring.make_style`.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it has no images.
+    "short" for phrases, `info["ignore"]` the area that does not count. Training draws from all questions. For the
+    options see `referring.make_style`.
     """
     folder = find_below(root, (split, f"ReasonSeg/{split}", f"reason_seg/ReasonSeg/{split}"), f"split {split!r}")
     images = sorted(folder.glob("*.jpg"))

@@ -9,6 +9,9 @@ Ref-DAVIS17       the same, or the four annotators' texts  the same
 Ref-SAV (train)   Ref-SAV.json                             SA-V's JSON of a video, every fourth frame of its MP4
 
 Sa2VA leaves questions among the expressions ("which dog wins?") as they are, in training and in evaluation.
+
+All openers take the folder of the data set, the name of a split, and options for `referring.make_style`. They raise
+FileNotFoundError where files are missing, ValueError where they are broken or there is no such split.
 """
 
 from collections import defaultdict
@@ -135,7 +138,7 @@ def _clip(folders: Sequence[Path], video: str, names: Sequence[str]) -> Media:
     step = numbers[1] if len(numbers) > 1 else 1
     if numbers != list(range(0, len(numbers) * step, step)):
         raise ValueError(f"frames of {file.name} must be evenly spaced from 0, got {numbers[:3]} ...")
-    return Media((file,), is_video=True, step=step)
+    return Media((file,), True, step, len(numbers))
 
 
 def _open_clips(
@@ -169,16 +172,7 @@ def _style(split: str, options: Mapping[str, Any]) -> Style:
 
 
 def open_mevis(root: Path, split: str, **options: Any) -> Reader:
-    """Opens MeViS (arXiv:2308.08544): a folder for each split, "valid" and "test" without masks.
-
-    Args:
-        root: folder with the splits.
-        split: "train", "valid_u", "valid" or "test".
-        **options: see `referring.make_style`.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
-    """
+    """Opens MeViS (arXiv:2308.08544), a folder for each split; "valid" and "test" come without masks."""
     folder = root / one_of(split, ("train", "valid_u", "valid", "test"), "MeViS")
     file = find_below(folder, ("meta_expressions.json", "meta_expressions_release.json"), "expressions")
     masks = _RunLengths(read_json(folder / "mask_dict.json")) if split in ("train", "valid_u") else None
@@ -186,18 +180,10 @@ def open_mevis(root: Path, split: str, **options: Any) -> Reader:
 
 
 def open_revos(root: Path, split: str, **options: Any) -> Reader:
-    """Opens ReVOS (arXiv:2407.11325).
+    """Opens "train" or "valid" of ReVOS (arXiv:2407.11325); videos are in `JPEGImages/` or directly in `root`.
 
     `info["kind"]` is one of `REVOS_KINDS`; the last has no objects. In evaluation `info["foreground"]` holds what
     robustness is measured against.
-
-    Args:
-        root: folder with `meta_expressions_<split>_.json` and the masks; videos in `JPEGImages/` or directly.
-        split: "train" or "valid".
-        **options: see `referring.make_style`.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
     """
     file = root / f"meta_expressions_{one_of(split, ('train', 'valid'), 'ReVOS')}_.json"
     style = _style(split, options)
@@ -211,14 +197,6 @@ def open_ref_youtube_vos(root: Path, split: str, **options: Any) -> Reader:
     """Opens Ref-YouTube-VOS: `meta_expressions/<split>/` and `<split>/JPEGImages`, with masks for "train" only.
 
     The file of "valid" lists the videos of "test", too; they are left out when the file of "test" is there.
-
-    Args:
-        root: the folder.
-        split: "train", "valid" or "test".
-        **options: see `referring.make_style`.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
     """
     files = {name: root / "meta_expressions" / name / "meta_expressions.json" for name in ("train", "valid", "test")}
     file = files[one_of(split, tuple(files), "Ref-YouTube-VOS")]
@@ -229,18 +207,11 @@ def open_ref_youtube_vos(root: Path, split: str, **options: Any) -> Reader:
 
 
 def open_ref_davis17(root: Path, split: str, **options: Any) -> Reader:
-    """Opens Ref-DAVIS17 (arXiv:1803.08006), as published or in the layout of Ref-YouTube-VOS.
+    """Opens "train" or "valid" of Ref-DAVIS17 (arXiv:1803.08006).
 
-    Four expressions in turn describe an object: first frame and full video by annotator 1, then by annotator 2;
-    `info["annotator"]` counts them 0..3.
-
-    Args:
-        root: folder with `davis_text_annotations/` and `DAVIS/`, or with `meta_expressions/` and `valid/`.
-        split: "train" or "valid" ("val").
-        **options: see `referring.make_style`.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
+    `root` has `davis_text_annotations/` and `DAVIS/` as published, or the layout of Ref-YouTube-VOS. Four expressions
+    in turn describe an object: first frame and full video by annotator 1, then by annotator 2; `info["annotator"]`
+    counts them 0..3.
     """
     split = "valid" if split == "val" else one_of(split, ("train", "valid"), "Ref-DAVIS17")
     style = _style(split, options)
@@ -305,7 +276,8 @@ class _SavClips:
             for id in chosen
         ]
         name = f"{video}/{ids[0]}" if self.style.one_per_expression else video
-        return self.style.sample(rng, name, Media((file,), True, SAV_STEP), expressions, {"video": video})
+        media = Media((file,), True, SAV_STEP, len(masklets))
+        return self.style.sample(rng, name, media, expressions, {"video": video})
 
     def _path(self, path: str) -> Path:
         # the published file has sav_000/sav_train/sav_000/..., the download sav_train/sav_000/...
@@ -324,14 +296,9 @@ class _SavClips:
 def open_ref_sav(root: Path, split: str, **options: Any) -> Reader:
     """Opens Ref-SAV (arXiv:2501.04001).
 
-    Args:
-        root: for "train" the folder with `Ref-SAV.json` and SA-V's videos in `sam_v_full/` (or directly); for "valid"
-            the one with `meta_expressions_valid.json`, `mask_dict.json` and `videos/` (frames or MP4).
-        split: "train" or "valid". `info["kind"]` of "valid" is one of `REF_SAV_KINDS`.
-        **options: see `referring.make_style`.
-
-    Raises:
-        FileNotFoundError, ValueError: files are missing or broken, or there is no such split.
+    For "train", `root` has `Ref-SAV.json` and SA-V's videos in `sam_v_full/` (or directly); for "valid",
+    `meta_expressions_valid.json`, `mask_dict.json` and `videos/` (frames or MP4), and `info["kind"]` is one of
+    `REF_SAV_KINDS`.
     """
     style = _style(one_of(split, ("train", "valid"), "Ref-SAV"), options)
     if split == "valid":

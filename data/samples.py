@@ -31,11 +31,13 @@ class Media:
             conversation without a picture.
         is_video: whether it is a clip; a clip may have a single frame.
         step: of a video file, only every `step`-th frame counts (SA-V labels every fourth).
+        length: number of frames of a video file, where a data set knows it; without it, `len` reads to the end.
     """
 
     paths: tuple[Path, ...]
     is_video: bool = False
     step: int = 1
+    length: int | None = None
 
     @property
     def is_file(self) -> bool:
@@ -43,8 +45,10 @@ class Media:
         return self.is_video and len(self.paths) == 1 and not _is_picture(self.paths[0])
 
     def __len__(self) -> int:
-        """Number of frames: 1 for an image; a video file is read to its end to count them."""
-        return -(-len(open_video(self.paths[0])) // self.step) if self.is_file else len(self.paths)
+        """Number of frames: 1 for an image."""
+        if not self.is_file:
+            return len(self.paths)
+        return -(-len(open_video(self.paths[0])) // self.step) if self.length is None else self.length
 
     def __bool__(self) -> bool:
         """Whether there is a picture; a truth test must not count a file's frames."""
