@@ -96,9 +96,8 @@ class Asked(NamedTuple):
     def predicted(self) -> np.ndarray:
         """Bool [counted frames, h, w]: what was found, see the top of this file."""
         first_only = self.sample.media.is_video and self.merge == "official"
-        return join_masks(self.output.prediction_masks[: 1 if first_only else None], self.size, self.frames)[
-            self.counted
-        ]
+        found = self.output.prediction_masks[: 1 if first_only else None]
+        return join_masks(found, self.size, self.frames)[self.counted]
 
 
 class Measurement(NamedTuple):
@@ -301,7 +300,11 @@ def summarize_words(values: Sequence[tuple[str, Sequence[str]]]) -> dict[str, fl
 
 
 def measure_mixed(asked: Asked) -> tuple[float, tuple[str, Any]]:
-    """Overlap of a picture, J and F of a clip; of a turn that asks for no object, whether the answer names none."""
+    """Overlap of a picture, J and F of a clip; of a turn that asks for no object, whether the answer names none.
+
+    Our own format allows for one `[SEG]` an object in clips, too, so all masks are joined.
+    """
+    asked = asked._replace(merge="union")
     if not asked.turn.objects:
         hit = scenes.measure_absence(asked.turn, asked.output)
         return float(hit), ("nothing to point at", hit)
@@ -354,11 +357,11 @@ def summarize_scenes(measurements: Sequence[Measurement]) -> Scores:
         criterion, label, value = item.value
         for part in ("", label.partition("/")[0], label):
             groups[criterion, part].append(value)
+    order = list(scenes.CRITERIA)
+    ranked = sorted(groups.items(), key=lambda group: (group[0][1] != "", order.index(group[0][0])))
     return {
-        f"{criterion}: {label}" if label else criterion: scenes.CRITERIA[criterion].summarize(groups[criterion, label])
-        for criterion, label in sorted(
-            groups, key=lambda group: (bool(group[1]), list(scenes.CRITERIA).index(group[0]))
-        )
+        f"{criterion}: {label}" if label else criterion: scenes.CRITERIA[criterion].summarize(values)
+        for (criterion, label), values in ranked
     }
 
 
@@ -393,10 +396,8 @@ def protocol_of(data: str, metric: str | None = None) -> Protocol:
         ValueError: an unknown name, or a data set that has no protocol.
     """
     name = metric or PROTOCOL_OF.get(data)
+    if name is None:
+        raise ValueError(f"There is no metric for {data!r}; there is one for {', '.join(PROTOCOL_OF)}.")
     if name not in PROTOCOLS:
-        raise ValueError(
-            f"No metric {name!r}; choose one of {', '.join(PROTOCOLS)}."
-            if name
-            else f"There is no metric for {data!r}; there is one for {', '.join(PROTOCOL_OF)}."
-        )
+        raise ValueError(f"There is no metric {name!r}; choose one of {', '.join(PROTOCOLS)}.")
     return PROTOCOLS[name]

@@ -26,7 +26,6 @@ from sa2va.data.registry import DATASETS, Dataset, open_dataset
 from sa2va.demo.media import replacing
 from sa2va.demo.predict import DEFAULT_MODEL, DTYPES, USER_ERROR, frame_sampling, load_model
 from sa2va.evaluation.captions import TEXT_ENCODER
-from sa2va.evaluation.metrics import mean
 from sa2va.evaluation.predict import Predictions, missing, predict_dataset, subset
 from sa2va.evaluation.protocols import (
     PROTOCOLS,
@@ -39,6 +38,7 @@ from sa2va.evaluation.protocols import (
 from sa2va.evaluation.report import code_version, format_table, library_versions, percent, worst, worst_page
 from sa2va.evaluation.submissions import FOLDERS, write_submission
 
+OUTPUTS = Path("outputs/evaluation")
 SETTINGS, PREDICTIONS = "settings.json", "predictions"
 NO_TRUTH = "Nothing to score: the truth of this split is not published."
 PATIENCE = timedelta(days=7)  # a process waits for the others as long as their samples take
@@ -83,8 +83,7 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict[str, Any] | 
     protocol = protocol_of(arguments.data, arguments.metric)
     dataset = open_dataset(arguments.data, arguments.root, arguments.split)
     indices = subset(len(dataset), arguments.limit, arguments.seed)
-    name = f"{arguments.data}-{arguments.split}"
-    output = arguments.output or Path("outputs/evaluation", Path(arguments.model).name, name)
+    output = arguments.output or OUTPUTS / Path(arguments.model).name / f"{arguments.data}-{arguments.split}"
     if not arguments.metrics_only:
         _predict(arguments, {"dialogue": protocol.dialogue}, dataset, indices, output, state)
     return _score(arguments, protocol, dataset, indices, output) if state.is_main_process else None
@@ -105,16 +104,16 @@ def _predict(
     names = ("num_frames", "frame_sampling", "max_new_tokens")
     options |= {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     asked = {name: getattr(arguments, name) for name in ("model", "data", "split", "dtype")} | options
-    if state.is_main_process and not (output / SETTINGS).exists():
-        _write(output / SETTINGS, asked)
-    state.wait_for_everyone()
     _check_settings(asked, output)
     todo = missing(dataset, indices, output / PREDICTIONS)
-    state.wait_for_everyone()  # all have read the same lines before anyone adds to them
+    state.wait_for_everyone()  # all have read the same before anyone writes
     if todo:
         device = str(state.device) if arguments.device == "auto" else arguments.device
         with state.main_process_first():  # which downloads the checkpoint for all
             model = load_model(arguments.model, device, arguments.dtype)
+        if state.is_main_process:
+            ran = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+            _write(output / SETTINGS, {"settings": asked, "made_with": ran | _versions()})
         share = todo[state.process_index :: state.num_processes]
         place = {"process": state.process_index, "progress": state.is_main_process}
         predict_dataset(model, model.load_processor(), dataset, share, output / PREDICTIONS, **place, **options)
@@ -123,13 +122,17 @@ def _predict(
 
 def _check_settings(asked: dict[str, Any], output: Path) -> None:
     """Predictions made in different ways must not be mixed."""
-    before = _settings(output)
+    before = _saved(output)["settings"] if (output / SETTINGS).is_file() else asked
     if differing := [name for name in asked | before if asked.get(name) != before.get(name)]:
         told = ", ".join(f"{name} {before.get(name)!r} and not {asked.get(name)!r}" for name in differing)
         raise ValueError(f"{str(output)!r} holds predictions with {told}. Give another --output, or remove it.")
 
 
-def _settings(output: Path) -> dict[str, Any]:
+def _versions() -> dict[str, Any]:
+    return {"code": code_version(), "libraries": library_versions()}
+
+
+def _saved(output: Path) -> dict[str, Any]:
     if not (output / SETTINGS).is_file():
         raise FileNotFoundError(f"There are no predictions in {str(output)!r}. Run without --metrics_only.")
     return json.loads((output / SETTINGS).read_text(encoding="utf-8"))
@@ -147,34 +150,31 @@ def _score(
     arguments: argparse.Namespace, protocol: Protocol, dataset: Dataset, indices: Sequence[int], output: Path
 ) -> dict[str, Any]:
     """Measures the predictions that are there and writes all that is told about them."""
-    settings = _settings(output)
+    saved = _saved(output)
     predictions = Predictions(output / PREDICTIONS)
     there = {sample.id: index for index, sample in ((i, dataset[i]) for i in indices) if sample.id in predictions}
     measurements: list[Measurement] = []
-    seconds = []
     for name, index in tqdm(there.items(), desc="scores", file=sys.stderr):
-        record = predictions[name]
-        seconds.append(record["seconds"])
-        measurements += measure_sample(protocol, dataset[index], record, arguments.merge)
+        measurements += measure_sample(protocol, dataset[index], predictions[name], arguments.merge)
     options = {"text_encoder": arguments.text_encoder} if protocol.summarize is summarize_grounding else {}
+    names = ("metric", "merge", "limit", "seed", *options)
     result = {
         "scores": percent(protocol.summarize(measurements, **options)) if measurements else {},
         "samples": {"data_set": len(dataset), "drawn": len(indices), "predicted": len(there)},
         "turns": len(measurements),
-        "seconds_per_sample": round(mean(seconds), 3) if seconds else None,
-        "settings": settings | {name: getattr(arguments, name) for name in ("metric", "merge", "limit", "seed")},
-        "code": code_version(),
-        "libraries": library_versions(),
+        "settings": saved["settings"] | {name: getattr(arguments, name) for name in names},
+        "predictions_made_with": saved["made_with"],
+        "scored_with": _versions(),
     }
     _write(output / "scores.json", result)
     cases = [(item, dataset[there[item.sample_id]]) for item in worst(measurements, arguments.worst)]
-    page = worst_page(f"{settings['model']}: {output.name}", [(*case, predictions[case[1].id]) for case in cases])
+    page = worst_page(f"{output.name}: the worst", [(*case, predictions[case[1].id]) for case in cases])
     with replacing(output / "worst.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     if arguments.data in FOLDERS and len(there) == len(dataset) and not measurements:
         samples = (dataset[index] for index in indices)
         write_submission(output / "submission.zip", arguments.data, samples, predictions, arguments.merge)
-    return {**result, "output": str(output)}
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,10 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     if result:
+        count = result["samples"]
         print(format_table(result["scores"]) if result["scores"] else NO_TRUTH)
-        print(
-            f"{result['samples']['predicted']} of {result['samples']['data_set']} samples. More in {result['output']}"
-        )
+        print(f"{count['predicted']} of {count['data_set']} samples")
     return 0
 
 

@@ -210,8 +210,9 @@ def test_the_page_of_the_worst_is_one_file_with_pictures_in_it(data):
     pairs[1] = pairs[1][0], record_of(pairs[1][0], true_masks(pairs[1][0]))
     measured = [measure_sample(protocol_of(data), *pair)[0] for pair in pairs]
     bad = worst(measured, 2)
-    assert [item.sample_id for item in bad] == [pairs[0][0].id, pairs[2][0].id]
-    page = worst_page("a <title>", [(bad[0], *pairs[0]), (bad[1], *pairs[2])])
+    assert {item.sample_id for item in bad} == {pairs[0][0].id, pairs[2][0].id}
+    assert bad[0].quality <= bad[1].quality < measured[1].quality
+    page = worst_page("a <title>", [(measured[0], *pairs[0]), (measured[2], *pairs[2])])
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 2 * 2 * (4 if data == "mevis" else 1)
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
@@ -258,7 +259,8 @@ def test_a_run_tells_all_that_is_needed_to_repeat_it(command, tmp_path, capsys):
     assert result["samples"] == {"data_set": len(samples_of("refcoco")), "drawn": 2, "predicted": 2}
     wanted = {"data": "refcoco", "split": "val", "limit": 2, "seed": 3, "max_new_tokens": 128, "merge": "official"}
     assert wanted.items() <= result["settings"].items() and result["settings"]["model"].endswith("sa2va-tiny")
-    assert result["code"]["sa2va"] and result["libraries"]["torch"]
+    assert result["predictions_made_with"]["dtype"] == "float32"
+    assert result["scored_with"]["code"]["sa2va"] and result["scored_with"]["libraries"]["torch"]
     printed = capsys.readouterr().out
     assert "ciou" in printed and f"{result['scores']['all']['ciou']:.2f}" in printed
     assert (tmp_path / "worst.html").read_text().count("<section>") == 2
