@@ -227,7 +227,7 @@ def measure_davis(asked: Asked) -> tuple[float, tuple[dict[str, float], list, li
 def summarize_davis(measurements: Sequence[Measurement]) -> Scores:
     """Ref-DAVIS17 (Khoreva et al., ACCV 2018) in two accounts.
 
-    * "per expression": the mean over all (video, expression), as MeViS does and Sa2VA reports
+    * "per expression": the mean over all (video, expression), as MeViS has it and Sa2VA's own evaluation computes it
     * "official": for each of the four annotators, a video's masks are painted into one label map, earlier objects over
       later ones, and matched with the true objects (`metrics.matched_quality`); the mean over all objects of all
       videos, then over annotators. A video that lacks an annotator's words for an object that another one describes is

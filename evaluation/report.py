@@ -23,6 +23,7 @@ from sa2va.processing_sa2va import draw_overlay
 LIBRARIES = ("torch", "transformers", "accelerate", "numpy", "opencv-python", "pycocotools", "pycocoevalcap", "scipy")
 THUMBNAIL = 360  # pixels, longest side of a picture on the page
 FRAMES_SHOWN = 4  # of a video
+STYLE = "body{font:15px sans-serif;margin:2em} section{border-top:1px solid #ccc} img{margin:2px;vertical-align:top}"
 
 # ---------- numbers
 
@@ -93,26 +94,24 @@ def worst_page(title: str, cases: Sequence[tuple[Measurement, Sample, Mapping[st
     Raises:
         OSError, ValueError: pictures or masks that can't be read.
     """
-    parts = [
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:15px sans-serif;"
-        "margin:2em}section{border-top:1px solid #ccc;padding:1em 0}img{margin:2px;vertical-align:top}</style>"
-        f"<h1>{html.escape(title)}</h1>".replace("{{", "{").replace("}}", "}")
-    ]
-    return "\n".join(parts + [_section(*case) for case in cases]) + "\n"
+    name = html.escape(title)
+    head = f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style><h1>{name}</h1>"
+    return "\n".join([head, *(_section(*case) for case in cases)]) + "\n"
 
 
 def _section(measured: Measurement, sample: Sample, record: Mapping[str, Any]) -> str:
     turn, answered = sample.turns[measured.turn], record["turns"][measured.turn]
     found = output_of(answered)
     shown = np.unique(np.linspace(0, record["frames"] - 1, FRAMES_SHOWN).round().astype(int)).tolist()
-    true_masks = [thing.read(shown, tuple(record["size"])) for thing in turn.objects]
-    rows = [("truth", turn.answer or "", true_masks), ("predicted", found.prediction, found.prediction_masks)]
     pictures = sample.media.read(shown)
+    truth = [thing.read(shown, tuple(record["size"])) for thing in turn.objects]
     lines = [f"<section><h3>{html.escape(sample.id)}: {100 * measured.quality:.1f} %</h3>"]
     lines.append(f"<p>{html.escape(turn.question)}</p>")
-    for name, words, masks in rows:
-        per_frame = masks if name == "truth" else [mask[shown] for mask in masks]
-        images = "".join(f'<img src="{uri}" alt="{name}">' for uri in _overlays(pictures, per_frame))
+    for name, words, masks in (
+        ("truth", turn.answer or "", truth),
+        ("predicted", found.prediction, [mask[shown] for mask in found.prediction_masks]),
+    ):
+        images = "".join(f'<img src="{uri}" alt="{name}">' for uri in _overlays(pictures, masks))
         lines.append(f"<p>{name}: {html.escape(words)}</p><div>{images}</div>")
     return "\n".join([*lines, "</section>"])
 
@@ -120,10 +119,11 @@ def _section(measured: Measurement, sample: Sample, record: Mapping[str, Any]) -
 def _overlays(pictures: Sequence[Image.Image], masks: Sequence[np.ndarray]) -> Iterator[str]:
     """A data URI for each picture with its masks, bool [pictures, h, w] of each object."""
     for index, picture in enumerate(pictures):
-        layers = np.stack([mask[index] for mask in masks]) if masks else np.zeros((0, *picture.size[::-1]), dtype=bool)
-        canvas = picture if not len(layers) else picture.resize(layers.shape[:0:-1])  # masks have the first one's size
-        thumbnail = Image.fromarray(draw_overlay(canvas, layers))
-        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+        layers = [mask[index] for mask in masks]
+        if layers:
+            picture = picture.resize(layers[0].shape[::-1])  # masks have the first frame's size
+            picture = Image.fromarray(draw_overlay(picture, np.stack(layers)))
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
-        thumbnail.save(buffer, format="jpeg", quality=85)
+        picture.save(buffer, format="jpeg", quality=85)
         yield f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -28,6 +28,7 @@ from sa2va.demo.predict import DEFAULT_MODEL, DTYPES, USER_ERROR, frame_sampling
 from sa2va.evaluation.captions import TEXT_ENCODER
 from sa2va.evaluation.predict import Predictions, missing, predict_dataset, subset
 from sa2va.evaluation.protocols import (
+    PROTOCOL_OF,
     PROTOCOLS,
     Measurement,
     Protocol,
@@ -157,11 +158,12 @@ def _score(
     for name, index in tqdm(there.items(), desc="scores", file=sys.stderr):
         measurements += measure_sample(protocol, dataset[index], predictions[name], arguments.merge)
     options = {"text_encoder": arguments.text_encoder} if protocol.summarize is summarize_grounding else {}
-    names = ("metric", "merge", "limit", "seed", *options)
+    names = ("merge", "limit", "seed", *options)
     result = {
         "scores": percent(protocol.summarize(measurements, **options)) if measurements else {},
         "samples": {"data_set": len(dataset), "drawn": len(indices), "predicted": len(there)},
         "turns": len(measurements),
+        "metric": arguments.metric or PROTOCOL_OF[arguments.data],
         "settings": saved["settings"] | {name: getattr(arguments, name) for name in names},
         "predictions_made_with": saved["made_with"],
         "scored_with": _versions(),
