@@ -6,6 +6,7 @@ what is expected"; the command ends with status 1 if there are any.
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from sa2va.data.registry import DATASETS, open_dataset
 from sa2va.data.samples import Media, Sample, Size
 
 SEG = "[SEG]"
+UNGROUPED = ("jsonl", "gcg", "region_captions", "llava", "chatunivi")  # all others draw from a sample's expressions
 
 
 def validate(name: str, root: str | os.PathLike, split: str, *, limit: int | None = None, **options: Any) -> list[str]:
     """Looks for everything that is wrong with a data set.
 
     Args:
-        name, root, split, **options: as in `open_dataset`.
+        name, root, split, **options: as in `open_dataset`; of grouped expressions all are looked at.
         limit: look at the first samples only.
 
     Returns:
@@ -34,8 +36,9 @@ def validate(name: str, root: str | os.PathLike, split: str, *, limit: int | Non
     """
     if name not in DATASETS:
         raise ValueError(f"Unknown data set {name!r}; choose one of {', '.join(DATASETS)}.")
+    everything = {} if name in UNGROUPED else {"max_expressions": sys.maxsize}
     try:
-        dataset = open_dataset(name, root, split, **options)
+        dataset = open_dataset(name, root, split, **everything, **options)
     except (ValueError, OSError) as error:
         return [str(error)]
     problems, places = [], {}

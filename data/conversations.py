@@ -113,13 +113,13 @@ class _Line:
     def __call__(self, record: Record, rng: np.random.Generator) -> Sample:
         line = json.loads(record.data)
         asked = field(line, "turns", list)
-        objects = [self._object(f'"objects"[{i}]', entry) for i, entry in enumerate(line.get("objects", []))]
+        objects = [self._object(i, entry) for i, entry in enumerate(field(line, "objects", list, default=[]))]
         turns = []
         for index, turn in enumerate(asked):
             with located(f'"turns"[{index}]'):
-                answer = field(turn, "answer", str, type(None)) if "answer" in turn else None
+                answer = field(turn, "answer", str, type(None), default=None)
                 turns.append(Turn(field(turn, "question", str), answer, _select(objects, turn, "objects")))
-        info = field(line, "info", dict) if "info" in line else {}
+        info = field(line, "info", dict, default={})
         name = str(line.get("id", record.where.rpartition(":")[2]))
         return Sample(name, self._media(line), tuple(turns), _select(objects, line, "regions"), info)
 
@@ -133,19 +133,19 @@ class _Line:
             return Media(())
         return Media((resolve(self.root, field(line, given[0], str)),), given[0] == "video")
 
-    def _object(self, where: str, entry: Any) -> ObjectMasks:
-        with located(where):
+    def _object(self, index: int, entry: Any) -> ObjectMasks:
+        with located(f'"objects"[{index}]'):
             if not isinstance(entry, Mapping) or ("mask" in entry) == ("masks" in entry):
                 raise ValueError('needs "mask" (of an image) or "masks" (of a clip, by frame number).')
             if "mask" in entry:
                 return ObjectMasks({0: parse_mask(entry["mask"], self.root)})
             frames = {int(frame): parse_mask(mask, self.root) for frame, mask in field(entry, "masks", dict).items()}
-            annotated = frozenset(field(entry, "annotated", list)) if "annotated" in entry else None
-            return ObjectMasks(frames, annotated)
+            annotated = field(entry, "annotated", list, default=None)
+            return ObjectMasks(frames, annotated and frozenset(annotated))
 
 
 def _select(objects: Sequence[ObjectMasks], holder: Mapping[str, Any], name: str) -> tuple[ObjectMasks, ...]:
-    numbers = field(holder, name, list) if name in holder else []
+    numbers = field(holder, name, list, default=[])
     if wrong := [n for n in numbers if not isinstance(n, int) or not 0 <= n < len(objects)]:
         raise ValueError(f'"{name}" are numbers of the {len(objects)} objects from 0, got {wrong[0]!r}.')
     return tuple(objects[number] for number in numbers)
@@ -293,10 +293,10 @@ def _by_image(file: Path, content: Any, name: str) -> Iterator[tuple[str, Any, l
 
 
 def _reference_records(captions: Path, masks: Path) -> list[Record]:
-    content = read_json(captions)
+    content, labels = read_json(captions), read_json(masks)
     by_image = defaultdict(list)
     with located(masks.name):
-        for entry in field(read_json(masks), "annotations", list):
+        for entry in field(labels, "annotations", list):
             by_image[field(entry, "image_id", int, str)].append(entry)
     return [
         Record(where, (image, own, by_image[image["id"]]))
@@ -359,7 +359,9 @@ def open_region_captions(root: Path, split: str, *, seed: int = 0) -> Reader:
     name = OSPREY_FILES[kind]
     file = find_below(root, (name, f"Osprey-724K/{name}"), name)
     coco = find_below(root, ("coco", "."), "images")
-    return Reader(json_records(file), _Regions(tuple(coco / folder for folder in OSPREY_IMAGES), kind), seed)
+    # some of Osprey's conversations are empty
+    records = [r for r in json_records(file) if not isinstance(r.data, Mapping) or r.data.get("conversations") != []]
+    return Reader(records, _Regions(tuple(coco / folder for folder in OSPREY_IMAGES), kind), seed)
 
 
 # ---------- chat
@@ -368,10 +370,11 @@ def open_region_captions(root: Path, split: str, *, seed: int = 0) -> Reader:
 def read_turns(messages: Sequence[Any]) -> list[Turn]:
     """The turns of a LLaVA conversation: a list of {"from": "human" or "gpt", "value": text}.
 
-    Answers to nothing are dropped, questions in a row are joined, and tags of pictures removed.
+    Questions in a row are joined, tags of pictures removed; an answer to nothing and a last question without answer are
+    dropped, as some of the public sets have them.
 
     Raises:
-        ValueError: messages of another form, or a question without answer.
+        ValueError: messages of another form, or no turn at all.
     """
     turns, question = [], ""
     for number, message in enumerate(messages):
@@ -384,8 +387,8 @@ def read_turns(messages: Sequence[Any]) -> list[Turn]:
         elif question:
             turns.append(Turn(question, text))
             question = ""
-    if question or not turns:
-        raise ValueError('"conversations" must end with an answer of "gpt" to a question of "human".')
+    if not turns:
+        raise ValueError('"conversations" needs a question of "human" and an answer of "gpt".')
     return turns
 
 

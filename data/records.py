@@ -17,6 +17,7 @@ import numpy as np
 
 from .samples import Encoded, MaskFile, Polygons, Sample, resolve
 
+FARTHEST = 100_000  # pixels; corners beyond are no places in a picture (and would exhaust COCO's filling)
 BROKEN = (ValueError, OSError, KeyError, IndexError, TypeError, AttributeError)  # what bad data can lead to
 
 
@@ -71,15 +72,17 @@ def located(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {detail}") from error
 
 
-def field(data: Any, name: str, *kinds: type) -> Any:
-    """The entry `name` of a JSON object, when it is there and of one of some types.
+def field(data: Any, name: str, *kinds: type, default: Any = ...) -> Any:
+    """The entry `name` of a JSON object, when it is of one of some types; `default`, if given, when it is not there.
 
     Raises:
         ValueError: it is missing or something else.
     """
-    expected = " or ".join(_JSON_NAMES.get(kind, kind.__name__) for kind in kinds)
+    expected = " or ".join(_JSON_NAMES[kind] for kind in kinds)
     if not isinstance(data, Mapping):
         raise ValueError(f'expected an object with "{name}", got {_shortened(data)}.')
+    if name not in data and default is not ...:
+        return default
     if name not in data:
         raise ValueError(f'lacks "{name}" ({expected}); it has {", ".join(map(str, data)) or "nothing"}.')
     if not isinstance(data[name], kinds):
@@ -87,7 +90,8 @@ def field(data: Any, name: str, *kinds: type) -> Any:
     return data[name]
 
 
-_JSON_NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "a bool"}
+_JSON_NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false"}
+_JSON_NAMES |= {bytes: "bytes", type(None): "null"}
 
 
 def _shortened(value: Any) -> str:
@@ -233,8 +237,7 @@ def parse_mask(value: Any, folder: str | os.PathLike = ".") -> Encoded:
     if isinstance(value, str):
         return MaskFile(resolve(folder, value))
     if isinstance(value, Mapping) and "file" in value:
-        number = field(value, "value", int) if "value" in value else None
-        return MaskFile(resolve(folder, field(value, "file", str)), number)
+        return MaskFile(resolve(folder, field(value, "file", str)), field(value, "value", int, default=None))
     if _is_numbers(value) and len(value) == 4:
         return Polygons.box(*value)
     if isinstance(value, list) and value and all(_is_numbers(polygon) for polygon in value):
@@ -245,13 +248,14 @@ def parse_mask(value: Any, folder: str | os.PathLike = ".") -> Encoded:
 
 
 def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(number, int | float) for number in value)
+    return isinstance(value, list) and all(isinstance(x, int | float) and abs(x) <= FARTHEST for x in value)
 
 
 def parse_coco_segmentation(value: Any) -> Encoded | tuple[Encoded, ...]:
     """A COCO "segmentation": polygons (those without area left out), run lengths, or a list of run lengths."""
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
         return tuple(parse_mask(part) for part in value)
-    if isinstance(value, list):
-        return Polygons(tuple(tuple(polygon) for polygon in value if len(polygon) >= 6))
-    return parse_mask(value)
+    if not isinstance(value, list):
+        return parse_mask(value)
+    polygons = [polygon for polygon in value if len(polygon) >= 6]
+    return parse_mask(polygons) if polygons else Polygons(())

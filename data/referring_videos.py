@@ -157,13 +157,14 @@ def _open_clips(
 
 
 def _read_videos(file: Path) -> dict[str, Any]:
+    content = read_json(file)
     with located(file.name):
-        return field(read_json(file), "videos", dict)
+        return field(content, "videos", dict)
 
 
 def _style(split: str, options: Mapping[str, Any]) -> Style:
     style = make_style(split, is_video=True, **options)
-    if style.one_per_expression and "template" not in options:
+    if style.one_per_expression and options.get("template") is None:
         style = make_style(split, is_video=True, questions=(templates.VIDEO_EVALUATION_QUESTION,), **options)
     return style
 

@@ -52,6 +52,7 @@ def open_dataset(name: str, root: str | os.PathLike, split: str, **options: Any)
     Raises:
         ValueError: an unknown name or split, or files that break the format.
         FileNotFoundError: files are missing.
+        TypeError: an option that the reader does not take.
     """
     if name not in DATASETS:
         raise ValueError(f"Unknown data set {name!r}; choose one of {', '.join(DATASETS)}.")

@@ -201,8 +201,10 @@ def _decode_run_lengths(encoded: Mapping[str, Any], size: Size) -> np.ndarray:
         raise ValueError(f'Run lengths need "size": [h, w] and "counts"; got keys {sorted(encoded)}.') from error
     if isinstance(counts, str | bytes):
         rle = {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-    elif sum(counts) != height * width:
-        raise ValueError(f"Run lengths add up to {sum(counts)}, but {height}x{width} has {height * width} pixels.")
+    elif sum(counts) != height * width or min(counts) < 0:
+        raise ValueError(
+            f"Run lengths must be >= 0 and add up to {height}x{width} = {height * width}, not {sum(counts)}."
+        )
     else:
         rle = coco.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
     return _of_size(coco.decode(rle).astype(bool), size)
@@ -257,7 +259,8 @@ class Turn:
 
     Attributes:
         question: in words, without `<image>` tag.
-        answer: what to learn, with one `[SEG]` for each of `objects`; None where a data set has masks only.
+        answer: what to learn, with one `[SEG]` for each of `objects`; None where a data set has masks only, or keeps
+            even those to itself (then there are no objects).
         objects: what the answer points at; none where nothing fits the question or nothing is asked for.
     """
 

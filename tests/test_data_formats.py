@@ -329,7 +329,7 @@ def test_run_lengths_go_down_the_columns():
 def test_masks_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"2x3 \(h x w\), its picture 4x4"):
         decode_mask({"size": [2, 3], "counts": [6]}, (4, 4))
-    with pytest.raises(ValueError, match="add up to 5"):
+    with pytest.raises(ValueError, match=r"add up to 2x3 = 6, not 5"):
         decode_mask({"size": [2, 3], "counts": [5]}, (2, 3))
 
 
@@ -401,6 +401,10 @@ def edit_line(path, number, text):
     path.write_text("\n".join(lines) + "\n")
 
 
+def _far_away(instances):
+    instances["annotations"][-1]["segmentation"][0][2] = instances["annotations"][-5]["segmentation"][0][2] = 1e12
+
+
 META = "meta_expressions/train/meta_expressions.json"
 DAVIS = "davis_text_annotations/Davis17_annot2.txt"
 OSPREY = "Osprey-724K/osprey_detail_description.json"
@@ -446,6 +450,14 @@ BROKEN = {
     "annotation missing": (
         ("refcoco", "val", lambda r: edit_refs(r / "refs(unc).p", lambda d: d[-1].update(ann_id=999))),
         ["refs(unc).p[", "instances.json has no annotation 999."],
+    ),
+    "annotation of one expression among many": (
+        ("refcoco", "train", lambda r: edit_refs(r / "refs(unc).p", lambda d: d[4].update(ann_id=77))),
+        ["refs(unc).p: image ", "instances.json has no annotation 77."],
+    ),
+    "corner out of this world": (
+        ("grefcoco", "val", lambda r: edit(r / "instances.json", _far_away)),
+        ["grefs(unc).json[", "a mask is run lengths, polygons, a box or a file"],
     ),
     "sentence empty": (
         ("refcoco+", "val", lambda r: edit_refs(r / "refs(unc).p", lambda d: d[-1]["sentences"][0].update(sent=" "))),
