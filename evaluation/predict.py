@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sa2va import Sa2VAChatModel, Sa2VAOutput, Sa2VAProcessor
+from sa2va.data.records import located
 from sa2va.data.registry import Dataset
 from sa2va.data.samples import Media, Sample
 from sa2va.processing_sa2va import rle_to_masks
@@ -42,13 +43,12 @@ def answer_sample(
         A line as described above, but for "seconds".
 
     Raises:
-        OSError, ValueError: the sample can't be read; the message names it.
+        ValueError: the sample can't be read; the message names it.
+        OSError: a frame can't be read.
     """
-    try:
+    with located(f"sample {sample.id!r}"):
         size, frames = (sample.media.size(), len(sample.media)) if sample.media else ((0, 0), 0)
         regions = [region.read([0], size)[0] for region in sample.regions]
-    except (OSError, ValueError) as error:
-        raise type(error)(f"Sample {sample.id!r}: {error}") from error
     turns, past_text = [], ""
     for turn in sample.turns:
         output = model.predict_forward(
@@ -153,9 +153,20 @@ def _finished_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def missing(dataset: Dataset, indices: Sequence[int], folder: Path) -> list[int]:
-    """Those of some samples that a folder has no prediction of; errors as in `Predictions`."""
-    done = set(Predictions(folder))
-    return [index for index in indices if dataset[index].id not in done]
+    """Those of some samples that a folder has no prediction of.
+
+    Raises:
+        ValueError: two samples of one id, or as in `Predictions`.
+    """
+    done, seen, todo = set(Predictions(folder)), set(), []
+    for index in indices:
+        name = dataset[index].id
+        if name in seen:
+            raise ValueError(f"Two samples have the id {name!r}. Ids must differ, or predictions would be mixed up.")
+        seen.add(name)
+        if name not in done:
+            todo.append(index)
+    return todo
 
 
 def predict_dataset(

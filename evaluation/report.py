@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 import sa2va
 from sa2va.data.samples import Sample
@@ -102,7 +102,8 @@ def worst_page(title: str, cases: Sequence[tuple[Measurement, Sample, Mapping[st
 def _section(measured: Measurement, sample: Sample, record: Mapping[str, Any]) -> str:
     turn, answered = sample.turns[measured.turn], record["turns"][measured.turn]
     found = output_of(answered)
-    shown = np.unique(np.linspace(0, record["frames"] - 1, FRAMES_SHOWN).round().astype(int)).tolist()
+    frames = record["frames"]  # none of a conversation without a picture
+    shown = sorted({round(place) for place in np.linspace(0, frames - 1, FRAMES_SHOWN)}) if frames else []
     pictures = sample.media.read(shown)
     truth = [thing.read(shown, tuple(record["size"])) for thing in turn.objects]
     lines = [f"<section><h3>{html.escape(sample.id)}: {100 * measured.quality:.1f} %</h3>"]
@@ -123,7 +124,7 @@ def _overlays(pictures: Sequence[Image.Image], masks: Sequence[np.ndarray]) -> I
         if layers:
             picture = picture.resize(layers[0].shape[::-1])  # masks have the first frame's size
             picture = Image.fromarray(draw_overlay(picture, np.stack(layers)))
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        thumbnail = ImageOps.contain(picture, (THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
-        picture.save(buffer, format="jpeg", quality=85)
+        thumbnail.save(buffer, format="jpeg", quality=85)
         yield f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

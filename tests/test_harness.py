@@ -294,6 +294,22 @@ def test_predictions_made_in_different_ways_are_not_mixed(command, tmp_path, cap
     assert "num_frames None and not 3" in capsys.readouterr().err
 
 
+def test_samples_of_one_id_and_pictures_that_are_missing_are_named(command, tmp_path, capsys):
+    line = {"id": "a", "image": "none.png", "turns": [{"question": "Why?", "answer": "So."}]}
+    for count, message in ((2, "Two samples have the id 'a'"), (1, "sample 'a': There is no image")):
+        (tmp_path / "test.jsonl").write_text(f"{json.dumps(line)}\n" * count)
+        assert command("jsonl", tmp_path / "out", split="test", root=tmp_path) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_conversation_without_picture_is_scored_and_shown(command, tmp_path):
+    line = {"turns": [{"question": "How many sides has a square?", "answer": "Four."}]}
+    (tmp_path / "test.jsonl").write_text(f"{json.dumps(line)}\n")
+    assert command("jsonl", tmp_path / "out", split="test", root=tmp_path) == 0
+    assert "nothing to point at" in result_of(tmp_path / "out")["scores"]
+    assert "How many sides" in (tmp_path / "out" / "worst.html").read_text()
+
+
 def test_what_is_not_there_is_named(command, tmp_path, capsys):
     assert command("refcoco", tmp_path / "none", "--metrics_only") == 2
     assert command("refcoco", tmp_path, split="testZ") == 2
