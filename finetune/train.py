@@ -26,7 +26,19 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.data.scenes import COLORS, SHAPES
-from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, QUICK_CURRICULUM, SceneCollator, ScheduledScenes, Stage
+from sa2va.data.shapes import MOTIONS
+from sa2va.finetune.batches import (
+    CURRICULUM,
+    IGNORE_INDEX,
+    MAX_COUNT,
+    NUM_FLAGS,
+    NUM_GROUPS,
+    QUICK_CURRICULUM,
+    WORDS_TASKS,
+    SceneCollator,
+    ScheduledScenes,
+    Stage,
+)
 from sa2va.finetune.tiny import build_model
 
 PRESETS = {
@@ -42,11 +54,14 @@ HEAD_WEIGHTS = {
     "target_loss": 1.0,
     "cell_loss": 0.5,
     "cell_box_loss": 2.0,
+    "standing_loss": 0.5,
+    "motion_loss": 0.3,
 }
 HEADS = "heads.safetensors"
 OBJECT_WEIGHT = 5.0  # of an image token that shows the object, against one of the many that don't
 LEARNERS = {  # what learns, by the names of its parameters
     "all": re.compile(""),
+    "words": re.compile("(?!grounding_encoder)"),
     "sam2": re.compile("text_hidden_fcs|grounding_encoder"),
     "mask_decoder": re.compile(r"text_hidden_fcs|grounding_encoder\.sam2_model\.(sam_mask_decoder|sam_prompt_encoder)"),
 }
@@ -72,11 +87,15 @@ class SceneTrainee(nn.Module):
         self.target_head = nn.Linear(model.config.grounding_config.d_model, 1)
         self.cell_heads = nn.ModuleList(nn.Linear(hidden_size, n + 1) for n in (len(COLORS), len(SHAPES)))
         self.cell_box_head = nn.Linear(hidden_size, 4)
+        self.standing_head = nn.Linear(hidden_size, NUM_GROUPS * (MAX_COUNT + NUM_FLAGS))
+        self.motion_head = nn.Linear(hidden_size, len(MOTIONS))
 
     def forward(
         self,
         cell_classes: Tensor,
         cell_boxes: Tensor,
+        cell_standings: Tensor,
+        cell_motions: Tensor | None = None,
         seg_classes: Tensor | None = None,
         seg_boxes: Tensor | None = None,
         **inputs,
@@ -86,9 +105,10 @@ class SceneTrainee(nn.Module):
         Without `input_ids` only the vision tower is run, and `loss` is that of its tokens.
         """
         if "input_ids" not in inputs:
-            losses = self._cell_losses(self.model.get_image_features(inputs["pixel_values"]), cell_classes, cell_boxes)
+            states = self.model.get_image_features(inputs["pixel_values"])
+            losses = self._cell_losses(states, cell_classes, cell_boxes, cell_standings)
             return {"loss": _weighted(losses), **losses}
-        with _image_tokens(self.model) as image_tokens:
+        with _image_tokens(self.model) as image_tokens, _middle_states(self.model) as middle_states:
             output = self.model(**inputs)
         losses = {name: output[name] for name in LOSS_NAMES if output.get(name) is not None}
         if len(seg_classes):
@@ -96,8 +116,14 @@ class SceneTrainee(nn.Module):
             losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
             losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
             losses["point_loss"] = self._point_loss(self.model.text_hidden_fcs(states), seg_boxes)
-            losses["target_loss"] = self._target_loss(image_tokens, inputs["mask_labels"])
-        losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes)
+            if image_tokens:
+                losses["target_loss"] = self._target_loss(image_tokens, inputs["mask_labels"])
+        losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes, cell_standings)
+        if cell_motions is not None:
+            is_image = inputs["input_ids"] == self.model.special_token_ids().image
+            states = middle_states[0][is_image]
+            motions = self.motion_head(F.layer_norm(states, states.shape[-1:]))
+            losses["motion_loss"] = F.cross_entropy(motions, cell_motions.flatten(), ignore_index=IGNORE_INDEX)
         return {"loss": output.loss + _weighted(losses), **losses, "logits": output.logits}
 
     def _point_loss(self, prompts: Tensor, boxes: Tensor) -> Tensor:
@@ -117,13 +143,25 @@ class SceneTrainee(nn.Module):
         targets = torch.cat(masks).flatten(2)
         return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=logits.new_tensor(OBJECT_WEIGHT))
 
-    def _cell_losses(self, states: Tensor, classes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    def _cell_losses(self, states: Tensor, classes: Tensor, boxes: Tensor, standings: Tensor) -> dict[str, Tensor]:
         shows_object = classes[..., 0] > 0
         box_loss = (self.cell_box_head(states) - boxes).abs().mean(dim=-1)[shows_object].sum()
         return {
             "cell_loss": _cell_loss(self.cell_heads, states, classes),
             "cell_box_loss": box_loss / shows_object.sum().clamp(min=1),
+            "standing_loss": self._standing_loss(states, standings),
         }
+
+    def _standing_loss(self, states: Tensor, standings: Tensor) -> Tensor:
+        """Cross entropy of what `_standings` says, for tokens [tiles, tokens, D] that show an object."""
+        known = standings[..., 0, 0] != IGNORE_INDEX
+        if not known.any():
+            return states.new_zeros(())
+        logits = self.standing_head(states[known]).unflatten(-1, (NUM_GROUPS, MAX_COUNT + NUM_FLAGS))
+        counts, flags = standings[known][..., 0], standings[known][..., 1:]
+        plain = flags != IGNORE_INDEX
+        count_loss = F.cross_entropy(logits[..., :MAX_COUNT].flatten(0, 1), counts.flatten())
+        return count_loss + F.binary_cross_entropy_with_logits(logits[..., MAX_COUNT:][plain], flags[plain].float())
 
 
 @contextmanager
@@ -132,6 +170,20 @@ def _image_tokens(model: Sa2VAChatModel) -> Iterator[list[Tensor]]:
     collected: list[Tensor] = []
     transformer = model.grounding_encoder.sam2_model.prompt_decoder.transformer
     handle = transformer.register_forward_hook(lambda module, args, output: collected.append(output[1]))
+    try:
+        yield collected
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _middle_states(model: Sa2VAChatModel) -> Iterator[list[Tensor]]:
+    """Collects what the language model thinks halfway, [B, L, hidden], while the block runs."""
+    collected: list[Tensor] = []
+    layers = model.get_decoder().layers
+    handle = layers[len(layers) // 2 - 1].register_forward_hook(
+        lambda module, args, output: collected.append(output[0] if isinstance(output, tuple) else output)
+    )
     try:
         yield collected
     finally:
@@ -287,6 +339,8 @@ def curriculum_of(options: argparse.Namespace) -> Sequence[Stage]:
         return (Stage(1.0, {"refer": 3, "multi": 1, "caption": 1}),)
     if options.preset == "ten-minutes":
         return QUICK_CURRICULUM
+    if options.learn == "words":
+        return (Stage(1.0, WORDS_TASKS, video_share=0.3),)
     return CURRICULUM[-1:] if options.init else CURRICULUM
 
 
@@ -321,7 +375,8 @@ def main(argv: list[str] | None = None) -> Path:
     trainee = SceneTrainee(model)
     if options.init:
         load_heads(trainee, Path(options.init).parent / HEADS)
-    trainer = SceneTrainer(model=trainee, args=arguments, train_dataset=dataset, data_collator=SceneCollator(processor))
+    collator = SceneCollator(processor, masks=options.learn != "words")
+    trainer = SceneTrainer(model=trainee, args=arguments, train_dataset=dataset, data_collator=collator)
     output = Path(arguments.output_dir)
     resume = arguments.resume_from_checkpoint or (get_last_checkpoint(str(output)) if output.is_dir() else None)
     trainer.train(resume_from_checkpoint=resume)
