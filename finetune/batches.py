@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -155,6 +156,7 @@ class SceneCollator:
             "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
             "seg_classes": torch.tensor([pair for row in rows for pair in row["seg_classes"]]).reshape(-1, 2),
             "seg_boxes": torch.cat([self._mean_boxes(row["mask_labels"]) for row in rows]),
+            "seg_cells": torch.cat([self._covered(row["mask_labels"], row["pixel_values"]) for row in rows]),
             **_stacked([row["cells"] for row in rows]),
         }
         if self.masks:
@@ -180,6 +182,11 @@ class SceneCollator:
         boxes = _boxes(key_frames.flatten(0, 1)).unflatten(0, key_frames.shape[:2])
         visible = (boxes[..., 2:3] > 0).float()
         return (boxes * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
+
+    def _covered(self, masks: Tensor, tiles: Tensor) -> Tensor:
+        """Masks [S, T, H, W] -> how much of each image token an object covers, [S, tiles * tokens]."""
+        grid = self.processor.region_grid
+        return F.interpolate(masks[:, : len(tiles)].float(), size=(grid, grid), mode="area").flatten(1)
 
     def _row(self, sample: SceneSample) -> dict:
         frames = [Image.fromarray(frame) for frame in sample.frames]

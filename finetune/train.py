@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from transformers.trainer_utils import get_last_checkpoint
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
@@ -56,8 +57,10 @@ HEAD_WEIGHTS = {
     "cell_box_loss": 2.0,
     "standing_loss": 0.5,
     "motion_loss": 0.3,
+    "attention_loss": 0.3,
 }
 HEADS = "heads.safetensors"
+NAME_LENGTH = 3  # tokens from before "red star" to its `[SEG]`
 OBJECT_WEIGHT = 5.0  # of an image token that shows the object, against one of the many that don't
 LEARNERS = {  # what learns, by the names of its parameters
     "all": re.compile(""),
@@ -98,6 +101,7 @@ class SceneTrainee(nn.Module):
         cell_motions: Tensor | None = None,
         seg_classes: Tensor | None = None,
         seg_boxes: Tensor | None = None,
+        seg_cells: Tensor | None = None,
         **inputs,
     ) -> dict[str, Tensor]:
         """Losses of `Sa2VAChatModel.forward` plus those of the heads; `loss` is their sum.
@@ -108,7 +112,7 @@ class SceneTrainee(nn.Module):
             states = self.model.get_image_features(inputs["pixel_values"])
             losses = self._cell_losses(states, cell_classes, cell_boxes, cell_standings)
             return {"loss": _weighted(losses), **losses}
-        with _image_tokens(self.model) as image_tokens, _middle_states(self.model) as middle_states:
+        with _image_tokens(self.model) as image_tokens, _attention_inputs(self.model) as (layer, attention_inputs):
             output = self.model(**inputs)
         losses = {name: output[name] for name in LOSS_NAMES if output.get(name) is not None}
         if len(seg_classes):
@@ -116,12 +120,15 @@ class SceneTrainee(nn.Module):
             losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
             losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
             losses["point_loss"] = self._point_loss(self.model.text_hidden_fcs(states), seg_boxes)
+            is_seg = (inputs["input_ids"] == self.model.special_token_ids().seg) & (inputs["labels"] != IGNORE_INDEX)
+            is_image = inputs["input_ids"] == self.model.special_token_ids().image
+            losses["attention_loss"] = _attention_loss(layer, attention_inputs, is_image, is_seg, seg_cells)
             if image_tokens:
                 losses["target_loss"] = self._target_loss(image_tokens, inputs["mask_labels"])
         losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes, cell_standings)
         if cell_motions is not None:
             is_image = inputs["input_ids"] == self.model.special_token_ids().image
-            states = middle_states[0][is_image]
+            states = attention_inputs["hidden_states"][is_image]
             motions = self.motion_head(F.layer_norm(states, states.shape[-1:]))
             losses["motion_loss"] = F.cross_entropy(motions, cell_motions.flatten(), ignore_index=IGNORE_INDEX)
         return {"loss": output.loss + _weighted(losses), **losses, "logits": output.logits}
@@ -177,17 +184,45 @@ def _image_tokens(model: Sa2VAChatModel) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _middle_states(model: Sa2VAChatModel) -> Iterator[list[Tensor]]:
-    """Collects what the language model thinks halfway, [B, L, hidden], while the block runs."""
-    collected: list[Tensor] = []
+def _attention_inputs(model: Sa2VAChatModel) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+    """An attention layer halfway through the language model, and what it is called with while the block runs."""
     layers = model.get_decoder().layers
-    handle = layers[len(layers) // 2 - 1].register_forward_hook(
-        lambda module, args, output: collected.append(output[0] if isinstance(output, tuple) else output)
-    )
+    layer, collected = layers[len(layers) // 2].self_attn, {}
+    handle = layer.register_forward_pre_hook(lambda module, args, kwargs: collected.update(kwargs), with_kwargs=True)
     try:
-        yield collected
+        yield layer, collected
     finally:
         handle.remove()
+
+
+def _attention_loss(layer: nn.Module, inputs: dict, is_image: Tensor, is_seg: Tensor, seg_cells: Tensor) -> Tensor:
+    """How little half the heads look at the object where it is about to be named, and at its `[SEG]`.
+
+    Args:
+        layer: the attention layer; inputs: what it was called with.
+        is_image, is_seg: bool [B, L], the image tokens and the `[SEG]` tokens of the answers.
+        seg_cells: [M, tokens], how much of each image token of its sample each of the M objects covers.
+    """
+    states, (cos, sin) = inputs["hidden_states"], inputs["position_embeddings"]
+    rows, columns = is_seg.nonzero(as_tuple=True)
+    visible = seg_cells.amax(dim=1) > 0
+    rows, columns, cells = rows[visible], columns[visible], seg_cells[visible]
+    queries = layer.q_proj(states).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
+    keys = layer.k_proj(states).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
+    queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
+    queries, keys = queries[:, : queries.shape[1] // keys.shape[1]], keys[:, 0]  # the heads that share the first keys
+    wanted = states.new_zeros(len(rows), states.shape[1])
+    tokens = cells.shape[1]
+    places = is_image & (is_image.cumsum(dim=1) <= tokens)  # those of visual prompts come later
+    wanted[places[rows]] = (cells / cells.amax(dim=1, keepdim=True)).flatten()
+    losses = []
+    for back in (0, NAME_LENGTH):
+        at = (columns - back).clamp(min=0)
+        logits = torch.einsum("mhd,mld->mhl", queries[rows, :, at], keys[rows]) * layer.scaling
+        later = torch.arange(states.shape[1], device=at.device) > at[:, None]
+        attention = logits.masked_fill(later[:, None], -torch.inf).softmax(dim=-1)
+        losses.append(-(attention * wanted[:, None]).sum(dim=-1).clamp(min=1e-4).log().mean())
+    return sum(losses)
 
 
 def _weighted(losses: dict[str, Tensor]) -> Tensor:
