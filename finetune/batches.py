@@ -279,6 +279,7 @@ def _cells(sample: SceneSample, num_tiles: int, grid: int) -> dict[str, Tensor]:
         boxes.append(torch.cat([torch.zeros(1, 4), _boxes(torch.from_numpy(masks))])[winner])
     winner = torch.stack(winners)
     cells = {"cell_classes": classes[winner], "cell_boxes": torch.stack(boxes), "cell_standings": standings[winner]}
+    cells["cell_objects"] = winner - 1
     if is_clip:
         motions = [IGNORE_INDEX, *(MOTION_NAMES.index(thing.motion) for thing in sample.objects)]
         cells["cell_motions"] = torch.tensor(motions)[winner]

@@ -56,8 +56,9 @@ HEAD_WEIGHTS = {
     "cell_loss": 0.5,
     "cell_box_loss": 2.0,
     "standing_loss": 0.5,
-    "motion_loss": 0.3,
-    "attention_loss": 0.3,
+    "motion_loss": 0.5,
+    "naming_loss": 0.3,
+    "tracking_loss": 0.3,
 }
 HEADS = "heads.safetensors"
 NAME_LENGTH = 3  # tokens from before "red star" to its `[SEG]`
@@ -98,6 +99,7 @@ class SceneTrainee(nn.Module):
         cell_classes: Tensor,
         cell_boxes: Tensor,
         cell_standings: Tensor,
+        cell_objects: Tensor,
         cell_motions: Tensor | None = None,
         seg_classes: Tensor | None = None,
         seg_boxes: Tensor | None = None,
@@ -112,23 +114,24 @@ class SceneTrainee(nn.Module):
             states = self.model.get_image_features(inputs["pixel_values"])
             losses = self._cell_losses(states, cell_classes, cell_boxes, cell_standings)
             return {"loss": _weighted(losses), **losses}
-        with _image_tokens(self.model) as image_tokens, _attention_inputs(self.model) as (layer, attention_inputs):
+        with _image_tokens(self.model) as image_tokens, _attention_inputs(self.model) as (first, second):
             output = self.model(**inputs)
+        token_ids = self.model.special_token_ids()
+        is_image = inputs["input_ids"] == token_ids.image
         losses = {name: output[name] for name in LOSS_NAMES if output.get(name) is not None}
         if len(seg_classes):
             states = output.seg_hidden_states
             losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
             losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
             losses["point_loss"] = self._point_loss(self.model.text_hidden_fcs(states), seg_boxes)
-            is_seg = (inputs["input_ids"] == self.model.special_token_ids().seg) & (inputs["labels"] != IGNORE_INDEX)
-            is_image = inputs["input_ids"] == self.model.special_token_ids().image
-            losses["attention_loss"] = _attention_loss(layer, attention_inputs, is_image, is_seg, seg_cells)
+            is_seg = (inputs["input_ids"] == token_ids.seg) & (inputs["labels"] != IGNORE_INDEX)
+            losses["naming_loss"] = _naming_loss(*second, is_image, is_seg, seg_cells)
             if image_tokens:
                 losses["target_loss"] = self._target_loss(image_tokens, inputs["mask_labels"])
         losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes, cell_standings)
         if cell_motions is not None:
-            is_image = inputs["input_ids"] == self.model.special_token_ids().image
-            states = attention_inputs["hidden_states"][is_image]
+            losses["tracking_loss"] = _tracking_loss(*first, is_image, cell_objects)
+            states = second[1]["hidden_states"][is_image]
             motions = self.motion_head(F.layer_norm(states, states.shape[-1:]))
             losses["motion_loss"] = F.cross_entropy(motions, cell_motions.flatten(), ignore_index=IGNORE_INDEX)
         return {"loss": output.loss + _weighted(losses), **losses, "logits": output.logits}
@@ -184,45 +187,75 @@ def _image_tokens(model: Sa2VAChatModel) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _attention_inputs(model: Sa2VAChatModel) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
-    """An attention layer halfway through the language model, and what it is called with while the block runs."""
+def _attention_inputs(model: Sa2VAChatModel) -> Iterator[list[tuple[nn.Module, dict[str, Tensor]]]]:
+    """Two attention layers amid the language model, and what they are called with while the block runs."""
     layers = model.get_decoder().layers
-    layer, collected = layers[len(layers) // 2].self_attn, {}
-    handle = layer.register_forward_pre_hook(lambda module, args, kwargs: collected.update(kwargs), with_kwargs=True)
+    middle = len(layers) // 2
+    collected = [(layer.self_attn, {}) for layer in layers[middle - 1 : middle + 1]]
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, inputs=inputs: inputs.update(kwargs), with_kwargs=True
+        )
+        for layer, inputs in collected
+    ]
     try:
-        yield layer, collected
+        yield collected
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def _attention_loss(layer: nn.Module, inputs: dict, is_image: Tensor, is_seg: Tensor, seg_cells: Tensor) -> Tensor:
-    """How little half the heads look at the object where it is about to be named, and at its `[SEG]`.
+def _attention_loss(layer: nn.Module, inputs: dict, rows: Tensor, columns: Tensor, wanted: Tensor) -> Tensor:
+    """Minus log of how much half the heads look where they should.
 
     Args:
-        layer: the attention layer; inputs: what it was called with.
-        is_image, is_seg: bool [B, L], the image tokens and the `[SEG]` tokens of the answers.
-        seg_cells: [M, tokens], how much of each image token of its sample each of the M objects covers.
+        layer: an attention layer; inputs: what it was called with.
+        rows, columns: int64 [N], the tokens that look: samples and places in them.
+        wanted: [N, L], in 0..1, the tokens that should be looked at.
     """
     states, (cos, sin) = inputs["hidden_states"], inputs["position_embeddings"]
-    rows, columns = is_seg.nonzero(as_tuple=True)
-    visible = seg_cells.amax(dim=1) > 0
-    rows, columns, cells = rows[visible], columns[visible], seg_cells[visible]
     queries = layer.q_proj(states).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
     keys = layer.k_proj(states).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
     queries, keys = apply_rotary_pos_emb(queries, keys, cos, sin)
     queries, keys = queries[:, : queries.shape[1] // keys.shape[1]], keys[:, 0]  # the heads that share the first keys
-    wanted = states.new_zeros(len(rows), states.shape[1])
-    tokens = cells.shape[1]
-    places = is_image & (is_image.cumsum(dim=1) <= tokens)  # those of visual prompts come later
+    logits = torch.einsum("nhd,nld->nhl", queries[rows, :, columns], keys[rows]) * layer.scaling
+    later = torch.arange(states.shape[1], device=columns.device) > columns[:, None]
+    attention = logits.masked_fill(later[:, None], -torch.inf).softmax(dim=-1)
+    return -(attention * wanted[:, None]).sum(dim=-1).clamp(min=1e-20).log().mean()
+
+
+def _naming_loss(layer: nn.Module, inputs: dict, is_image: Tensor, is_seg: Tensor, seg_cells: Tensor) -> Tensor:
+    """Attention to an object where it is about to be named, and at its `[SEG]`.
+
+    Args:
+        is_image, is_seg: bool [B, L], the image tokens and the `[SEG]` tokens of the answers.
+        seg_cells: [M, tokens], how much of each image token of its sample each of the M objects covers.
+    """
+    rows, columns = is_seg.nonzero(as_tuple=True)
+    visible = seg_cells.amax(dim=1) > 0
+    rows, columns, cells = rows[visible], columns[visible], seg_cells[visible]
+    wanted = cells.new_zeros(len(rows), is_seg.shape[1])
+    places = is_image & (is_image.cumsum(dim=1) <= cells.shape[1])  # those of visual prompts come later
     wanted[places[rows]] = (cells / cells.amax(dim=1, keepdim=True)).flatten()
-    losses = []
-    for back in (0, NAME_LENGTH):
-        at = (columns - back).clamp(min=0)
-        logits = torch.einsum("mhd,mld->mhl", queries[rows, :, at], keys[rows]) * layer.scaling
-        later = torch.arange(states.shape[1], device=at.device) > at[:, None]
-        attention = logits.masked_fill(later[:, None], -torch.inf).softmax(dim=-1)
-        losses.append(-(attention * wanted[:, None]).sum(dim=-1).clamp(min=1e-4).log().mean())
-    return sum(losses)
+    backs = (0, NAME_LENGTH)
+    return sum(_attention_loss(layer, inputs, rows, (columns - back).clamp(min=0), wanted) for back in backs)
+
+
+def _tracking_loss(layer: nn.Module, inputs: dict, is_image: Tensor, cell_objects: Tensor) -> Tensor:
+    """Attention of what shows an object to the same object in earlier frames.
+
+    Args:
+        is_image: bool [B, L].
+        cell_objects: int64 [B * frames, tokens], which object each image token shows, -1 for background.
+    """
+    objects = cell_objects.reshape(len(is_image), -1)
+    frames = torch.arange(objects.shape[1], device=objects.device) // cell_objects.shape[1]
+    same = (objects[:, :, None] == objects[:, None]) & (objects >= 0)[:, None] & (frames[:, None] > frames)
+    rows, tokens = same.any(dim=2).nonzero(as_tuple=True)
+    places = is_image.nonzero(as_tuple=True)[1].reshape(objects.shape)
+    wanted = inputs["hidden_states"].new_zeros(len(rows), is_image.shape[1])
+    wanted.scatter_(1, places[rows], same[rows, tokens].to(wanted))
+    return _attention_loss(layer, inputs, rows, places[rows, tokens], wanted)
 
 
 def _weighted(losses: dict[str, Tensor]) -> Tensor:
