@@ -49,7 +49,7 @@ class Stage:
 
 
 # Seeing shapes close up; naming what is there and drawing it; relations, absence, questions; motion and memory.
-_ALL_IMAGE_TASKS = dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.5, "question": 2.0, "absent": 1.5, "multi": 1.5}
+_ALL_IMAGE_TASKS = dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.0, "multi": 1.5, "interview": 5.0}
 WORDS_TASKS = {"interview": 8.0, "caption": 1.0, "region": 1.0, "followup": 2.0}
 CURRICULUM = (
     Stage(0.22, {}),
@@ -57,8 +57,6 @@ CURRICULUM = (
     Stage(0.6, _ALL_IMAGE_TASKS),
     Stage(1.0, _ALL_IMAGE_TASKS, video_share=0.3),
 )
-# What can be learned in ten minutes: seeing shapes, and drawing what is named on pictures.
-QUICK_CURRICULUM = (Stage(0.2, {}), Stage(1.0, {"refer": 3, "multi": 1.5, "caption": 1.5, "followup": 1}))
 
 
 class ScheduledScenes:
@@ -132,8 +130,11 @@ class SceneCollator:
     Returned beside the arguments: `seg_classes` int64 [M, 2], colour and shape of every `[SEG]`; `seg_boxes` float32
     [M, 4], its box as centre and size in 0..1, the mean of the key frames that show it; `cell_classes` int64 [tiles,
     tokens, 2] and `cell_boxes` float32 [tiles, tokens, 4], colour, shape and box of the object that covers most of each
-    image token (all 0 is background); `cell_standings` int64 [tiles, tokens, 3, 7], see `_standings`, and for clips
-    `cell_motions` int64 [tiles, tokens].
+    image token (all 0 is background); `cell_objects` int64 [tiles, tokens], its number (-1 is background);
+    `cell_standings` int64 [tiles, tokens, 3, 7], see `_standings` (`IGNORE_INDEX` for background); for clips,
+    `cell_motions` int64 [tiles, tokens] (`IGNORE_INDEX` where unknown) and `cell_pasts` float32 [tiles, tokens, 2], the
+    object's mean place in earlier frames (NaN where unknown); `seg_cells` float32 [M, tiles * tokens], how much of each
+    image token of its sample a `[SEG]`'s object covers.
 
     Args:
         processor: of the model that learns.
@@ -260,9 +261,7 @@ def _cells(sample: SceneSample, num_tiles: int, grid: int) -> dict[str, Tensor]:
     """What each token shows: the object that covers most of it, if it covers a quarter of it.
 
     Returns:
-        Under `cell_classes` colour and shape, from 1, int64 [tiles, grid * grid, 2], zeros for background; under
-        `cell_boxes` the object's box, float32 [tiles, grid * grid, 4], zeros for background; `cell_standings` and, for
-        clips, `cell_motions`, `IGNORE_INDEX` for background.
+        What `SceneCollator` says, of one sample.
     """
     is_clip = len(sample.frames) > 1
     classes = torch.tensor([(0, 0), *((c + 1, s + 1) for c, s in map(_classes, sample.objects))])
@@ -274,17 +273,30 @@ def _cells(sample: SceneSample, num_tiles: int, grid: int) -> dict[str, Tensor]:
         masks = sample.object_masks[:, t]
         covered = [cv2.resize(mask.astype(np.float32), (grid, grid), interpolation=cv2.INTER_AREA) for mask in masks]
         covered = np.stack([np.full((grid, grid), 0.25, np.float32), *covered])
-        winner = torch.from_numpy(covered.argmax(axis=0).ravel())
-        winners.append(winner)
-        boxes.append(torch.cat([torch.zeros(1, 4), _boxes(torch.from_numpy(masks))])[winner])
-    winner = torch.stack(winners)
-    cells = {"cell_classes": classes[winner], "cell_boxes": torch.stack(boxes), "cell_standings": standings[winner]}
-    cells["cell_objects"] = winner - 1
+        winners.append(torch.from_numpy(covered.argmax(axis=0).ravel()))
+        boxes.append(torch.cat([torch.zeros(1, 4), _boxes(torch.from_numpy(masks))]))
+    winner, boxes = torch.stack(winners), torch.stack(boxes)
+    tiles = torch.arange(num_tiles)[:, None]
+    cells = {
+        "cell_classes": classes[winner],
+        "cell_boxes": boxes[tiles, winner],
+        "cell_standings": standings[winner],
+        "cell_objects": winner - 1,
+    }
     if is_clip:
         motions = [IGNORE_INDEX, *(MOTION_NAMES.index(thing.motion) for thing in sample.objects)]
         cells["cell_motions"] = torch.tensor(motions)[winner]
         cells["cell_motions"][0] = IGNORE_INDEX  # nobody can tell from the first frame
+        cells["cell_pasts"] = _pasts(boxes)[tiles, winner]
     return cells
+
+
+def _pasts(boxes: Tensor) -> Tensor:
+    """Boxes [T, N, 4] -> where an object was in the frames before, on average: [T, N, 2]; NaN where it was nowhere."""
+    visible = (boxes[..., 2:3] > 0).float()
+    places, times = (boxes[..., :2] * visible).cumsum(dim=0), visible.cumsum(dim=0)
+    pasts = places[:-1] / times[:-1]
+    return torch.cat([torch.full_like(pasts[:1], torch.nan), pasts])
 
 
 def _standings(index: int, objects: Sequence[SceneObject], is_clip: bool) -> list[list[int]]:
