@@ -55,7 +55,7 @@ CURRICULUM = (
     Stage(0.22, {}),
     Stage(0.35, {"refer": 2, "multi": 1, "caption": 2, "region": 1}),
     Stage(0.6, _ALL_IMAGE_TASKS),
-    Stage(1.0, _ALL_IMAGE_TASKS, video_share=0.3),
+    Stage(1.0, _ALL_IMAGE_TASKS, video_share=0.4),
 )
 
 
