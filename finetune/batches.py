@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sa2va import Sa2VAProcessor
 from sa2va.data.scenes import COLORS, EXTREMES, IMAGE_TASKS, SHAPES, SIZE_MARGIN, VIDEO_TASKS, SceneSample, make_sample
@@ -157,7 +158,7 @@ class SceneCollator:
             "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
             "seg_classes": torch.tensor([pair for row in rows for pair in row["seg_classes"]]).reshape(-1, 2),
             "seg_boxes": torch.cat([self._mean_boxes(row["mask_labels"]) for row in rows]),
-            "seg_cells": torch.cat([self._covered(row["mask_labels"], row["pixel_values"]) for row in rows]),
+            "seg_cells": self._covered(rows),
             **_stacked([row["cells"] for row in rows]),
         }
         if self.masks:
@@ -184,10 +185,12 @@ class SceneCollator:
         visible = (boxes[..., 2:3] > 0).float()
         return (boxes * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
 
-    def _covered(self, masks: Tensor, tiles: Tensor) -> Tensor:
-        """Masks [S, T, H, W] -> how much of each image token an object covers, [S, tiles * tokens]."""
+    def _covered(self, rows: Sequence[dict]) -> Tensor:
+        """How much of each image token of its sample each object covers, [M, tokens]; zeros fill up short samples."""
         grid = self.processor.region_grid
-        return F.interpolate(masks[:, : len(tiles)].float(), size=(grid, grid), mode="area").flatten(1)
+        masks = [mask[: len(row["pixel_values"])].float() for row in rows for mask in row["mask_labels"]]
+        covered = [F.interpolate(mask[:, None], size=(grid, grid), mode="area").flatten() for mask in masks]
+        return pad_sequence(covered, batch_first=True) if covered else torch.zeros(0, grid * grid)
 
     def _row(self, sample: SceneSample) -> dict:
         frames = [Image.fromarray(frame) for frame in sample.frames]

@@ -202,14 +202,15 @@ def _naming_loss(layer: nn.Module, inputs: dict, is_image: Tensor, is_seg: Tenso
 
     Args:
         is_image, is_seg: bool [B, L], the image tokens and the `[SEG]` tokens of the answers.
-        seg_cells: [M, tokens], how much of each image token of its sample each of the M objects covers.
+        seg_cells: [M, tokens], how much of each image token of its sample each of the M objects covers, then zeros.
     """
     rows, columns = is_seg.nonzero(as_tuple=True)
     visible = seg_cells.amax(dim=1) > 0
     rows, columns, cells = rows[visible], columns[visible], seg_cells[visible]
-    wanted = cells.new_zeros(len(rows), is_seg.shape[1])
-    places = is_image & (is_image.cumsum(dim=1) <= cells.shape[1])  # those of visual prompts come later
-    wanted[places[rows]] = (cells / cells.amax(dim=1, keepdim=True)).flatten()
+    order = is_image.cumsum(dim=1) - 1
+    places = is_image & (order < cells.shape[1])  # image tokens of visual prompts come later
+    wanted = cells.gather(1, order.clamp(0, cells.shape[1] - 1)[rows]) * places[rows]
+    wanted = wanted / wanted.amax(dim=1, keepdim=True)
     backs = (0, NAME_LENGTH)
     return sum(_attention_loss(layer, inputs, rows, (columns - back).clamp(min=0), wanted) for back in backs)
 
