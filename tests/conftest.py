@@ -18,6 +18,10 @@ import sa2va  # noqa: F401  registers the Auto classes
 
 GOLDEN = Path(__file__).parent / "golden"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, and so have the processes that its tests start
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @dataclass(frozen=True)
 class GoldenCase:
