@@ -74,7 +74,6 @@ UPLOADED = (
 MAX_HUB_FILE = 50_000_000_000  # bytes; the Hub takes no larger file
 CHUNK_BYTES = 2**25
 TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 PLACE_FIELDS = ("_name_or_path", "name_or_path", "is_local", "local_files_only", "tokenizer_file")
 
 # Model cards. What each released checkpoint was made from, by type and width of the language model: its name, and the
@@ -1041,7 +1040,8 @@ def _plan_moves(files: _Files, entries: Sequence[_Entry]) -> dict[str, _Move]:
         dtypes = {tensor.dtype for _, _, tensor in parts.values()}
         if len(dtypes) > 1:
             raise CheckpointError(f"{', '.join(parts)} are fused when saved, but are {', '.join(sorted(dtypes))}.")
-        moves |= {name: _Move(dtypes.copy().pop(), shape, parts) for name, shape in entry.released.items()}
+        (dtype,) = dtypes
+        moves |= {name: _Move(dtype, shape, parts) for name, shape in entry.released.items()}
     return moves
 
 
@@ -1210,7 +1210,7 @@ def _render_card(config, report: CheckpointReport, origin: _Origin, old, facts: 
         name=name,
         family=report.family,
         parameters=_rounded(report.num_parameters),
-        dtypes=" and ".join(DTYPE_NAMES.get(dtype, dtype) for dtype in report.dtypes),
+        dtypes=" and ".join(TORCH_DTYPES.get(dtype, dtype) for dtype in report.dtypes),
         base_models=bases,
         relation=relation,
         is_qwen_vl=config.is_qwen_vl,
@@ -1453,15 +1453,7 @@ def push_checkpoint(
             hub.is_tagged(tag, None if changed or stale else head)
         if dry_run:
             return replace(plan, commit=None)
-        if not exists:
-            hub.create(private)
-        if changed or stale:
-            hub.prepare(commit_message)
-            head = hub.upload(additions, commit_message)
-            hub.finish()
-        if tag is not None:
-            hub.tag(tag, head)
-    return replace(plan, revision=hub.revision, url=hub.url(head), commit=head)
+        return hub.carry_out(plan, additions, private, tag, commit_message)
 
 
 @contextmanager
@@ -1632,9 +1624,20 @@ class _Hub:
         stale = [name for name in remote if name not in additions and _is_replaced(name)]
         return head, changed, stale
 
-    def create(self, private: bool | None) -> None:
-        """Makes the repository."""
-        self.ask(self.api.create_repo, self.repo_id, private=private, exist_ok=True)
+    def carry_out(
+        self, plan: PushReport, additions: Mapping[str, Any], private: bool | None, tag: str | None, message: str
+    ) -> PushReport:
+        """Does what a plan says, which says in the end what was done."""
+        head = plan.commit
+        if plan.creates:
+            self.ask(self.api.create_repo, self.repo_id, private=private, exist_ok=True)
+        if plan.uploaded or plan.deleted:
+            self.prepare(message)
+            head = self.upload(additions, message)
+            self.finish()
+        if tag is not None and not self.is_tagged(tag, head):
+            self.ask(self.api.create_tag, self.repo_id, tag=tag, revision=head, exist_ok=True)
+        return replace(plan, revision=self.revision, url=self.url(head), commit=head)
 
     def prepare(self, title: str) -> None:
         """Makes sure that the branch is there, or a draft pull request: an unfinished one of the same title is used."""
@@ -1704,11 +1707,6 @@ class _Hub:
         if tags.get(tag, commit) != commit:
             raise HubError(f"The tag {tag} of {self.repo_id} names another commit. Delete it or choose another.")
         return tag in tags
-
-    def tag(self, tag: str, commit: str) -> None:
-        """Names a commit."""
-        if not self.is_tagged(tag, commit):
-            self.ask(self.api.create_tag, self.repo_id, tag=tag, revision=commit, exist_ok=True)
 
     def url(self, commit: str | None) -> str:
         """Where to look at it."""

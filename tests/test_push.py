@@ -322,7 +322,7 @@ for name in ("me/cli", "me/method"):
     output = model.predict_forward(image=image, text=sys.argv[1])
     np.save(f"{name.replace('/', '-')}.npy", np.stack(output.prediction_masks))
 result["processor"] = type(AutoProcessor.from_pretrained("me/words", trust_remote_code=True)).__name__
-result["again"] = model.push_to_hub("me/again", token="hf_me")
+result["again"] = model.push_to_hub("me/again", token="hf_me", max_shard_size="5MB")
 print(json.dumps(result))
 """
 
