@@ -803,7 +803,7 @@ def pack_checkpoint(
         OSError: `source` is not there, `out` is, or the Hub can't be asked.
         CheckpointError: `source` is no checkpoint that loads, or what would be written names secrets or local paths.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
     with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
@@ -1169,7 +1169,9 @@ def _marked(text: str, model_id: str) -> str:
 
 
 def _is_made_by_machine(text: str) -> bool:
-    """Whether nobody has written or changed a card: it is ours, or a form that PEFT or Trainer filled in."""
+    """Whether nobody has written or changed a card: it is ours, a form that a library filled in, or metadata only."""
+    if not re.sub(r"\A---\n.*?\n---(\n|\Z)", "", text, flags=re.DOTALL).strip():
+        return True
     if match := CARD_MARK.search(text):
         return _marked(text[: match.start()], match["id"]) == text
     return any(phrase in text for phrase in FORM_PHRASES)
@@ -1360,7 +1362,7 @@ class PushReport:
         deleted: files of an earlier version that the new one must not find there.
         left_out: files of the source that are nobody's business, and stay at home.
         creates: whether there is no such repository yet.
-        card: "generated" or "kept".
+        card: "generated", or "kept": the one that somebody wrote, here or on the Hub.
         dry_run: whether nothing was done.
         url: of the commit or pull request; None before.
         commit: id of the commit in which all is right; None before.
@@ -1413,7 +1415,8 @@ def push_checkpoint(
     """Packs a checkpoint (unless it is as `pack_checkpoint` leaves it) and uploads it in one commit.
 
     Large files are sent first, one after the other; nobody sees them before the commit, which adds, changes and
-    deletes everything at once. Then the hashes that the Hub reports are compared. A run that was interrupted is
+    deletes everything at once. A card that somebody wrote or changed on the Hub stays, but for `facts.new_card` or
+    another one that was written here. Then the hashes that the Hub reports are compared. A run that was interrupted is
     continued by running it again: what the Hub has is not sent again, and a draft pull request is taken up.
 
     Args:
@@ -1440,6 +1443,9 @@ def push_checkpoint(
     exists = hub.look_around()
     with _packed(source, facts, max_shard_size, skip_test, source_revision, token, repo_id) as (folder, left_out):
         files, card = _contents(folder, repo_id)
+        if exists and card == "generated" and not facts.new_card and hub.has_written_card():
+            del files[CARD]
+            card = "kept"
         _refuse_private(files, folder, Path(source))
         additions = hub.additions(files)
         sizes = {name: addition.upload_info.size for name, addition in additions.items()}
@@ -1586,12 +1592,10 @@ class _Hub:
         """Never overwrites a repository that holds anything but a Sa2VA."""
         names = {file.path for file in self.ask(self._files, "main")}
         if CONFIG in names:
-            with tempfile.TemporaryDirectory() as folder:
-                path = self.ask(self.api.hf_hub_download, self.repo_id, CONFIG, local_dir=folder)
-                try:
-                    found = _parse_json(Path(path).read_bytes(), CONFIG).get("model_type")
-                except CheckpointError:
-                    found = None
+            try:
+                found = _parse_json(self._read(CONFIG, "main"), CONFIG).get("model_type")
+            except CheckpointError:
+                found = None
             if found != "sa2va_chat":
                 raise HubError(f"{self.repo_id} holds a model of type {found!r}, which is not overwritten.")
         elif others := sorted(name for name in names if not _matches(name, HARMLESS)):
@@ -1603,6 +1607,30 @@ class _Hub:
         tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
         return [entry for entry in tree if isinstance(entry, RepoFile)]
 
+    def _read(self, name: str, revision: str) -> bytes:
+        """A small file of the repository."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.ask(self.api.hf_hub_download, self.repo_id, name, revision=revision, local_dir=folder)
+            return Path(path).read_bytes()
+
+    def has_written_card(self) -> bool:
+        """Whether the branch has a model card that somebody wrote or changed, perhaps on the Hub's own page."""
+        head = self.head()
+        if CARD not in {file.path for file in self.ask(self._files, head)}:
+            return False
+        return not _is_made_by_machine(self._read(CARD, head).decode("utf-8", errors="replace"))
+
+    def head(self) -> str:
+        """The commit that the branch is at, or will begin at."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        try:
+            return self.ask(self.api.repo_info, self.repo_id, revision=self.revision).sha
+        except HubError as error:
+            if not isinstance(error.__cause__, RevisionNotFoundError):
+                raise
+        return self.ask(self.api.repo_info, self.repo_id).sha
+
     def additions(self, files: Mapping[str, Path | bytes]) -> dict[str, Any]:
         """What `HfApi` wants of each file; hashes are computed once, when they are needed."""
         from huggingface_hub import CommitOperationAdd
@@ -1611,14 +1639,7 @@ class _Hub:
 
     def compare(self, additions: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:
         """The head of the branch, which files differ there by their hashes, and which should not be there."""
-        from huggingface_hub.errors import RevisionNotFoundError
-
-        try:
-            head = self.ask(self.api.repo_info, self.repo_id, revision=self.revision).sha
-        except HubError as error:
-            if not isinstance(error.__cause__, RevisionNotFoundError):
-                raise
-            head = self.ask(self.api.repo_info, self.repo_id).sha  # where the branch will begin
+        head = self.head()
         remote = {file.path: file for file in self.ask(self._files, head)}
         changed = [name for name, addition in additions.items() if not _is_same(addition, remote.get(name))]
         stale = [name for name in remote if name not in additions and _is_replaced(name)]
