@@ -74,7 +74,6 @@ UPLOADED = (
 MAX_HUB_FILE = 50_000_000_000  # bytes; the Hub takes no larger file
 CHUNK_BYTES = 2**25
 TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 PLACE_FIELDS = ("_name_or_path", "name_or_path", "is_local", "local_files_only", "tokenizer_file")
 
 # Model cards. What each released checkpoint was made from, by type and width of the language model: its name, and the
@@ -804,7 +803,7 @@ def pack_checkpoint(
         OSError: `source` is not there, `out` is, or the Hub can't be asked.
         CheckpointError: `source` is no checkpoint that loads, or what would be written names secrets or local paths.
     """
-    out = Path(out)
+    out = Path(out).absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
     with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
@@ -1041,7 +1040,8 @@ def _plan_moves(files: _Files, entries: Sequence[_Entry]) -> dict[str, _Move]:
         dtypes = {tensor.dtype for _, _, tensor in parts.values()}
         if len(dtypes) > 1:
             raise CheckpointError(f"{', '.join(parts)} are fused when saved, but are {', '.join(sorted(dtypes))}.")
-        moves |= {name: _Move(dtypes.copy().pop(), shape, parts) for name, shape in entry.released.items()}
+        (dtype,) = dtypes
+        moves |= {name: _Move(dtype, shape, parts) for name, shape in entry.released.items()}
     return moves
 
 
@@ -1169,7 +1169,9 @@ def _marked(text: str, model_id: str) -> str:
 
 
 def _is_made_by_machine(text: str) -> bool:
-    """Whether nobody has written or changed a card: it is ours, or a form that PEFT or Trainer filled in."""
+    """Whether nobody has written or changed a card: it is ours, a form that a library filled in, or metadata only."""
+    if not re.sub(r"\A---\n.*?\n---(\n|\Z)", "", text, flags=re.DOTALL).strip():
+        return True
     if match := CARD_MARK.search(text):
         return _marked(text[: match.start()], match["id"]) == text
     return any(phrase in text for phrase in FORM_PHRASES)
@@ -1210,7 +1212,7 @@ def _render_card(config, report: CheckpointReport, origin: _Origin, old, facts: 
         name=name,
         family=report.family,
         parameters=_rounded(report.num_parameters),
-        dtypes=" and ".join(DTYPE_NAMES.get(dtype, dtype) for dtype in report.dtypes),
+        dtypes=" and ".join(TORCH_DTYPES.get(dtype, dtype) for dtype in report.dtypes),
         base_models=bases,
         relation=relation,
         is_qwen_vl=config.is_qwen_vl,
@@ -1360,7 +1362,7 @@ class PushReport:
         deleted: files of an earlier version that the new one must not find there.
         left_out: files of the source that are nobody's business, and stay at home.
         creates: whether there is no such repository yet.
-        card: "generated" or "kept".
+        card: "generated", or "kept": the one that somebody wrote, here or on the Hub.
         dry_run: whether nothing was done.
         url: of the commit or pull request; None before.
         commit: id of the commit in which all is right; None before.
@@ -1413,7 +1415,8 @@ def push_checkpoint(
     """Packs a checkpoint (unless it is as `pack_checkpoint` leaves it) and uploads it in one commit.
 
     Large files are sent first, one after the other; nobody sees them before the commit, which adds, changes and
-    deletes everything at once. Then the hashes that the Hub reports are compared. A run that was interrupted is
+    deletes everything at once. A card that somebody wrote or changed on the Hub stays, but for `facts.new_card` or
+    another one that was written here. Then the hashes that the Hub reports are compared. A run that was interrupted is
     continued by running it again: what the Hub has is not sent again, and a draft pull request is taken up.
 
     Args:
@@ -1440,6 +1443,9 @@ def push_checkpoint(
     exists = hub.look_around()
     with _packed(source, facts, max_shard_size, skip_test, source_revision, token, repo_id) as (folder, left_out):
         files, card = _contents(folder, repo_id)
+        if exists and card == "generated" and not facts.new_card and hub.has_written_card():
+            del files[CARD]
+            card = "kept"
         _refuse_private(files, folder, Path(source))
         additions = hub.additions(files)
         sizes = {name: addition.upload_info.size for name, addition in additions.items()}
@@ -1453,15 +1459,7 @@ def push_checkpoint(
             hub.is_tagged(tag, None if changed or stale else head)
         if dry_run:
             return replace(plan, commit=None)
-        if not exists:
-            hub.create(private)
-        if changed or stale:
-            hub.prepare(commit_message)
-            head = hub.upload(additions, commit_message)
-            hub.finish()
-        if tag is not None:
-            hub.tag(tag, head)
-    return replace(plan, revision=hub.revision, url=hub.url(head), commit=head)
+        return hub.carry_out(plan, additions, private, tag, commit_message)
 
 
 @contextmanager
@@ -1594,12 +1592,10 @@ class _Hub:
         """Never overwrites a repository that holds anything but a Sa2VA."""
         names = {file.path for file in self.ask(self._files, "main")}
         if CONFIG in names:
-            with tempfile.TemporaryDirectory() as folder:
-                path = self.ask(self.api.hf_hub_download, self.repo_id, CONFIG, local_dir=folder)
-                try:
-                    found = _parse_json(Path(path).read_bytes(), CONFIG).get("model_type")
-                except CheckpointError:
-                    found = None
+            try:
+                found = _parse_json(self._read(CONFIG, "main"), CONFIG).get("model_type")
+            except CheckpointError:
+                found = None
             if found != "sa2va_chat":
                 raise HubError(f"{self.repo_id} holds a model of type {found!r}, which is not overwritten.")
         elif others := sorted(name for name in names if not _matches(name, HARMLESS)):
@@ -1611,6 +1607,30 @@ class _Hub:
         tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
         return [entry for entry in tree if isinstance(entry, RepoFile)]
 
+    def _read(self, name: str, revision: str) -> bytes:
+        """A small file of the repository."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.ask(self.api.hf_hub_download, self.repo_id, name, revision=revision, local_dir=folder)
+            return Path(path).read_bytes()
+
+    def has_written_card(self) -> bool:
+        """Whether the branch has a model card that somebody wrote or changed, perhaps on the Hub's own page."""
+        head = self.head()
+        if CARD not in {file.path for file in self.ask(self._files, head)}:
+            return False
+        return not _is_made_by_machine(self._read(CARD, head).decode("utf-8", errors="replace"))
+
+    def head(self) -> str:
+        """The commit that the branch is at, or will begin at."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        try:
+            return self.ask(self.api.repo_info, self.repo_id, revision=self.revision).sha
+        except HubError as error:
+            if not isinstance(error.__cause__, RevisionNotFoundError):
+                raise
+        return self.ask(self.api.repo_info, self.repo_id).sha
+
     def additions(self, files: Mapping[str, Path | bytes]) -> dict[str, Any]:
         """What `HfApi` wants of each file; hashes are computed once, when they are needed."""
         from huggingface_hub import CommitOperationAdd
@@ -1619,22 +1639,26 @@ class _Hub:
 
     def compare(self, additions: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:
         """The head of the branch, which files differ there by their hashes, and which should not be there."""
-        from huggingface_hub.errors import RevisionNotFoundError
-
-        try:
-            head = self.ask(self.api.repo_info, self.repo_id, revision=self.revision).sha
-        except HubError as error:
-            if not isinstance(error.__cause__, RevisionNotFoundError):
-                raise
-            head = self.ask(self.api.repo_info, self.repo_id).sha  # where the branch will begin
+        head = self.head()
         remote = {file.path: file for file in self.ask(self._files, head)}
         changed = [name for name, addition in additions.items() if not _is_same(addition, remote.get(name))]
         stale = [name for name in remote if name not in additions and _is_replaced(name)]
         return head, changed, stale
 
-    def create(self, private: bool | None) -> None:
-        """Makes the repository."""
-        self.ask(self.api.create_repo, self.repo_id, private=private, exist_ok=True)
+    def carry_out(
+        self, plan: PushReport, additions: Mapping[str, Any], private: bool | None, tag: str | None, message: str
+    ) -> PushReport:
+        """Does what a plan says, which says in the end what was done."""
+        head = plan.commit
+        if plan.creates:
+            self.ask(self.api.create_repo, self.repo_id, private=private, exist_ok=True)
+        if plan.uploaded or plan.deleted:
+            self.prepare(message)
+            head = self.upload(additions, message)
+            self.finish()
+        if tag is not None and not self.is_tagged(tag, head):
+            self.ask(self.api.create_tag, self.repo_id, tag=tag, revision=head, exist_ok=True)
+        return replace(plan, revision=self.revision, url=self.url(head), commit=head)
 
     def prepare(self, title: str) -> None:
         """Makes sure that the branch is there, or a draft pull request: an unfinished one of the same title is used."""
@@ -1704,11 +1728,6 @@ class _Hub:
         if tags.get(tag, commit) != commit:
             raise HubError(f"The tag {tag} of {self.repo_id} names another commit. Delete it or choose another.")
         return tag in tags
-
-    def tag(self, tag: str, commit: str) -> None:
-        """Names a commit."""
-        if not self.is_tagged(tag, commit):
-            self.ask(self.api.create_tag, self.repo_id, tag=tag, revision=commit, exist_ok=True)
 
     def url(self, commit: str | None) -> str:
         """Where to look at it."""

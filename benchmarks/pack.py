@@ -32,9 +32,11 @@ def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 source, out, size = sys.argv[1:]
-before, start = peak(), time.perf_counter()
+before, start, busy = peak(), time.perf_counter(), time.process_time()
 report = pack_checkpoint(source, out, max_shard_size=size, skip_test=True)
-print(json.dumps({"weights": report.weights, "seconds": time.perf_counter() - start, "before": before, "peak": peak()}))
+seconds, busy = time.perf_counter() - start, time.process_time() - busy
+values = {"weights": report.weights, "seconds": seconds, "cpu_seconds": busy, "before": before, "peak": peak()}
+print(json.dumps(values))
 """
 
 
@@ -92,8 +94,10 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(result))
         return
     print(f"{result['bytes'] / 1e9:.2f} GB, {result['layout']} layout: {result['weights']}")
-    print(f"{result['seconds']:.1f} s; peak memory {result['peak'] / 1e6:.0f} MB, of which")
-    print(f"{result['before'] / 1e6:.0f} MB before anything was packed")
+    print(f"{result['seconds']:.1f} s, of which the processor was busy {result['cpu_seconds']:.1f} s")
+    print(
+        f"peak memory {result['peak'] / 1e6:.0f} MB, {result['before'] / 1e6:.0f} MB of it before anything was packed"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_server import Fault, HubServer, running_hub
+from hub_server import Blob, Fault, HubServer, running_hub
 from PIL import Image
 from transformers import AutoModel
 
@@ -118,6 +118,14 @@ def test_a_card_that_somebody_changed_is_pushed_as_it_is(hub, folder):
     text = (folder / "README.md").read_text().replace("# tiny", "# My own words")
     (folder / "README.md").write_text(text)
     assert push(folder, hub).card == "kept" and content(hub, "README.md").decode() == text
+
+
+def test_a_card_that_somebody_changed_on_the_hub_stays(hub, packed):
+    push(packed, hub)
+    repo = hub.repos["model", "me/tiny"]
+    repo.add("main", "Edit", {**repo.at().files, "README.md": Blob(6, b"# Mine")})
+    report = push(packed, hub)
+    assert report.card == "kept" and report.uploaded == () and content(hub, "README.md") == b"# Mine"
 
 
 def test_secrets_stay_at_home(hub, folder):
@@ -245,7 +253,7 @@ def test_a_name_of_another_kind_is_refused(hub, packed, kind):
 def test_a_repository_with_a_card_only_may_be_filled(hub, packed):
     hub.add_repo("me/tiny", files={"README.md": b"# to come", "LICENSE": b""})
     push(packed, hub)
-    assert holds(hub, packed)
+    assert holds(hub, packed) and content(hub, "README.md") == b"# to come"
 
 
 def test_a_tag_of_another_commit_is_refused_before_anything_is_sent(hub, packed):
@@ -322,7 +330,7 @@ for name in ("me/cli", "me/method"):
     output = model.predict_forward(image=image, text=sys.argv[1])
     np.save(f"{name.replace('/', '-')}.npy", np.stack(output.prediction_masks))
 result["processor"] = type(AutoProcessor.from_pretrained("me/words", trust_remote_code=True)).__name__
-result["again"] = model.push_to_hub("me/again", token="hf_me")
+result["again"] = model.push_to_hub("me/again", token="hf_me", max_shard_size="5MB")
 print(json.dumps(result))
 """
 
