@@ -184,7 +184,9 @@ def _entries(word: str) -> list[dict[str, Any]]:
     return [{"name": name, "root": root, **({"weight": float(weight)} if weight else {})}]
 
 
-def plan_mixture(datasets: Mapping[str, Dataset], weights: Mapping[str, float] | None, training: TrainingArguments):
+def plan_mixture(
+    datasets: Mapping[str, Dataset], weights: Mapping[str, float] | None, training: TrainingArguments
+) -> Mixture:
     """The samples of all steps as one sequence; sets `max_steps` where only epochs were given.
 
     An epoch is as many samples as the data sets have together, whatever their weights.
