@@ -56,14 +56,19 @@ from transformers.utils import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAInternLM2Config, Sa2VAVisionConfig
+from .configuration_sa2va import (
+    PROMPT_DECODER,
+    Sa2VAChatConfig,
+    Sa2VAChatConfigQwen,
+    Sa2VAInternLM2Config,
+    Sa2VAVisionConfig,
+)
 from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle
 from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model
 
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
-PROMPT_DECODER = "sam_mask_decoder_modified"  # what only Sa2VA-i has
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 # transformers 5.24 gave the key-value cache of every model a new name.
@@ -334,11 +339,45 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """transformers' `save_pretrained`: in the released layout, quantized models in that of transformers.
 
-        Quantized weights can't be fused as the official code wants them, nor would it know what to do with them.
+        Quantized weights can't be fused as the official code wants them, nor would it know what to do with them. This
+        code is saved, too: the folder loads with `trust_remote_code`.
         """
         if getattr(self, "hf_quantizer", None) is not None:
             kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """transformers' `push_to_hub`, of a whole repository: code, processor and model card beside the weights.
+
+        See `hub_upload.push_checkpoint`. Adapters and quantized models go transformers' own way.
+
+        Returns:
+            Address of the commit or pull request.
+
+        Raises:
+            OSError: no token, no permission, no connection, no space, or `repo_id` holds something else.
+            ValueError: the model has no processor.
+        """
+        message = commit_message or "Upload Sa2VA"
+        hub = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        hub |= {"max_shard_size": max_shard_size, "tags": tags, "commit_message": message}
+        if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
+            return super().push_to_hub(repo_id, commit_description=commit_description, **hub)
+        from .hub_upload import push_model
+
+        return push_model(self, repo_id, **hub).url
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -1531,6 +1570,28 @@ def native_adapter_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -
         parts = [tensor] if len(names) == 1 else _split_adapter(rest, tensor, names, modules.splits[released], model)
         output |= {f"{prefix}{name}{rest}": part for name, part in zip(names, parts, strict=True)}
     return output
+
+
+def merged_with_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> PreTrainedModel:
+    """A model with an adapter's changes in its own weights.
+
+    Args:
+        model: `Sa2VAChatModel`, which is changed.
+        folder: holds adapter_config.json and weights, of PEFT or of `save_pretrained`, also trained on the released
+            code's modules.
+
+    Raises:
+        ValueError: the adapter has other modules than the model, or can't be merged.
+    """
+    peft = _peft()
+    config = model.adapter_config(peft.PeftConfig.from_pretrained(folder))
+    weights = native_adapter_weights(model, peft.utils.load_peft_weights(str(folder), device="cpu"))
+    wrapped = peft.get_peft_model(model, config)
+    expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    report = peft.set_peft_model_state_dict(wrapped, weights)
+    if lost := sorted({*report.unexpected_keys, *(expected.keys() - weights.keys())}):
+        raise ValueError(f"{lost} are of the adapter or of the model only.")
+    return wrapped.merge_and_unload()
 
 
 def _split_adapter(

@@ -12,160 +12,46 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
-from sa2va.data.scenes import COLORS, SHAPES
-from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, QUICK_CURRICULUM, SceneCollator, ScheduledScenes, Stage
+from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, WORDS_TASKS, SceneCollator, ScheduledScenes, Stage
 from sa2va.finetune.tiny import build_model
+from sa2va.finetune.trainee import HEAD_WEIGHTS, LOSS_NAMES, SceneTrainee, load_heads, save_heads
 
+TINY = str(Path(__file__).resolve().parents[1] / "sa2va-tiny")
 PRESETS = {
-    # steps, scenes a step, clips a step, frames a clip
-    "ten-minutes": {"max_steps": 700, "batch_size": 32, "clips": 4, "frames": 7},
-    "full": {"max_steps": 2400, "batch_size": 32, "clips": 6, "frames": 8},
-    "smoke": {"max_steps": 4, "batch_size": 4, "clips": 2, "frames": 6},
-}
-HEAD_WEIGHTS = {
-    "class_loss": 0.5,
-    "box_loss": 2.0,
-    "point_loss": 2.0,
-    "target_loss": 1.0,
-    "cell_loss": 0.5,
-    "cell_box_loss": 2.0,
+    # As the paper starts: words and sight are there, how to draw what a [SEG] means is learned from nothing.
+    "ten-minutes": {
+        "max_steps": 300,
+        "learning_rate": 3e-3,
+        "init": TINY,
+        "new": "mask_decoder",
+        "learn": "mask_decoder",
+        "clips_per_batch": 4,
+        "num_frames": 7,
+    },
+    # Everything from nothing.
+    "full": {"max_steps": 6000, "learning_rate": 1.2e-3, "clips_per_batch": 6, "num_frames": 8},
+    "smoke": {"max_steps": 4, "per_device_train_batch_size": 4, "clips_per_batch": 2, "num_frames": 6},
 }
 HEADS = "heads.safetensors"
-OBJECT_WEIGHT = 5.0  # of an image token that shows the object, against one of the many that don't
-LEARNERS = {  # what learns, by the names of its parameters
-    "all": re.compile(""),
-    "sam2": re.compile("text_hidden_fcs|grounding_encoder"),
+PARTS = {  # by the names of their parameters
+    "language": re.compile("mlp1|language_model|text_hidden_fcs"),
     "mask_decoder": re.compile(r"text_hidden_fcs|grounding_encoder\.sam2_model\.(sam_mask_decoder|sam_prompt_encoder)"),
 }
-LOSS_NAMES = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss", *HEAD_WEIGHTS)
-
-
-class SceneTrainee(nn.Module):
-    """The model with linear heads that exist only while it learns.
-
-    They read colour, shape and box off each `[SEG]` state and off each image token. That is the shortest way for a
-    model without any pretraining to find out what its words are about; the text loss alone takes many times longer.
-    For the same reason the vector that prompts SAM 2 is drawn to SAM 2's own encoding of the object's centre, and a
-    head reads off the mask decoder's image tokens which of them show the prompted object: without it the decoder draws
-    every object at once for hundreds of steps, since it must find out who is meant and how to draw at the same time.
-    """
-
-    def __init__(self, model: Sa2VAChatModel):
-        super().__init__()
-        self.model = model
-        hidden_size = model.config.llm_config.hidden_size
-        self.seg_heads = nn.ModuleList(nn.Linear(hidden_size, n) for n in (len(COLORS), len(SHAPES)))
-        self.box_head = nn.Linear(hidden_size, 4)
-        self.target_head = nn.Linear(model.config.grounding_config.d_model, 1)
-        self.cell_heads = nn.ModuleList(nn.Linear(hidden_size, n + 1) for n in (len(COLORS), len(SHAPES)))
-        self.cell_box_head = nn.Linear(hidden_size, 4)
-
-    def forward(
-        self,
-        cell_classes: Tensor,
-        cell_boxes: Tensor,
-        seg_classes: Tensor | None = None,
-        seg_boxes: Tensor | None = None,
-        **inputs,
-    ) -> dict[str, Tensor]:
-        """Losses of `Sa2VAChatModel.forward` plus those of the heads; `loss` is their sum.
-
-        Without `input_ids` only the vision tower is run, and `loss` is that of its tokens.
-        """
-        if "input_ids" not in inputs:
-            losses = self._cell_losses(self.model.get_image_features(inputs["pixel_values"]), cell_classes, cell_boxes)
-            return {"loss": _weighted(losses), **losses}
-        with _image_tokens(self.model) as image_tokens:
-            output = self.model(**inputs)
-        losses = {name: output[name] for name in LOSS_NAMES if output.get(name) is not None}
-        if len(seg_classes):
-            states = output.seg_hidden_states
-            losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
-            losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
-            losses["point_loss"] = self._point_loss(self.model.text_hidden_fcs(states), seg_boxes)
-            losses["target_loss"] = self._target_loss(image_tokens, inputs["mask_labels"])
-        losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes)
-        return {"loss": output.loss + _weighted(losses), **losses, "logits": output.logits}
-
-    def _point_loss(self, prompts: Tensor, boxes: Tensor) -> Tensor:
-        """Squared distance of the prompts from the encoded centres of visible objects."""
-        sam2_model = self.model.grounding_encoder.sam2_model
-        side = sam2_model.image_size
-        centres = sam2_model.sam_prompt_encoder.pe_layer.forward_with_coords(side * boxes[:, None, :2], (side, side))
-        distance = (prompts - centres[:, 0]).square().mean(dim=1)
-        visible = boxes[:, 2] > 0
-        return (distance * visible).sum() / visible.sum().clamp(min=1)
-
-    def _target_loss(self, image_tokens: list[Tensor], mask_labels: Sequence[Tensor]) -> Tensor:
-        """Cross entropy of "this token shows the object", for tokens [objects, h * w, D] of every frame."""
-        logits = torch.stack([self.target_head(tokens)[..., 0] for tokens in image_tokens], dim=1)
-        side = round(logits.shape[-1] ** 0.5)
-        masks = [F.interpolate(m.float(), size=(side, side), mode="area") for m in mask_labels if len(m)]
-        targets = torch.cat(masks).flatten(2)
-        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=logits.new_tensor(OBJECT_WEIGHT))
-
-    def _cell_losses(self, states: Tensor, classes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        shows_object = classes[..., 0] > 0
-        box_loss = (self.cell_box_head(states) - boxes).abs().mean(dim=-1)[shows_object].sum()
-        return {
-            "cell_loss": _cell_loss(self.cell_heads, states, classes),
-            "cell_box_loss": box_loss / shows_object.sum().clamp(min=1),
-        }
-
-
-@contextmanager
-def _image_tokens(model: Sa2VAChatModel) -> Iterator[list[Tensor]]:
-    """Collects what the mask decoder's transformer makes of the image, frame by frame, while the block runs."""
-    collected: list[Tensor] = []
-    transformer = model.grounding_encoder.sam2_model.prompt_decoder.transformer
-    handle = transformer.register_forward_hook(lambda module, args, output: collected.append(output[1]))
-    try:
-        yield collected
-    finally:
-        handle.remove()
-
-
-def _weighted(losses: dict[str, Tensor]) -> Tensor:
-    return sum(weight * losses[name] for name, weight in HEAD_WEIGHTS.items() if name in losses)
-
-
-def _class_loss(heads: nn.ModuleList, states: Tensor, classes: Tensor) -> Tensor:
-    return sum(F.cross_entropy(head(states).flatten(0, -2), classes[..., i].flatten()) for i, head in enumerate(heads))
-
-
-def _cell_loss(heads: nn.ModuleList, states: Tensor, classes: Tensor) -> Tensor:
-    """Cross entropy of image tokens, half of it from the few that show an object."""
-    shows_object = classes[..., 0].flatten() > 0
-    weights = torch.where(shows_object, 0.5 / shows_object.sum().clamp(min=1), 0.5 / (~shows_object).sum().clamp(min=1))
-    losses = (
-        F.cross_entropy(head(states).flatten(0, -2), classes[..., i].flatten(), reduction="none")
-        for i, head in enumerate(heads)
-    )
-    return sum((loss * weights).sum() for loss in losses)
-
-
-def save_heads(trainee: SceneTrainee, path: Path) -> None:
-    """Saves what only training needs, so that a later sitting need not begin with heads that know nothing."""
-    save_file({name: t for name, t in trainee.state_dict().items() if not name.startswith("model.")}, path)
-
-
-def load_heads(trainee: SceneTrainee, path: Path) -> None:
-    """Loads what `save_heads` saved, if there is such a file."""
-    if path.is_file():
-        trainee.load_state_dict(load_file(path), strict=False)
+LEARNERS = {  # what learns
+    "all": re.compile(""),
+    "words": re.compile("(?!grounding_encoder)"),
+    "sam2": re.compile("text_hidden_fcs|grounding_encoder"),
+    "mask_decoder": PARTS["mask_decoder"],
+}
 
 
 class SceneTrainer(Trainer):
@@ -248,17 +134,18 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--preset", choices=PRESETS, default="ten-minutes", help="how long to learn")
     parser.add_argument("--clips_per_batch", type=int, help="clips in a step that trains on clips")
     parser.add_argument("--init", metavar="FOLDER", help="go on from a saved model, with the last stage's mix of tasks")
-    parser.add_argument("--learn", choices=LEARNERS, default="all", help="what learns: all, SAM 2, or its mask decoder")
-    parser.add_argument("--new_mask_decoder", action="store_true", help="with --init: draw masks from nothing again")
+    parser.add_argument("--learn", choices=LEARNERS, help="what learns (default: all)")
+    parser.add_argument("--new", choices=PARTS, help="with --init: the part that begins from nothing again")
     parser.add_argument("--num_frames", type=int, help="frames in a clip; those after the key frames are tracked")
     options, rest = parser.parse_known_args(argv)
-    preset = PRESETS[options.preset]
-    options.clips_per_batch = options.clips_per_batch or preset["clips"]
-    options.num_frames = options.num_frames or preset["frames"]
+    preset = dict(PRESETS[options.preset])
+    for name in ("init", "new", "learn", "clips_per_batch", "num_frames"):
+        value = preset.pop(name, None)
+        setattr(options, name, getattr(options, name) or value)
+    options.learn = options.learn or "all"
     defaults = {
         "output_dir": "runs/tiny",
-        "max_steps": preset["max_steps"],
-        "per_device_train_batch_size": preset["batch_size"],
+        "per_device_train_batch_size": 32,
         "learning_rate": 1.2e-3,
         "warmup_steps": max(1, preset["max_steps"] // 20),
         "lr_scheduler_type": "cosine",
@@ -274,6 +161,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         "seed": 0,
         "label_names": "labels",
         "prediction_loss_only": True,
+        **preset,
     }
     given = {word[2:].split("=")[0] for word in rest if word.startswith("--")}
     words = [word for k, v in defaults.items() if k not in given for word in (f"--{k}", str(v))]
@@ -282,24 +170,24 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
 
 
 def curriculum_of(options: argparse.Namespace) -> Sequence[Stage]:
-    """All stages for a fresh model, the last for a saved one; only pictures with masks for a mask decoder."""
+    """All stages for a fresh model, the last for a saved one; what serves it best for a part of one."""
     if options.learn == "mask_decoder":
         return (Stage(1.0, {"refer": 3, "multi": 1, "caption": 1}),)
-    if options.preset == "ten-minutes":
-        return QUICK_CURRICULUM
+    if options.learn == "words":
+        return (Stage(1.0, WORDS_TASKS, video_share=0.3),)
     return CURRICULUM[-1:] if options.init else CURRICULUM
 
 
-def start(folder: str | None, seed: int, new_mask_decoder: bool = False) -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
-    """A fresh small model, or a saved one with its processor, all of it or all but what draws masks."""
+def start(folder: str | None, seed: int, new: str | None = None) -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
+    """A fresh small model, or a saved one with its processor, all of it or all but the part called `new`."""
     if folder is None:
         return build_model(seed)
     set_seed(seed)
     model = Sa2VAChatModel.from_pretrained(folder)
-    if not new_mask_decoder:
+    if new is None:
         return model, model.load_processor()
     fresh, processor = build_model(seed)
-    kept = {name: tensor for name, tensor in model.state_dict().items() if not LEARNERS["mask_decoder"].match(name)}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not PARTS[new].match(name)}
     fresh.load_state_dict(kept, strict=False)
     return fresh, processor
 
@@ -307,7 +195,7 @@ def start(folder: str | None, seed: int, new_mask_decoder: bool = False) -> tupl
 def main(argv: list[str] | None = None) -> Path:
     """Trains, or goes on training, and returns the folder with the result."""
     options, arguments = parse_arguments(argv)
-    model, processor = start(options.init, arguments.seed, options.new_mask_decoder)
+    model, processor = start(options.init, arguments.seed, options.new)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(LEARNERS[options.learn].match(name) is not None)
     dataset = ScheduledScenes(
@@ -321,7 +209,8 @@ def main(argv: list[str] | None = None) -> Path:
     trainee = SceneTrainee(model)
     if options.init:
         load_heads(trainee, Path(options.init).parent / HEADS)
-    trainer = SceneTrainer(model=trainee, args=arguments, train_dataset=dataset, data_collator=SceneCollator(processor))
+    collator = SceneCollator(processor, masks=options.learn != "words")
+    trainer = SceneTrainer(model=trainee, args=arguments, train_dataset=dataset, data_collator=collator)
     output = Path(arguments.output_dir)
     resume = arguments.resume_from_checkpoint or (get_last_checkpoint(str(output)) if output.is_dir() else None)
     trainer.train(resume_from_checkpoint=resume)
