@@ -106,12 +106,11 @@ def _released(model: Sa2VAChatModel, config, weights: dict[str, Tensor]):
     """Config and weights by released names; adapters of parts of one tensor become one, of their joint rank."""
     names = ModuleNames(model)
     output: dict[str, Tensor] = {}
-    adapted: dict[str, dict[str, str]] = defaultdict(dict)
+    adapted: dict[str, list[str]] = defaultdict(list)
     for key, tensor in weights.items():
         name = key.removeprefix(PREFIX)
         if name.endswith(LORA_A):
-            module = name.removesuffix(LORA_A)
-            adapted[names.released[module]][module] = module
+            adapted[names.released[name.removesuffix(LORA_A)]].append(name.removesuffix(LORA_A))
         elif not name.endswith(LORA_B):
             output[PREFIX + names.released.get(name, name)] = tensor
     ranks = {}

@@ -13,6 +13,7 @@ processes and accumulated: each loss is summed over tokens, or over objects and 
 are in all of the step.
 """
 
+import functools
 import json
 import math
 import os
@@ -184,7 +185,9 @@ def _entries(word: str) -> list[dict[str, Any]]:
     return [{"name": name, "root": root, **({"weight": float(weight)} if weight else {})}]
 
 
-def plan_mixture(datasets: Mapping[str, Dataset], weights: Mapping[str, float] | None, training: TrainingArguments):
+def plan_mixture(
+    datasets: Mapping[str, Dataset], weights: Mapping[str, float] | None, training: TrainingArguments
+) -> Mixture:
     """The samples of all steps as one sequence; sets `max_steps` where only epochs were given.
 
     An epoch is as many samples as the data sets have together, whatever their weights.
@@ -208,7 +211,7 @@ def load_model(recipe: RecipeArguments, training: TrainingArguments) -> tuple[nn
         if getattr(recipe, name) is not None:
             setattr(model.config, name, getattr(recipe, name))
     processor = model.load_processor()
-    model.register_forward_hook(run_idle_parts, with_kwargs=True)
+    run_idle_parts(model)
     return prepare_model(model, recipe), processor
 
 
@@ -273,45 +276,53 @@ def _is_sharded(training: TrainingArguments) -> bool:
     return bool(training.fsdp or training.deepspeed or any(os.environ.get(name) == "true" for name in launched))
 
 
-def run_idle_parts(model: Sa2VAChatModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook: every part that learns has a gradient, if only of zero, whatever is in the batch.
+def run_idle_parts(model: Sa2VAChatModel) -> None:
+    """Makes `forward` give every part that learns a gradient, if only of zero, whatever is in the batch.
 
-    A process that has no picture, or no object, runs those parts on nothing, at no weight in the loss; else processes
-    that train together would wait for it for ever. Clips of different lengths are segmented in turn, so the number of
-    turns must be equal, too. One process alone does as they do, without the work.
+    A process that has no picture, or no object, runs those parts on nothing, at no weight in the loss, and where the
+    others run them: else processes that train together would wait for it for ever, or mistake one part for another.
+    Clips of different lengths are segmented in turn, so the number of turns must be equal, too. One process alone does
+    as they do, without the work.
     """
-    if not model.training or output.loss is None:
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def forward_with_idle_parts(**inputs: Any) -> Any:
+        if not model.training or inputs.get("labels") is None:
+            return forward(**inputs)
+        is_blind, device = inputs.get("pixel_values") is None, inputs["input_ids"].device
+        idle = [_see_nothing(model, device)] if is_blind and dist.is_initialized() else []
+        output = forward(**inputs)
+        lengths = {masks.shape[1] for masks in output.pred_masks or () if len(masks)}
+        if dist.is_initialized():
+            turns = torch.tensor(max(1, len(lengths)), device=device)
+            dist.all_reduce(turns, dist.ReduceOp.MAX)
+            idle += [_segment_nothing(model, device) for _ in range(int(turns) - len(lengths))]
+        elif is_blind or not lengths:
+            idle = [parameter.sum() for parameter in model.parameters() if parameter.requires_grad]
+        if idle:
+            output.loss = output.loss + 0.0 * sum(idle)
         return output
-    lengths = {masks.shape[1] for masks in output.pred_masks or () if len(masks)}
-    is_blind = kwargs.get("pixel_values") is None
-    if dist.is_initialized():
-        turns = torch.tensor(max(1, len(lengths)), device=output.loss.device)
-        dist.all_reduce(turns, dist.ReduceOp.MAX)
-        idle = [_segment_nothing(model, output.loss) for _ in range(int(turns) - len(lengths))]
-        idle += [_see_nothing(model, output.loss)] if is_blind else []
-    else:
-        idle = [p.sum() for p in model.parameters() if p.requires_grad] if is_blind or not lengths else []
-    if idle:
-        output.loss = output.loss + 0.0 * sum(idle)
-    return output
+
+    model.forward = forward_with_idle_parts
 
 
-def _segment_nothing(model: Sa2VAChatModel, like: Tensor) -> Tensor:
+def _segment_nothing(model: Sa2VAChatModel, device: torch.device) -> Tensor:
     side = model.config.grounding_config.image_size
-    prompts = model.text_hidden_fcs(like.new_zeros(1, model.config.get_text_config().hidden_size))
-    clip, where = prompts.new_zeros(1, 1, 3, side, side), torch.zeros(1, dtype=torch.long, device=like.device)
+    prompts = model.text_hidden_fcs(torch.zeros(1, model.config.get_text_config().hidden_size, device=device))
+    clip, where = prompts.new_zeros(1, 1, 3, side, side), torch.zeros(1, dtype=torch.long, device=device)
     (seen,) = model.grounding_encoder.segment_clips(clip, prompts, where, 1)
     return seen.multimask_logits.mean() + seen.multimask_iou_scores.mean() + seen.object_scores.mean()
 
 
-def _see_nothing(model: Sa2VAChatModel, like: Tensor) -> Tensor:
+def _see_nothing(model: Sa2VAChatModel, device: torch.device) -> Tensor:
     vision = model.config.vision_config
     if not model.config.is_qwen_vl:
         side = model.config.force_image_size or vision.image_size
-        return model.get_image_features(like.new_zeros(1, 3, side, side)).mean()
-    grid = torch.tensor([[1, vision.spatial_merge_size, vision.spatial_merge_size]], device=like.device)
+        return model.get_image_features(torch.zeros(1, 3, side, side, device=device)).mean()
+    grid = torch.tensor([[1, vision.spatial_merge_size, vision.spatial_merge_size]], device=device)
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    seen = model.causal_model.model.visual(like.new_zeros(int(grid.prod()), width), grid_thw=grid)
+    seen = model.causal_model.model.visual(torch.zeros(int(grid.prod()), width, device=device), grid_thw=grid)
     return (seen if isinstance(seen, Tensor) else seen[0]).mean()
 
 
