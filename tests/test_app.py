@@ -251,9 +251,10 @@ def test_page_is_for_this_computer_only(address):
     assert app.parse([]).share is False
 
 
-def test_unusable_option_is_told(capsys):
-    assert app.main(["--model", "no-such-folder"]) == 2
-    assert "no-such-folder" in capsys.readouterr().err
+@pytest.mark.parametrize("option", [["--model", "no-such-folder"], ["--concurrency", "0"]])
+def test_unusable_option_is_told(capsys, option):
+    assert app.main(option) == 2
+    assert option[1] in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ browser
@@ -399,8 +400,9 @@ def test_visitor_follows_an_object_through_a_video(visit):
 
 
 @pytest.mark.slow
-def test_visitor_with_a_bad_file_is_told(visit, tmp_path):
-    visitor = visit()
+def test_visitor_with_a_bad_file_and_a_phone_is_told(visit, tmp_path):
+    visitor = visit(viewport={"width": 390, "height": 844})
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
     for name, good, message in (
         ("broken.png", IMAGE, "'broken.png' is a damaged image"),
         ("broken.mp4", VIDEO, "neither an image that Pillow reads nor a video that OpenCV reads"),
@@ -430,13 +432,6 @@ def test_two_visitors_at_once_see_their_own_picture_only(visit):
     for visitor, size, strange in ((one, [360, 480], "cross"), (other, [180, 240], "star")):
         assert strange not in visitor.page.inner_text("#chat")
         assert json.loads(visitor.download("#masks"))["size"] == size
-
-
-@pytest.mark.slow
-def test_page_fits_a_phone(visit):
-    visitor = visit(viewport={"width": 390, "height": 844})
-    visitor.give_and_see(IMAGE)
-    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 @pytest.mark.skipif(
