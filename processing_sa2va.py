@@ -34,7 +34,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
 
-from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config
+from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config, copy_code
 
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow stops too: a guard against decompression bombs
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in [0, 1]
@@ -589,6 +589,7 @@ class InternLM2Tokenizer(TokenizersBackend):
     """
 
     model_input_names = ["input_ids", "attention_mask"]
+    _auto_map = {"AutoTokenizer": ["processing_sa2va.InternLM2Tokenizer", None]}  # saved: (slow, fast), as released
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict[str, Any]:
@@ -928,6 +929,18 @@ class Sa2VAProcessor(ProcessorMixin):
                 "Sa2VA. Give the folder or Hub name of a checkpoint."
             )
         return ({} if config is None else cls._settings_of(config)) | saved, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in processor_config.json, with what AutoProcessor needs to find this class."""
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": f"processing_sa2va.{type(self).__name__}"}}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`."""
+        saved = super().save_pretrained(save_directory)
+        copy_code(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return saved
 
     @property
     def region_grid(self) -> int:

@@ -1,9 +1,12 @@
 """Shared fixtures: the golden checkpoint and its recordings, loaded once."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # tests/hub_server.py speaks Git LFS; read when the client is imported
 
 import numpy as np
 import pytest

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel
 
 from sa2va.data.scenes import make_sample
-from sa2va.finetune import train
+from sa2va.finetune import scenes as train
 from sa2va.finetune.batches import CURRICULUM, SceneCollator, ScheduledScenes, Stage
 from sa2va.finetune.tiny import build_model
 

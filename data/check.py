@@ -1,0 +1,130 @@
+"""Checks a data set: `python data/check.py refcoco ~/data/refcoco --split val` names every broken line or record.
+
+Every sample is made, every file looked for, and every mask decoded. A problem is one line, "file:line: what is wrong,
+what is expected"; the command ends with status 1 if there are any.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sa2va.data.records import BROKEN, Reader
+from sa2va.data.registry import DATASETS, open_dataset
+from sa2va.data.samples import Media, Sample, Size
+
+SEG = "[SEG]"
+UNGROUPED = ("jsonl", "gcg", "region_captions", "llava", "chatunivi")  # all others draw from a sample's expressions
+
+
+def validate(name: str, root: str | os.PathLike, split: str, *, limit: int | None = None, **options: Any) -> list[str]:
+    """Looks for everything that is wrong with a data set.
+
+    Args:
+        name, root, split, **options: as in `open_dataset`; of grouped expressions all are looked at.
+        limit: look at the first samples only.
+
+    Returns:
+        The problems, each with its place; none for a sound data set.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"Unknown data set {name!r}; choose one of {', '.join(DATASETS)}.")
+    everything = {} if name in UNGROUPED else {"max_expressions": sys.maxsize}
+    try:
+        dataset = open_dataset(name, root, split, **everything, **options)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    problems, places = [], {}
+    for index in range(len(dataset) if limit is None else min(limit, len(dataset))):
+        where = _place(dataset, index)
+        try:
+            sample = dataset[index]
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if sample.id in places:
+            problems.append(f"{where}: has the id {sample.id!r} of {places[sample.id]}; ids must be unique.")
+        places.setdefault(sample.id, where)
+        problems += [f"{where}: {problem}" for problem in _problems(sample)]
+    return problems if len(dataset) else [f"{root}: split {split!r} has no samples."]
+
+
+def _place(dataset: Any, index: int) -> str:
+    return dataset.records[index].where if isinstance(dataset, Reader) else f"sample {index}"
+
+
+def _problems(sample: Sample) -> Iterator[str]:
+    """What is wrong with a sample that could be made."""
+    for number, turn in enumerate(sample.turns):
+        if not turn.question.strip() or "<image>" in turn.question:
+            yield f"turn {number}: a question needs words, without <image>; got {turn.question[:50]!r}."
+        if turn.answer is not None and turn.answer.count(SEG) != len(turn.objects):
+            yield f"turn {number}: {turn.answer.count(SEG)} {SEG} in the answer, but {len(turn.objects)} objects."
+    if not sample.turns:
+        yield "there are no turns."
+    missing = [path for path in sample.media.paths if not path.exists()]
+    if missing:
+        yield f"there is no file {str(missing[0])!r}" + (f" (and {len(missing) - 1} more)." if missing[1:] else ".")
+    elif sample.media:
+        yield from _mask_problems(sample)
+
+
+def _mask_problems(sample: Sample) -> Iterator[str]:
+    try:
+        size, length = sample.media.size(), len(sample.media)
+        sample.media.read([length - 1])  # a video may be shorter than its data set says
+    except BROKEN as error:
+        yield f"{sample.media.paths[0].name} can't be read: {error}"
+        return
+    if other := _other_size(sample.media, size):
+        yield other
+    named = [
+        (f"turn {number}, object {place}", masks)
+        for number, turn in enumerate(sample.turns)
+        for place, masks in enumerate(turn.objects)
+    ]
+    named += [(f"region {number}", masks) for number, masks in enumerate(sample.regions, 1)]
+    for name, masks in named:
+        if beyond := [frame for frame in masks.frames if not 0 <= frame < length]:
+            yield f"{name}: a mask of frame {beyond[0]}, but there are {length} frames, numbered from 0."
+            continue
+        try:
+            areas = [int(masks.read([frame], size).sum()) for frame in masks.frames]
+        except BROKEN as error:
+            yield f"{name}: {error}"
+            continue
+        if not any(areas) and not sample.media.is_video:
+            yield f"{name}: the mask is empty; an object needs at least one pixel."
+
+
+def _other_size(media: Media, size: Size) -> str | None:
+    """The first frame of a clip that is not as large as the first; only headers are read."""
+    for path in media.paths[1:]:
+        with Image.open(path) as frame:
+            if frame.size != size[::-1]:
+                return f"{path.name} is {frame.size[1]}x{frame.size[0]} (h x w), the first frame {size[0]}x{size[1]}."
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
+    parser.add_argument("root", type=Path, help="folder of the data set")
+    parser.add_argument("--split", default="train", help="(default: %(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="look at the first N samples only")
+    options = parser.parse_args(argv)
+    problems = validate(options.name, options.root, options.split, limit=options.limit)
+    print("\n".join([*problems, f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"]))
+    raise SystemExit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()
