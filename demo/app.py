@@ -63,6 +63,9 @@ def launch(arguments: argparse.Namespace, wait: bool = True) -> str:
         ValueError, TypeError, OSError: the model, an option or the port can't be used.
         ImportError: gradio is missing.
     """
+    for name in ("max_frames", "concurrency", "queue"):
+        if (value := getattr(arguments, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} makes no sense: give 1 or more.")
     from sa2va.demo.page import CSS, THEME, Page  # gradio takes seconds to import, and --help needs it not
 
     options = predict_options(arguments)

@@ -155,7 +155,7 @@ class Page:
                 ["first", "uniform"], value=sampling, allow_custom_value=True, label="Frames the language model sees",
                 info="the first ones, some spread over the video, or numbers such as 0,8,16",
             )  # fmt: skip
-            self.num_frames = gr.Slider(1, 16, num_frames, step=1, label="How many (first, uniform)")
+            self.num_frames = gr.Slider(1, max(16, num_frames), num_frames, step=1, label="How many (first, uniform)")
 
     def _lay_examples(self) -> None:
         image, video = SAMPLES / "shapes.png", SAMPLES / "shapes.mp4"
