@@ -527,6 +527,7 @@ def draft_interview(rng: np.random.Generator, objects: Objects, plan: Plan) -> l
     drafts: dict[str, Draft] = {}
     for task, kind in shuffled(rng, kinds):
         noun = choose(rng, nouns_of(choose(rng, objects))) if rng.random() < 0.7 else any_noun(rng)
+        noun = plan.noun if plan.noun and rng.random() < 0.5 else noun
         about = plan._replace(task=task, kind=kind, noun=noun, positive=bool(rng.random() < 0.5))
         if kind == "all" and not noun.among(objects):
             continue
@@ -563,7 +564,7 @@ def sample_plan(rng: np.random.Generator, task: str, kind: str | None = None) ->
     kind = kind or choose(rng, KINDS[task])
     positive = bool(rng.random() < 0.5)
     count = int(rng.integers(2, 6))
-    if kind in ("count", "all", "them"):
+    if kind in ("count", "all", "them", "interview"):
         if rng.random() < 0.25:
             return Plan(task, kind, count, None, 0, positive)
         crowd = int(rng.integers(0 if kind == "count" else 1, 5))

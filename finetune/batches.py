@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sa2va import Sa2VAProcessor
-from sa2va.data.scenes import COLORS, EXTREMES, IMAGE_TASKS, SHAPES, SIZE_MARGIN, VIDEO_TASKS, SceneSample, make_sample
+from sa2va.data.scenes import COLORS, EXTREMES, SHAPES, SIZE_MARGIN, VIDEO_TASKS, SceneSample, make_sample
 from sa2va.data.shapes import MOTIONS, SceneObject
 from sa2va.modeling_sa2va import IGNORE_INDEX
 
@@ -24,7 +24,7 @@ NUM_FLAGS = 2 + len(EXTREMES)  # largest, smallest, leftmost, ...
 CLEAR_POSITION = 0.05  # short sides between an extreme and the next one, for the flags
 
 
-_ALL_VIDEO_TASKS = dict.fromkeys(VIDEO_TASKS, 1.0) | {"video_interview": 5.0}
+_ALL_VIDEO_TASKS = dict.fromkeys(VIDEO_TASKS, 1.0) | {"video_interview": 2.0}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ class Stage:
 
 
 # Seeing shapes close up; naming what is there and drawing it; relations, absence, questions; motion and memory.
-_ALL_IMAGE_TASKS = dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.0, "multi": 1.5, "interview": 5.0}
+_ALL_IMAGE_TASKS = {
+    "refer": 3.0, "multi": 3.0, "followup": 2.0, "question": 1.5, "caption": 1.0, "region": 0.7, "absent": 0.7,
+    "interview": 4.0,
+}  # fmt: skip
 WORDS_TASKS = {"interview": 8.0, "caption": 1.0, "region": 1.0, "followup": 2.0}
 CURRICULUM = (
     Stage(0.22, {}),

@@ -30,6 +30,7 @@ HEAD_WEIGHTS = {
 }
 LOSS_NAMES = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss", *HEAD_WEIGHTS)
 NAME_LENGTH = 3  # tokens from before "red star" to its `[SEG]`
+MOTION_SCALE = 10.0  # a motion is a small difference of places: a head without it would need large weights
 OBJECT_WEIGHT = 5.0  # of an image token that shows the object, against one of the many that don't
 
 
@@ -57,6 +58,8 @@ class SceneTrainee(nn.Module):
         self.standing_head = nn.Linear(hidden_size, NUM_GROUPS * (MAX_COUNT + NUM_FLAGS))
         self.motion_head = nn.Linear(hidden_size, len(MOTIONS))
         self.past_head = nn.Linear(hidden_size, 2)
+        self.class_prompts = nn.Embedding(len(COLORS) * len(SHAPES), model.config.grounding_config.d_model)
+        nn.init.zeros_(self.class_prompts.weight)
 
     def forward(
         self,
@@ -88,7 +91,7 @@ class SceneTrainee(nn.Module):
             states = output.seg_hidden_states
             losses["class_loss"] = _class_loss(self.seg_heads, states, seg_classes)
             losses["box_loss"] = F.l1_loss(self.box_head(states), seg_boxes)
-            losses["point_loss"] = self._point_loss(self.model.text_hidden_fcs(states), seg_boxes)
+            losses["point_loss"] = self._point_loss(self.model.text_hidden_fcs(states), seg_boxes, seg_classes)
             is_seg = (inputs["input_ids"] == token_ids.seg) & (inputs["labels"] != IGNORE_INDEX)
             losses["naming_loss"] = _naming_loss(*second, is_image, is_seg, seg_cells)
             if image_tokens:
@@ -99,12 +102,16 @@ class SceneTrainee(nn.Module):
             losses |= self._motion_losses(second[1]["hidden_states"][is_image], cell_motions, cell_pasts)
         return {"loss": output.loss + _weighted(losses), **losses, "logits": output.logits}
 
-    def _point_loss(self, prompts: Tensor, boxes: Tensor) -> Tensor:
-        """Squared distance of the prompts from the encoded centres of visible objects."""
+    def _point_loss(self, prompts: Tensor, boxes: Tensor, classes: Tensor) -> Tensor:
+        """Squared distance of the prompts from the encoded centres of visible objects.
+
+        What all prompts for a colour and shape have in common is free: in clips the place alone says too little.
+        """
         sam2_model = self.model.grounding_encoder.sam2_model
         side = sam2_model.image_size
         centres = sam2_model.sam_prompt_encoder.pe_layer.forward_with_coords(side * boxes[:, None, :2], (side, side))
-        distance = (prompts - centres[:, 0]).square().mean(dim=1)
+        shared = self.class_prompts(classes[:, 0] * len(SHAPES) + classes[:, 1])
+        distance = (prompts - centres[:, 0] - shared).square().mean(dim=1)
         visible = boxes[:, 2] > 0
         return (distance * visible).sum() / visible.sum().clamp(min=1)
 
@@ -127,7 +134,7 @@ class SceneTrainee(nn.Module):
 
     def _motion_losses(self, states: Tensor, motions: Tensor, pasts: Tensor) -> dict[str, Tensor]:
         """How objects move and where they were, read off the language model's states [N, hidden] halfway."""
-        logits = self.motion_head(F.layer_norm(states, states.shape[-1:]))
+        logits = MOTION_SCALE * self.motion_head(F.layer_norm(states, states.shape[-1:]))
         pasts = pasts.flatten(0, 1)
         known = ~pasts.isnan().any(dim=-1)
         return {

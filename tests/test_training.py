@@ -224,8 +224,9 @@ def test_prompts_are_drawn_to_the_encoded_centre_of_their_object(tiny):
     layer = model.grounding_encoder.sam2_model.sam_prompt_encoder.pe_layer
     centre = layer((128, 128))[:, 63:65, 31:33].mean(dim=(1, 2))  # the four pixels around that point
     away = torch.ones_like(centre)  # the second object is nowhere, so its prompt may be anything
-    assert learner._point_loss(torch.stack([centre, away]), boxes) < 1e-3
-    assert learner._point_loss(torch.stack([away, centre]), boxes) > 0.1
+    classes = torch.tensor([[0, 1], [2, 3]])
+    assert learner._point_loss(torch.stack([centre, away]), boxes, classes) < 1e-3
+    assert learner._point_loss(torch.stack([away, centre]), boxes, classes) > 0.1
 
 
 def test_a_clips_prompt_names_the_middle_of_its_key_frames(tiny):
