@@ -221,13 +221,14 @@ def _plausible(name: str, value: Any, depth: int = 0) -> Any:
         raise ValueError(f"{name} is nested more than {_MAX_DEPTH} levels deep, which no config of a model is.")
     field = name.rpartition(".")[2]
     if isinstance(value, dict):
-        _check_parameters(name, value)
         left_out = _NOT_OF_A_FILE | {"auto_map"} if depth else _NOT_OF_A_FILE
         names = [key for key in value if str(key).removeprefix("_").removesuffix("_internal") not in left_out]
         for key in names:
             if callable(getattr(PreTrainedConfig, str(key), None)) or key in _NO_SETTINGS or str(key)[:2] == "__":
                 raise ValueError(f"{name} holds {key!r}, which is no setting. Remove it.")
-        return {key: _plausible(f"{name}.{key}", value[key], depth + 1) for key in names}
+        checked = {key: _plausible(f"{name}.{key}", value[key], depth + 1) for key in names}
+        _check_parameters(name, checked)
+        return checked
     if isinstance(value, list | tuple):
         if field in _LIMITS and len(value) > _MAX_ITEMS:
             raise ValueError(f"{name} has {len(value)} items, more than the {_MAX_ITEMS} that any model has.")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -916,6 +916,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if not isinstance(config, GenerationConfig):
             raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
         config = copy.deepcopy(config)
+        for name in ("max_new_tokens", "max_length", "num_beams"):
+            if (value := given.get(name)) is not None and not (isinstance(value, Integral) and value >= 1):
+                raise ValueError(f"{name}={value!r} must be an integer, at least 1.")
         arguments = config.update(**given)  # leaves what is no setting: streamer, logits_processor...
         if config.num_return_sequences not in (None, 1):
             raise ValueError("num_return_sequences must be 1: a prediction is one answer and its masks.")
