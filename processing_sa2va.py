@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config
+from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config, copy_code
 
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow stops too: a guard against decompression bombs
 MAX_FRAME_NUMBER, MAX_KEY_FRAMES = 2**31, 10**6
@@ -96,7 +96,7 @@ def _existing_path(path: str | os.PathLike, what: str) -> Path:
 
 
 def _check_area(width: int, height: int, max_pixels: int) -> None:
-    if not 0 < width * height <= max_pixels:
+    if min(width, height) < 1 or width * height > max_pixels:
         raise ValueError(
             f"The image is {width}x{height} = {width * height} pixels; 1 to {max_pixels} are accepted. Resize it, or "
             "call load_image(..., max_pixels=...) yourself if you trust it."
@@ -621,6 +621,7 @@ class InternLM2Tokenizer(TokenizersBackend):
     """
 
     model_input_names = ["input_ids", "attention_mask"]
+    _auto_map = {"AutoTokenizer": ["processing_sa2va.InternLM2Tokenizer", None]}  # saved: (slow, fast), as released
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict[str, Any]:
@@ -968,12 +969,20 @@ class Sa2VAProcessor(ProcessorMixin):
             )
         return ({} if config is None else cls._settings_of(config)) | saved, kwargs
 
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in processor_config.json, with what AutoProcessor needs to find this class."""
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": f"processing_sa2va.{type(self).__name__}"}}
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """transformers' `save_pretrained`; files take the places of older ones once all are written."""
-        if push_to_hub:
-            kwargs.setdefault("repo_id", Path(save_directory).name)
+        """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`.
+
+        Files take the places of older ones once all are written.
+        """
         with replacing_files(save_directory) as temporary:
-            written = super().save_pretrained(str(temporary), push_to_hub=push_to_hub, **kwargs)
+            written = super().save_pretrained(str(temporary))
+            copy_code(temporary)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return [str(Path(save_directory) / Path(path).relative_to(temporary)) for path in written]
 
     @property

@@ -176,7 +176,7 @@ def test_any_choice_of_frames(num_frames, sampling):
 def test_any_encoding_of_masks(rles):
     try:
         masks = rle_to_masks(rles)
-    except (*DOCUMENTED, OverflowError):
+    except DOCUMENTED:
         return
     assert len(masks_to_rle(masks)) == len(masks)
 
