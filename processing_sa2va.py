@@ -1466,7 +1466,7 @@ def _plain_words(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- saving
 
-_WEIGHT_FILE = re.compile(r"model(-[0-9a-f]{8})?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_WEIGHT_FILE = re.compile(r"model(-\d{8})?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @contextmanager
@@ -1514,7 +1514,8 @@ def _rename_shards(index: Path, folder: Path) -> None:
     shards = sorted(set(values["weight_map"].values()))
     if not any((folder / shard).exists() for shard in shards):
         return
-    own = {shard: shard.replace("model-", f"model-{secrets.token_hex(4)}-", 1) for shard in shards}
+    own_part = f"model-{secrets.randbelow(10**8):08d}-"
+    own = {shard: shard.replace("model-", own_part, 1) for shard in shards}
     for shard, name in own.items():
         (index.parent / shard).rename(index.parent / name)
     values["weight_map"] = {key: own[shard] for key, shard in values["weight_map"].items()}
