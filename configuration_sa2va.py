@@ -617,7 +617,9 @@ def reading_weights(name_or_path: str) -> Iterator[None]:
 
     try:
         yield
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, LookupError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
+        if isinstance(error, KeyError) and error.args != ("weight_map",):  # which every index has
+            raise
         raise OSError(
             f"The weights of {name_or_path} or their index are damaged: {error}. `python hub_upload.py check "
             f"{name_or_path}` says what is wrong; download or save them again."

@@ -776,6 +776,8 @@ BAD_STATES = {
     "no weights": (lambda have: have.load(model=None), OSError, "model.safetensors"),
     "cut weights": (lambda have: have.load(model=cut(WEIGHTS)), OSError, "hub_upload.py check"),
     "weights are no weights": (lambda have: have.load(model=b"not at all"), OSError, "hub_upload.py check"),
+    "index without a map": (lambda have: AutoModel.from_pretrained(indexed(have, b"{}")), OSError, "weight_map"),
+    "index that is no JSON": (lambda have: AutoModel.from_pretrained(indexed(have, b"{")), OSError, "check"),
     "weights of another size": (
         lambda have: have.load(lambda config: config["llm_config"].update(intermediate_size=192)),
         ValueError,
@@ -892,6 +894,12 @@ def larger_tokenizer() -> Any:
 
 def unsaved(have: Have) -> Sa2VAChatModel:
     return Sa2VAChatModel(have.config())
+
+
+def indexed(have: Have, index: bytes) -> Path:
+    copy = have.checkpoint(model=None)
+    (copy / "model.safetensors.index.json").write_bytes(index)
+    return copy
 
 
 def pickled_copy(have: Have) -> Path:
