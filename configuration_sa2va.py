@@ -11,6 +11,8 @@
 import copy
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,33 @@ FRAME_SAMPLINGS = ("first", "uniform")
 QWEN_VL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 # What the official code of these language models accepts in rope_scaling; it refuses more.
 _ROPE_SCALING_KEYS = {"internlm2": ("type", "factor"), "phi3": ("type", "short_factor", "long_factor")}
+# What a config.json may ask for, far beyond every released checkpoint. A number outside is damage or an attack, and is
+# refused before anything of its size is made. Language models have many names for the same.
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "memory_attention_layers")
+_HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads", "mask_decoder_num_heads")
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_labels", "num_maskmem", "max_object_pointers")
+_WIDTHS = ("hidden_size", "intermediate_size", "head_dim", "n_embd", "n_inner", "ffn_dim", "out_hidden_size")
+_SAM2_WIDTHS = ("embed_dim", "d_model", "mem_dim", "memory_attention_dim_feedforward", "mask_decoder_mlp_dim")
+_LIMITS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys((*_LAYERS, *_HEADS, "stages", "patch_size", "num_channels", "max_dynamic_patch"), (1, 1000)),
+    **dict.fromkeys((*_COUNTS, "min_dynamic_patch", "window_spec", "window_pos_embed_bkg_spatial_size"), (0, 1000)),
+    **dict.fromkeys((*_WIDTHS, *_SAM2_WIDTHS, "iou_head_hidden_dim", "backbone_channel_list"), (1, 2**18)),
+    **dict.fromkeys(("image_size", "force_image_size", "temporal_patch_size", "spatial_merge_size"), (0, 2**13)),
+    **dict.fromkeys(("num_key_frames", "max_objects_per_batch"), (1, 10**6)),
+    **dict.fromkeys(("vocab_size", "num_points", "num_position_embeddings"), (0, 2**24)),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 2**27)),
+    "select_layer": (-1000, 1000),
+}
+_RATIOS: dict[str, tuple[float, float]] = {
+    "downsample_ratio": (1 / 16, 1),
+    "oversample_ratio": (1, 100),
+    "importance_sample_ratio": (0, 1),
+}
+_MAX_INTEGER, _MAX_ITEMS, _MAX_PARAMETERS, _MAX_DEPTH = 2**31, 1000, 10**12, 16
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+# For the caller to say: where code is taken from and which kernels run is no property of a checkpoint.
+_NOT_OF_A_FILE = frozenset({"name_or_path", "attn_implementation", "experts_implementation", "trust_remote_code"})
+_NO_SETTINGS = frozenset({"attribute_map", "sub_configs", "sub_configs_defaults", "base_config_key"})
 PROMPT_DECODER = "sam_mask_decoder_modified"  # the module, and so the part of weight names, that only Sa2VA-i has
 _PROMPT_DECODER_KEY = f"grounding_encoder.sam2_model.{PROMPT_DECODER}.iou_token.weight"
 CODE_FILES = (
@@ -157,6 +186,8 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
     ):
         if frame_sampling not in (None, *FRAME_SAMPLINGS):
             raise ValueError(f"frame_sampling={frame_sampling!r} is unknown. Use one of {FRAME_SAMPLINGS}.")
+        if memory_dtype not in (None, *_DTYPES):
+            raise ValueError(f"memory_dtype={memory_dtype!r} is unknown. Use one of {_DTYPES}, or None.")
         self.image_size = image_size
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -197,6 +228,74 @@ class Sa2VAInternLM2Config(LlamaConfig):
     def to_dict(self) -> dict[str, Any]:
         """As stored in config.json, `bias` included: without it the official code would take True."""
         return {**super().to_dict(), "bias": self.attention_bias}
+
+
+@contextmanager
+def blaming_config() -> Iterator[None]:
+    """Whatever goes wrong in the block is the fault of a config, which may hold any value where any other belongs.
+
+    Raises:
+        ValueError: in place of what another wrong value raises. A missing package stays ImportError.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"The config describes no model that can be built: {type(error).__name__}: {error}. Compare it with that "
+            "of the released checkpoint it comes from."
+        ) from error
+
+
+def _plausible(name: str, value: Any, depth: int = 0) -> Any:
+    """A copy of what a config.json holds under a name, without what is not a checkpoint's to say.
+
+    Raises:
+        ValueError: a number is absurd, or there is too much of something.
+    """
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{name} is nested more than {_MAX_DEPTH} levels deep, which no config of a model is.")
+    field = name.rpartition(".")[2]
+    if isinstance(value, dict):
+        left_out = _NOT_OF_A_FILE | {"auto_map"} if depth else _NOT_OF_A_FILE
+        names = [key for key in value if str(key).removeprefix("_").removesuffix("_internal") not in left_out]
+        for key in names:
+            if callable(getattr(PreTrainedConfig, str(key), None)) or key in _NO_SETTINGS or str(key)[:2] == "__":
+                raise ValueError(f"{name} holds {key!r}, which is no setting. Remove it.")
+        checked = {key: _plausible(f"{name}.{key}", value[key], depth + 1) for key in names}
+        _check_parameters(name, checked)
+        return checked
+    if isinstance(value, list | tuple):
+        if field in _LIMITS and len(value) > _MAX_ITEMS:
+            raise ValueError(f"{name} has {len(value)} items, more than the {_MAX_ITEMS} that any model has.")
+        return [_plausible(name, item, depth + 1) for item in value]
+    _check_value(name, field, value)
+    return value
+
+
+def _check_value(name: str, field: str, value: Any) -> None:
+    """Refuses a number, dtype or count that no Sa2VA has."""
+    if field in ("dtype", "torch_dtype") and str(value).removeprefix("torch.") not in (*_DTYPES, "None"):
+        raise ValueError(f"{name}={value!r} is no dtype of weights. Use one of {_DTYPES}.")
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if is_integer and abs(value) > _MAX_INTEGER:
+        raise ValueError(f"{name}={value} is beyond anything a model has.")
+    if value is None or field not in {**_LIMITS, **_RATIOS}:
+        return
+    low, high = {**_LIMITS, **_RATIOS}[field]
+    if not (is_integer or (field in _RATIOS and isinstance(value, float))) or not low <= value <= high:
+        kind = "an integer" if field in _LIMITS else "a number"
+        raise ValueError(f"{name}={value!r} must be {kind} from {low} to {high}. Is the config damaged?")
+
+
+def _check_parameters(name: str, config: dict[str, Any]) -> None:
+    """Refuses a transformer whose parts may be plausible, but not all at once."""
+    layers, width, inner = (config.get(key) for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    if not all(isinstance(number, int) for number in (layers, width, inner)):
+        return
+    if (count := layers * width * (4 * width + 3 * inner)) > _MAX_PARAMETERS:
+        raise ValueError(f"{name} describes about {count:.0e} parameters; more than {_MAX_PARAMETERS:.0e} are refused.")
 
 
 def _sub_config(config_class: type[PreTrainedConfig], value: Any, name: str) -> PreTrainedConfig:
@@ -334,6 +433,8 @@ class Sa2VAChatConfig(PreTrainedConfig):
         self.supervise_all_masks = supervise_all_masks
         self.tie_word_embeddings = tie_word_embeddings
         kwargs["hidden_size"] = self.llm_config.hidden_size
+        if not -1 - (layers := self.vision_config.num_hidden_layers) <= select_layer <= layers:
+            raise ValueError(f"select_layer={select_layer} does not exist: the vision tower has {layers} layers.")
         super().__init__(**kwargs)
 
     def __new__(cls, *args, text_config=None, **kwargs):
@@ -351,14 +452,23 @@ class Sa2VAChatConfig(PreTrainedConfig):
 
         Their config.json are alike, but the weights of Sa2VA-i hold a second mask decoder. So if `config_dict` does not
         say whether there is one, the checkpoint at `name_or_path` is asked: its weight index or safetensors header.
+
+        The file may come from anyone. Paths, code and kernels that it names are not followed, and numbers far beyond
+        every released checkpoint are refused before anything of that size is made.
+
+        Raises:
+            ValueError: the file belongs to another kind of model, or describes none that can be built.
         """
-        grounding = dict(config_dict.get("grounding_config") or {})
-        name = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
-        if name and grounding.get("separate_prompt_decoder") is None:
-            revision = config_dict.get("_commit_hash")
-            grounding["separate_prompt_decoder"] = has_prompt_decoder(str(name), revision)
-            config_dict = {**config_dict, "grounding_config": grounding}
-        return super().from_dict(config_dict, **kwargs)
+        if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(f"The config's model_type is {model_type!r}; that of Sa2VA is {cls.model_type!r}.")
+        with blaming_config():
+            config_dict = _plausible("config", config_dict)
+            grounding = dict(config_dict.get("grounding_config") or {})
+            if (name := kwargs.get("name_or_path")) and grounding.get("separate_prompt_decoder") is None:
+                revision = config_dict.get("_commit_hash")
+                grounding["separate_prompt_decoder"] = has_prompt_decoder(str(name), revision)
+                config_dict = {**config_dict, "grounding_config": grounding}
+            return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`."""
@@ -482,17 +592,38 @@ def has_prompt_decoder(name_or_path: str, revision: str | None = None) -> bool:
     Args:
         name_or_path: folder, or name on the Hugging Face Hub (asked over the network only for headers).
         revision: of the Hub repository.
+
+    Raises:
+        OSError: the folder's weights or their index can't be read.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         return _PROMPT_DECODER_KEY in _hub_weight_names(name_or_path, revision)
     index, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if weights.is_file():  # which transformers prefers to an index, too
-        from safetensors import safe_open
+    with reading_weights(name_or_path):
+        if weights.is_file():  # which transformers prefers to an index, too
+            from safetensors import safe_open
 
-        with safe_open(weights, framework="pt") as file:
-            return _PROMPT_DECODER_KEY in file.keys()  # noqa: SIM118  (not a dict)
-    return index.is_file() and _PROMPT_DECODER_KEY in json.loads(index.read_text())["weight_map"]
+            with safe_open(weights, framework="pt") as file:
+                return _PROMPT_DECODER_KEY in file.keys()  # noqa: SIM118  (not a dict)
+        indexed = json.loads(index.read_text()) if index.is_file() else None
+        return isinstance(indexed, dict) and _PROMPT_DECODER_KEY in indexed["weight_map"]
+
+
+@contextmanager
+def reading_weights(name_or_path: str) -> Iterator[None]:
+    """Turns what damaged weight files and indices raise into OSError with the command that says more."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
+        if isinstance(error, KeyError) and error.args != ("weight_map",):  # which every index has
+            raise
+        raise OSError(
+            f"The weights of {name_or_path} or their index are damaged: {error}. `python hub_upload.py check "
+            f"{name_or_path}` says what is wrong; download or save them again."
+        ) from error
 
 
 def _hub_weight_names(name: str, revision: str | None) -> frozenset[str]:

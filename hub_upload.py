@@ -843,8 +843,8 @@ def _temporary_sibling(path: Path, purpose: str) -> Iterator[Path]:
 def _put_in_place(folder: Path, out: Path) -> None:
     """Renames a finished folder to `out`; what was there goes when the new one stands."""
     old = out.resolve().with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
+    if out.exists():  # else a killed process may have left the only copy there
+        shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     try:
         folder.rename(out)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -62,11 +63,13 @@ from .configuration_sa2va import (
     Sa2VAChatConfigQwen,
     Sa2VAInternLM2Config,
     Sa2VAVisionConfig,
+    blaming_config,
+    reading_weights,
 )
-from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle
+from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle, replacing_files
 from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
 IGNORE_INDEX = -100
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
@@ -256,9 +259,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Sa2VAChatConfig):
         super().__init__(config)
-        self._build_language_side(config)
+        with blaming_config():
+            self._build_language_side(config)
+            self.grounding_encoder = Sam2Decoder(config.grounding_config)
         hidden_size = config.get_text_config().hidden_size
-        self.grounding_encoder = Sam2Decoder(config.grounding_config)
         self.text_hidden_fcs = nn.Sequential(
             nn.Linear(hidden_size, hidden_size),
             nn.ReLU(inplace=True),
@@ -303,7 +307,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         `device_map` that is a dictionary, may name modules as the released code does.
 
         Raises:
-            OSError: no such checkpoint, or its weights are pickles (`.bin`), which are never read.
+            OSError: no such checkpoint, its weights are damaged, or are pickles (`.bin`), which are never read.
+            ValueError: config.json describes no model that can be built, or another than the weights are of.
         """
         _refuse_pickles(pretrained_model_name_or_path, kwargs)
         # None: safetensors first, and on the Hub True would have transformers ask a service for a conversion.
@@ -321,7 +326,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             names = ModuleNames.of_checkpoint(pretrained_model_name_or_path, kwargs.get("config"), hub_arguments)
             kwargs |= _with_native_names(names, kwargs)
         wants_report = kwargs.pop("output_loading_info", False)
-        load = partial(super().from_pretrained, pretrained_model_name_or_path, *model_args, output_loading_info=True)
+        load = partial(_load, super().from_pretrained, pretrained_model_name_or_path, *model_args)
         model, report = load(**kwargs)
         if any(PROMPT_DECODER in key for key in report["unexpected_keys"]):
             # Sa2VA-i in a place where its weight names could not be read beforehand: a subfolder, a variant, a cache.
@@ -340,11 +345,21 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """transformers' `save_pretrained`: in the released layout, quantized models in that of transformers.
 
         Quantized weights can't be fused as the official code wants them, nor would it know what to do with them. This
-        code is saved, too: the folder loads with `trust_remote_code`.
+        code is saved, too: the folder loads with `trust_remote_code`. Where an older checkpoint is replaced, it stays
+        whole until the new one is; see `replacing_files`.
+
+        Raises:
+            NotADirectoryError: `save_directory` is a file.
         """
         if getattr(self, "hf_quantizer", None) is not None:
             kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("distributed_checkpoint"):  # in which every process writes its part
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with replacing_files(save_directory) as temporary:
+            super().save_pretrained(temporary, *args, **kwargs)
 
     def push_to_hub(
         self,
@@ -586,6 +601,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: placeholders, `[SEG]` tokens, frames and masks do not match.
         """
+        if input_ids is None:
+            raise ValueError("forward needs input_ids [B, L]; build them with the processor.")
         token_ids = self.special_token_ids()
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
@@ -635,6 +652,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         clips = [None if clip is None else clip.reshape(-1, *clip.shape[-3:]) for clip in clips]
         if len(clips) != len(objects_per_sample):
             raise ValueError(f"{len(objects_per_sample)} samples but grounding_pixel_values of {len(clips)}.")
+        if mask_labels is not None and len(mask_labels) != len(clips):
+            raise ValueError(f"{len(clips)} samples but mask_labels of {len(mask_labels)}. Give one entry for each.")
         prompts = list(self.text_hidden_fcs(output.seg_hidden_states).split(objects_per_sample))
         output.pred_masks = [prompt.new_zeros(len(prompt), 0, 0, 0) for prompt in prompts]
         losses = []
@@ -896,13 +915,21 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if given is None:
             return self.load_processor()
         if hasattr(given, "prepare"):
+            if hasattr(given, "image_processor") != self.config.is_qwen_vl:
+                raise ValueError(
+                    f"This {type(given).__name__} is of the other family, InternVL or Qwen-VL. Leave processor= out, "
+                    "or give the one of this checkpoint."
+                )
             return given
+        if not callable(getattr(getattr(given, "tokenizer", given), "convert_tokens_to_ids", None)):
+            raise TypeError(f"processor= and tokenizer= take such objects, got {given!r}. Leave them out, or load one.")
         return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given))
 
     def _answer(self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]) -> Answer:
         """Lets the language model answer, and reads the `[SEG]` states of its answer."""
         tokenizer = processor.tokenizer
         token_ids = self.special_token_ids(tokenizer)
+        self._check_vocabulary(inputs.input_ids, token_ids)
         prompt = self._prompt(token_ids, inputs)
         generated = self.causal_model.generate(**prompt, **self._generation_arguments(processor, generate_kwargs))
         given = prompt["input_ids"].shape[1] if "input_ids" in prompt else 0  # embeddings are not given back
@@ -917,10 +944,23 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             prompts=self.text_hidden_fcs(states if inputs.frames is not None else states[:0]),
         )
 
+    def _check_vocabulary(self, input_ids: Tensor, token_ids: SpecialTokenIds) -> None:
+        known = self.config.get_text_config().vocab_size
+        if (highest := max(int(input_ids.max()), *token_ids)) >= known:
+            raise ValueError(
+                f"The tokenizer gives token {highest}, but this model knows {known} tokens. Use the checkpoint's own."
+            )
+
     def _generation_arguments(self, processor: Sa2VAProcessor, given: dict[str, Any]) -> dict[str, Any]:
         """`gen_config`, the template's stop words and the caller's arguments, as `generate` wants them."""
         given = dict(given)
-        config = copy.deepcopy(given.pop("generation_config", None) or self.gen_config)
+        config = given.pop("generation_config", None) or self.gen_config
+        if not isinstance(config, GenerationConfig):
+            raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
+        config = copy.deepcopy(config)
+        for name in ("max_new_tokens", "max_length", "num_beams"):
+            if (value := given.get(name)) is not None and not (isinstance(value, Integral) and value >= 1):
+                raise ValueError(f"{name}={value!r} must be an integer, at least 1.")
         arguments = config.update(**given)  # leaves what is no setting: streamer, logits_processor...
         if config.num_return_sequences not in (None, 1):
             raise ValueError("num_return_sequences must be 1: a prediction is one answer and its masks.")
@@ -1127,7 +1167,7 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
 
     def _resolve_processor(self, tokenizer, processor) -> Sa2VAProcessor:
         given = processor if processor is not None else tokenizer
-        if given is None or hasattr(given, "prepare"):
+        if given is None or hasattr(given, "prepare") or not hasattr(getattr(given, "tokenizer", given), "decode"):
             return super()._resolve_processor(tokenizer, processor)
         image_processor = getattr(given, "image_processor", None) or self.load_processor().image_processor
         return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given), image_processor)
@@ -1167,6 +1207,8 @@ class _MaskOptions:
             raise ValueError(f"output_format={self.output_format!r} is unknown. Use one of {OUTPUT_FORMATS}.")
         if self.mask_sizes not in MASK_SIZES:
             raise ValueError(f"mask_sizes={self.mask_sizes!r} is unknown. Use one of {MASK_SIZES}.")
+        if not isinstance(self.threshold, Real):
+            raise TypeError(f"mask_threshold={self.threshold!r} is not a number. Give a probability between 0 and 1.")
         if not 0 < self.threshold < 1:
             raise ValueError(f"mask_threshold={self.threshold} is not a probability between 0 and 1.")
         if self.raw and self.output_format == "rle":
@@ -1205,6 +1247,20 @@ class _FrameSizes:
 
     def pop(self, index: int) -> tuple[int, int]:
         return self._first if self._own is None else self._own.pop(index)
+
+
+def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **kwargs) -> tuple[PreTrainedModel, dict]:
+    """transformers' `from_pretrained` with the loading report; weights that don't fit are told in one error."""
+    try:
+        with reading_weights(str(name_or_path)):
+            return from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"The weights of {name_or_path} have other shapes than its config.json asks for. `python hub_upload.py "
+            f"check {name_or_path}` names each; ignore_mismatched_sizes=True draws those anew."
+        ) from error
 
 
 def _as_sa2va_i(config: Sa2VAChatConfig) -> Sa2VAChatConfig:

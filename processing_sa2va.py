@@ -13,12 +13,15 @@ the released Sa2VA (arXiv 2501.04001).
 import colorsys
 import io
 import itertools
+import json
 import math
 import os
 import re
+import secrets
 import struct
+import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import index as as_index
@@ -33,10 +36,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config, copy_code
 
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow stops too: a guard against decompression bombs
+MAX_FRAME_NUMBER, MAX_KEY_FRAMES = 2**31, 10**6
+MAX_SIDE = 2**13  # of a tile or of SAM 2's input
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in [0, 1]
 IMAGE_TAG, SEG_TOKEN = "<image>", "[SEG]"
 IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
@@ -90,7 +96,7 @@ def _existing_path(path: str | os.PathLike, what: str) -> Path:
 
 
 def _check_area(width: int, height: int, max_pixels: int) -> None:
-    if not 0 < width * height <= max_pixels:
+    if min(width, height) < 1 or width * height > max_pixels:
         raise ValueError(
             f"The image is {width}x{height} = {width * height} pixels; 1 to {max_pixels} are accepted. Resize it, or "
             "call load_image(..., max_pixels=...) yourself if you trust it."
@@ -154,12 +160,23 @@ def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _array_to_pil(array: np.ndarray | Tensor, max_pixels: int) -> Image.Image:
-    if isinstance(array, Tensor):
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
-    array = _channels_last(array)
+    array = _channels_last(_as_numpy(array))
     _check_area(array.shape[1], array.shape[0], max_pixels)
     return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))), max_pixels)
+
+
+def _as_numpy(array: np.ndarray | Tensor) -> np.ndarray:
+    """The values of an array or tensor; floats that NumPy lacks become float32."""
+    if not isinstance(array, Tensor):
+        return array
+    try:
+        array = array.detach().cpu()
+        return (array.float() if array.is_floating_point() else array).numpy()
+    except (RuntimeError, TypeError) as error:  # sparse, quantized, on the meta device...
+        raise TypeError(
+            f"A tensor of {array.dtype}, {array.layout} on {array.device} can't be read as an array: {error}. Give a "
+            "dense tensor of numbers."
+        ) from error
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:
@@ -405,21 +422,27 @@ def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str |
         return wanted
     if frame_sampling == "first":
         return list(range(video.count(num_frames)))
-    return np.unique(np.linspace(0, len(video) - 1, num_frames, dtype=int)).tolist()
+    return np.unique(np.linspace(0, len(video) - 1, min(num_frames, len(video)), dtype=int)).tolist()
 
 
 def _check_sampling(num_frames: Any, frame_sampling: Any) -> None:
     """What can be said about a choice of frames without the video."""
     accepted = f"Use one of {FRAME_SAMPLINGS} or a list of frame numbers, counted from 0."
-    if _as_integer(num_frames, "num_frames") < 1:
-        raise ValueError(f"num_frames={num_frames} is too small: at least 1 frame is needed.")
+    if not 1 <= _as_integer(num_frames, "num_frames") < MAX_FRAME_NUMBER:
+        raise ValueError(f"num_frames={num_frames} is no number of frames: at least 1, below {MAX_FRAME_NUMBER}.")
     if isinstance(frame_sampling, str):
         if frame_sampling not in FRAME_SAMPLINGS:
             raise ValueError(f"frame_sampling={frame_sampling!r} is unknown. {accepted}")
     elif not isinstance(frame_sampling, Sequence | np.ndarray | Tensor):
         raise TypeError(f"frame_sampling can't be a {type(frame_sampling).__name__}. {accepted}")
-    elif min((_as_integer(index, "a frame number") for index in frame_sampling), default=-1) < 0:
-        raise ValueError(f"frame_sampling={frame_sampling!r} is empty or holds negative numbers. {accepted}")
+    elif len(frame_sampling) > MAX_KEY_FRAMES:
+        raise ValueError(f"frame_sampling names {len(frame_sampling)} frames; at most {MAX_KEY_FRAMES} can be read.")
+    else:
+        numbers = [_as_integer(index, "a frame number") for index in frame_sampling] or [-1]
+        if not 0 <= min(numbers) <= max(numbers) < MAX_FRAME_NUMBER:
+            raise ValueError(
+                f"frame_sampling={frame_sampling!r} is empty, or holds negative or absurd numbers. {accepted}"
+            )
 
 
 def _as_integer(value: Any, name: str) -> int:
@@ -480,6 +503,8 @@ def _check_words(text: Any, past_text: Any, reserved: Sequence[str]) -> None:
             raise TypeError(
                 f"{name} must be a string, got {type(words).__name__}. Give the words of this turn as text=."
             )
+        if any("\ud800" <= character <= "\udfff" for character in words):
+            raise ValueError(f"{name} holds half a character (a lone surrogate). Decode it as UTF-8 text first.")
     if not text.replace(IMAGE_TAG, "").strip():
         raise ValueError(f"text={text!r} says nothing. Ask something, such as 'Please segment the red car.'")
     if text.count(IMAGE_TAG) > 1:
@@ -542,6 +567,13 @@ def _single(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------- pixels and tiles
 
 
+def _check_sides(**sizes: Any) -> None:
+    """Refuses sizes in pixels, or numbers of tiles, that no checkpoint has."""
+    for name, value in sizes.items():
+        if not 1 <= _as_integer(value, name) <= MAX_SIDE:
+            raise ValueError(f"{name}={value} must be from 1 to {MAX_SIDE}.")
+
+
 def choose_tiling(
     width: int, height: int, image_size: int = 448, min_tiles: int = 1, max_tiles: int = 12
 ) -> tuple[int, int]:
@@ -553,7 +585,7 @@ def choose_tiling(
     shape of c x r', which has fewer tiles, lies strictly between theirs, so they are never both nearest.
     """
     sides = range(1, max_tiles + 1)
-    grids = [grid for grid in itertools.product(sides, sides) if min_tiles <= grid[0] * grid[1] <= max_tiles]
+    grids = [(c, r) for c in sides for r in range(1, max_tiles // c + 1) if min_tiles <= c * r]
     best, best_distance = (1, 1), float("inf")
     for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
         distance = abs(width / height - columns / rows)
@@ -844,6 +876,13 @@ class Sa2VAProcessor(ProcessorMixin):
     ):
         _find_template(template)
         _check_sampling(num_key_frames, frame_sampling)
+        _check_sides(image_size=image_size, patch_size=patch_size, grounding_image_size=grounding_image_size)
+        _check_sides(min_dynamic_patch=min_dynamic_patch, max_dynamic_patch=max_dynamic_patch)
+        if max_dynamic_patch * image_size**2 > MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"max_dynamic_patch={max_dynamic_patch} tiles of {image_size}x{image_size} have more pixels than the "
+                f"{MAX_IMAGE_PIXELS} that are accepted. Lower one of them."
+            )
         if not 1 <= min_dynamic_patch <= max_dynamic_patch:
             raise ValueError(f"Tiles from {min_dynamic_patch} to {max_dynamic_patch}: need 1 <= min <= max.")
         grid = image_size / patch_size * downsample_ratio
@@ -934,13 +973,17 @@ class Sa2VAProcessor(ProcessorMixin):
         """As stored in processor_config.json, with what AutoProcessor needs to find this class."""
         return {**super().to_dict(), "auto_map": {"AutoProcessor": f"processing_sa2va.{type(self).__name__}"}}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`."""
-        saved = super().save_pretrained(save_directory)
-        copy_code(save_directory)
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`.
+
+        Files take the places of older ones once all are written.
+        """
+        with replacing_files(save_directory) as temporary:
+            written = super().save_pretrained(str(temporary))
+            copy_code(temporary)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-        return saved
+        return [str(Path(save_directory) / Path(path).relative_to(temporary)) for path in written]
 
     @property
     def region_grid(self) -> int:
@@ -1036,15 +1079,15 @@ class Sa2VAProcessor(ProcessorMixin):
         wanted = "Give one array of numbers or bools [regions, height, width], or a list with just that."
         if isinstance(mask_prompts, list | tuple) and len(mask_prompts) != 1:
             raise ValueError(f"mask_prompts are a list of {len(mask_prompts)}. {wanted} np.stack joins masks.")
-        masks = _single(mask_prompts)
-        if not (isinstance(masks, Tensor) or (isinstance(masks, np.ndarray) and masks.dtype.kind in "biuf")):
-            raise TypeError(f"mask_prompts hold a {type(masks).__name__}. {wanted}")
+        masks = _as_numpy(_single(mask_prompts))
+        if not (isinstance(masks, np.ndarray) and masks.dtype.kind in "biuf"):
+            kind = f"{masks.dtype} array" if isinstance(masks, np.ndarray) else type(masks).__name__
+            raise TypeError(f"mask_prompts hold a {kind}. {wanted}")
         if masks.ndim != 3 or 0 in masks.shape:
             raise ValueError(f"mask_prompts have shape {tuple(masks.shape)}. {wanted} No side may be 0.")
-        masks = torch.as_tensor(masks).detach().cpu()
-        if not torch.isfinite(masks).all():
+        if not np.isfinite(masks).all():
             raise ValueError(f"mask_prompts hold NaN or infinite values. {wanted} 0 is outside.")
-        inside = (masks != 0).to(torch.uint8)[:, None]
+        inside = torch.from_numpy(np.ascontiguousarray(masks != 0)).to(torch.uint8)[:, None]
         return F.interpolate(inside, size=(self.region_grid, self.region_grid), mode="nearest")[:, 0].bool()
 
     def grounding_pixel_values(
@@ -1281,6 +1324,9 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
         **kwargs,
     ):
         _check_sampling(num_key_frames, frame_sampling)
+        _check_sides(grounding_image_size=grounding_image_size)
+        if not 1 <= _as_integer(min_pixels, "min_pixels") <= _as_integer(max_pixels, "max_pixels") <= MAX_IMAGE_PIXELS:
+            raise ValueError(f"Pixels from {min_pixels} to {max_pixels}: need 1 <= min <= max <= {MAX_IMAGE_PIXELS}.")
         self.grounding_image_size = grounding_image_size
         self.num_key_frames = num_key_frames
         self.frame_sampling = frame_sampling
@@ -1418,6 +1464,64 @@ def _plain_words(text: str) -> str:
     return re.sub(r" (?=[,.;:!?])", "", text).strip(f" ,.;:!?{_WIDE_STOPS}")
 
 
+# ---------------------------------------------------------------------------------------------------------- saving
+
+_WEIGHT_FILE = re.compile(r"model(-\d{8})?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+@contextmanager
+def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """A folder to save into, whose files move to `folder` when the block has ended without an error.
+
+    A process that is killed leaves the old weights or the new, never a mixture, and no half file. Files are replaced
+    one by one, weights after the rest; shards get names that no older ones have, and one last step makes the new
+    weights those that are read: `model.safetensors` or the index. What a killed process leaves behind, `.saving-*`, may
+    be deleted. While saving, the disk holds both.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file. Name a folder to save into.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        yield Path(temporary)
+        _publish(Path(temporary), folder)
+
+
+def _publish(new: Path, folder: Path) -> None:
+    """Moves a finished save into place, and removes the weights that it replaces."""
+    if (new / SAFE_WEIGHTS_INDEX_NAME).exists():
+        _rename_shards(new / SAFE_WEIGHTS_INDEX_NAME, folder)
+    order = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+    files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    for file in sorted(files, key=lambda file: (str(file) in order, file.suffix == ".safetensors")):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (new / file).replace(folder / file)
+    names = {str(file) for file in files}
+    if names.isdisjoint(order):
+        return  # an adapter, a variant or a processor
+    # model.safetensors is what readers prefer to an index, so it goes first.
+    stale = {path.name for path in folder.iterdir() if _WEIGHT_FILE.fullmatch(path.name)} - names
+    for name in sorted(stale, key=lambda name: (name != SAFE_WEIGHTS_NAME, name != SAFE_WEIGHTS_INDEX_NAME)):
+        (folder / name).unlink()
+
+
+def _rename_shards(index: Path, folder: Path) -> None:
+    """Gives the shards of an index names of their own if `folder` has some of the same names."""
+    values = json.loads(index.read_text())
+    shards = sorted(set(values["weight_map"].values()))
+    if not any((folder / shard).exists() for shard in shards):
+        return
+    own_part = f"model-{secrets.randbelow(10**8):08d}-"
+    own = {shard: shard.replace("model-", own_part, 1) for shard in shards}
+    for shard, name in own.items():
+        (index.parent / shard).rename(index.parent / name)
+    values["weight_map"] = {key: own[shard] for key, shard in values["weight_map"].items()}
+    index.write_text(json.dumps(values, indent=2) + "\n")
+
+
 # ----------------------------------------------------------------------------------------------- masks to be kept
 
 
@@ -1441,10 +1545,16 @@ def rle_to_masks(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Inverse of `masks_to_rle`: bool [T, h, w]; no encodings give [0, 0, 0].
 
     Raises:
-        ValueError: the masks differ in size.
+        ValueError: the masks differ in size, or an encoding is damaged.
     """
     from pycocotools import mask as coco
 
+    for rle in rles:
+        try:
+            height, width = rle["size"]
+            _check_area(as_index(width), as_index(height), MAX_IMAGE_PIXELS)
+        except (KeyError, TypeError) as error:
+            raise ValueError('A run-length encoded mask is {"size": [h, w], "counts": str}, not this.') from error
     if len({tuple(rle["size"]) for rle in rles}) > 1:
         raise ValueError("The run-length encoded masks differ in size. Decode frames of one size at a time.")
     if not rles:
@@ -1557,6 +1667,7 @@ __all__ = [
     "masks_to_rle",
     "object_color",
     "open_video",
+    "replacing_files",
     "rle_to_masks",
     "select_key_frames",
 ]

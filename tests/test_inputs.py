@@ -1,14 +1,30 @@
-"""Every kind of image, video and call that a user may try: what works, and what a wrong one is told."""
+"""Every kind of image, video, call and checkpoint that a user may try: what works, and what a wrong one is told."""
 
+import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModel, AutoTokenizer
 
-from sa2va.processing_sa2va import Sa2VAProcessor, VideoFrames, load_image, open_video, select_key_frames
+from sa2va import Sa2VAChatConfig, Sa2VAChatModel
+from sa2va.hub_upload import CheckpointError, check_checkpoint, convert_pickles
+from sa2va.processing_sa2va import (
+    Sa2VAProcessor,
+    VideoFrames,
+    draw_overlay,
+    load_image,
+    masks_to_rle,
+    open_video,
+    rle_to_masks,
+    select_key_frames,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 RED, WHITE = (200, 30, 40), (255, 255, 255)
@@ -433,6 +449,10 @@ BAD_SAMPLINGS = [
     (-2, "uniform", ValueError, "at least 1"),
     (2.0, "first", TypeError, "integer"),
     ("5", "first", TypeError, "integer"),
+    (10**12, "first", ValueError, "below"),
+    (5, [10**12], ValueError, "absurd"),
+    (5, range(10**12), ValueError, "at most"),
+    (5, {"first": 1}, TypeError, "dict"),
     (True, "first", TypeError, "integer"),
 ]
 
@@ -461,6 +481,8 @@ BAD_CALLS = {
     "text is empty": ({"text": "  "}, ValueError, "says nothing"),
     "text is only the tag": ({"text": "<image>"}, ValueError, "says nothing"),
     "two tags": ({"text": "<image> and <image>"}, ValueError, "2 <image> tags"),
+    "half a character in text": ({"text": "What is \ud83d?"}, ValueError, "surrogate"),
+    "text is bytes": ({"text": b"What is this?"}, TypeError, "bytes"),
     "image token in text": ({"text": "What is <IMG_CONTEXT>?"}, ValueError, "IMG_CONTEXT"),
     "image start in text": ({"text": "What is <img>?"}, ValueError, "<img>"),
     "region start in text": ({"text": "What is <vp>?"}, ValueError, "<vp>"),
@@ -502,6 +524,10 @@ BAD_CALLS = {
     "NaN region": ({"text": ASK, "mask_prompts": REGION * np.nan}, ValueError, "NaN"),
     "region in words": ({"text": ASK, "mask_prompts": "the left half"}, TypeError, "str"),
     "region of strings": ({"text": ASK, "mask_prompts": np.full((1, 6, 8), "a")}, TypeError, "numbers"),
+    "complex region": ({"text": ASK, "mask_prompts": np.ones((1, 4, 6), complex)}, TypeError, "complex128"),
+    "region on the meta device": ({"text": ASK, "mask_prompts": torch.ones(1, 4, 6, device="meta")}, TypeError, "meta"),
+    "sparse region": ({"text": ASK, "mask_prompts": torch.ones(1, 4, 6).to_sparse()}, TypeError, "dense"),
+    "sparse image": ({"text": ASK, "image": torch.ones(3, 4, 6).to_sparse()}, TypeError, "dense"),
     "unknown sampling": ({"text": ASK, "frame_sampling": "random"}, ValueError, "'first', 'uniform'"),
     "no frames asked for": ({"text": ASK, "num_frames": 0}, ValueError, "at least 1"),
     "half a frame asked for": ({"text": ASK, "num_frames": 1.5}, TypeError, "integer"),
@@ -528,6 +554,8 @@ GOOD_CALLS = {
     "follow-up on words alone": {"text": ASK, "past_text": "<|im_start|>user\nHi.<|im_end|>\n"},
     "regions": {"text": ASK, "mask_prompts": REGION},
     "regions in a list": {"text": ASK, "mask_prompts": [REGION]},
+    "regions upside down": {"text": ASK, "mask_prompts": REGION[:, ::-1]},
+    "regions of another byte order": {"text": ASK, "mask_prompts": REGION.astype(">f4")},
     "bool regions": {"text": ASK, "mask_prompts": REGION > 0},
     "bool tensor regions": {"text": ASK, "mask_prompts": torch.ones(2, 4, 6, dtype=torch.bool)},
     "region of another size": {"text": ASK, "mask_prompts": np.ones((1, 50, 9), np.uint8)},
@@ -551,3 +579,342 @@ def test_tokens_and_features_of_a_call_match(name, processor):
     image_token = processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     assert int((inputs.input_ids == image_token).sum()) == tiles * processor.num_image_token + cells
     assert "<image>" not in inputs.prompt
+
+
+# ------------------------------------------------------------------------------------- models, files and what is made
+
+
+@dataclass(frozen=True)
+class Have:
+    """What a row of `BAD_STATES` may work with: the golden checkpoint, loaded, and an empty folder."""
+
+    model: Sa2VAChatModel
+    processor: Sa2VAProcessor
+    folder: Path
+
+    def ask(self, **arguments: Any) -> Any:
+        """A call that would be right without these arguments."""
+        call = {"image": plain(size=(6, 6)), "text": ASK, "max_new_tokens": 1, **arguments}
+        return self.model.predict_forward(**call)
+
+    def checkpoint(self, change=None, **files: bytes | None) -> Path:
+        """A copy of the golden checkpoint with `change` done to its config, and files replaced or (None) left out."""
+        shutil.copytree(GOLDEN / "ivl_qwen2", self.folder / "copy", ignore=shutil.ignore_patterns("golden*"))
+        config = json.loads((self.folder / "copy" / "config.json").read_text())
+        if change is not None:
+            change(config)
+        (self.folder / "copy" / "config.json").write_text(json.dumps(config))
+        for stem, content in files.items():
+            (path,) = (self.folder / "copy").glob(f"{stem}.*")
+            path.unlink() if content is None else path.write_bytes(content)
+        return self.folder / "copy"
+
+    def load(self, *args: Any, **files: Any) -> Any:
+        """Loads such a copy."""
+        return AutoModel.from_pretrained(self.checkpoint(*args, **files))
+
+    def config(self, part: str | None = None, **values: Any) -> Sa2VAChatConfig:
+        """The golden config with other values in one of its parts."""
+        config = json.loads((GOLDEN / "ivl_qwen2" / "config.json").read_text())
+        (config[part] if part else config).update(values)
+        return Sa2VAChatConfig.from_dict(config)
+
+    def forward(self, **arguments: Any) -> Any:
+        """A training step that would be right without these arguments."""
+        inputs = self.processor(plain(size=(6, 6)), ASK + "[SEG]")
+        return self.model(**{**inputs, "grounding_pixel_values": [torch.zeros(3, 256, 256)], **arguments})
+
+
+def cut(path: Path, size: int = 5000) -> bytes:
+    return path.read_bytes()[:size]
+
+
+def pickle_of(have: Have, value: Any) -> Path:
+    torch.save(value, have.folder / "pytorch_model.bin")
+    return have.folder
+
+
+WEIGHTS = GOLDEN / "ivl_qwen2" / "model.safetensors"
+DEEP: dict = {}
+for _ in range(300):
+    DEEP = {"more": DEEP}
+
+# a call -> the error and words of its message
+BAD_STATES = {
+    # asking
+    "threshold in words": (lambda have: have.ask(mask_threshold="high"), TypeError, "probability"),
+    "threshold above 1": (lambda have: have.ask(mask_threshold=1.5), ValueError, "between 0 and 1"),
+    "threshold NaN": (lambda have: have.ask(mask_threshold=float("nan")), ValueError, "between 0 and 1"),
+    "unknown format": (lambda have: have.ask(output_format="png"), ValueError, "'numpy', 'torch', 'rle'"),
+    "unknown mask sizes": (lambda have: have.ask(mask_sizes="big"), ValueError, "'first', 'own'"),
+    "probabilities as RLE": (
+        lambda have: have.ask(return_raw_masks=True, output_format="rle"),
+        ValueError,
+        "run-length",
+    ),
+    "two answers": (lambda have: have.ask(num_return_sequences=2, num_beams=2), ValueError, "num_return_sequences"),
+    "misspelled argument": (lambda have: have.ask(max_new_token=5), ValueError, "max_new_token"),
+    "no new tokens": (lambda have: have.ask(max_new_tokens=0), ValueError, "max_new_tokens"),
+    "new tokens in words": (lambda have: have.ask(max_new_tokens="ten"), ValueError, "max_new_tokens='ten'"),
+    "no beams": (lambda have: have.ask(num_beams=0), ValueError, "num_beams"),
+    "temperature in words": (lambda have: have.ask(do_sample=True, temperature="hot"), ValueError, "temperature"),
+    "generation_config is a dict": (lambda have: have.ask(generation_config={"num_beams": 2}), TypeError, "dict"),
+    "processor is a number": (lambda have: have.ask(processor=5), TypeError, "processor="),
+    "tokenizer is a name": (lambda have: have.ask(tokenizer="bert"), TypeError, "'bert'"),
+    "processor of the other family": (
+        lambda have: have.ask(processor=Sa2VAProcessor.from_pretrained(GOLDEN / "qwen3vl")),
+        ValueError,
+        "other family",
+    ),
+    "tokenizer of the other family": (
+        lambda have: have.ask(tokenizer=AutoTokenizer.from_pretrained(GOLDEN / "qwen3vl")),
+        ValueError,
+        "IMG_CONTEXT",
+    ),
+    "tokenizer of a larger model": (
+        lambda have: have.ask(tokenizer=larger_tokenizer(), text="What is <word 499>?"),
+        ValueError,
+        "this model knows 448 tokens",
+    ),
+    "stream without a picture": (
+        lambda have: next(have.model.predict_stream(text=ASK)),
+        ValueError,
+        "predict_forward for text",
+    ),
+    "generate without tokens": (lambda have: have.model.generate(), ValueError, "input_ids"),
+    "a list of images": (lambda have: have.processor([plain(), plain()], ASK), TypeError, "list"),
+    "two texts": (lambda have: have.processor(plain(), [ASK, ASK]), TypeError, "list"),
+    "unknown argument of the processor": (lambda have: have.processor(plain(), ASK, size=3), TypeError, "size"),
+    # training
+    "forward without tokens": (lambda have: have.model(pixel_values=torch.zeros(1, 3, 448, 448)), ValueError, "input"),
+    "tiles of another picture": (
+        lambda have: have.forward(pixel_values=torch.zeros(2, 3, 448, 448)),
+        ValueError,
+        "placeholders",
+    ),
+    "frames of another batch": (lambda have: have.forward(grounding_pixel_values=[None] * 2), ValueError, "2"),
+    "masks of another batch": (lambda have: have.forward(mask_labels=[]), ValueError, "mask_labels of 0"),
+    "masks of two objects": (
+        lambda have: have.forward(mask_labels=[torch.ones(2, 1, 6, 8)]),
+        ValueError,
+        r"\[1, 1, h, w\] is needed",
+    ),
+    # configs
+    "a gigantic layer": (
+        lambda have: have.config("llm_config", hidden_size=10**9),
+        ValueError,
+        "llm_config.hidden_size=1000000000",
+    ),
+    "a million layers": (
+        lambda have: have.config("llm_config", num_hidden_layers=10**6),
+        ValueError,
+        "from 1 to 1000",
+    ),
+    "too much in all": (
+        lambda have: have.config("vision_config", hidden_size=2**17, num_hidden_layers=999),
+        ValueError,
+        "parameters",
+    ),
+    "a million labels": (lambda have: have.config(num_labels=10**6), ValueError, "num_labels"),
+    "a million SAM 2 blocks": (
+        lambda have: have.config("grounding_config", stages=[1, 10**6, 1, 1]),
+        ValueError,
+        "grounding_config.stages",
+    ),
+    "a stage for every second": (
+        lambda have: have.config("grounding_config", stages=[1] * 2000),
+        ValueError,
+        "2000 items",
+    ),
+    "gigantic frames": (lambda have: have.config("grounding_config", image_size=10**6), ValueError, "image_size"),
+    "a million tiles": (lambda have: have.config(max_dynamic_patch=10**6), ValueError, "max_dynamic_patch"),
+    "no objects at once": (
+        lambda have: have.config("grounding_config", max_objects_per_batch=0),
+        ValueError,
+        "max_objects_per_batch=0",
+    ),
+    "width in words": (lambda have: have.config("llm_config", hidden_size="wide"), ValueError, "must be an integer"),
+    "half a layer": (lambda have: have.config("vision_config", num_hidden_layers=2.5), ValueError, "an integer"),
+    "ratio 0": (lambda have: have.config(downsample_ratio=0), ValueError, "downsample_ratio=0"),
+    "ratio NaN": (lambda have: have.config(downsample_ratio=float("nan")), ValueError, "downsample_ratio=nan"),
+    "layer that is not there": (lambda have: have.config(select_layer=7), ValueError, "has 2 layers"),
+    "unknown dtype": (lambda have: have.config(dtype="os"), ValueError, "no dtype"),
+    "unknown memory dtype": (
+        lambda have: have.config("grounding_config", memory_dtype="load"),
+        ValueError,
+        "memory_dtype='load'",
+    ),
+    "unknown sampling in config": (
+        lambda have: have.config("grounding_config", frame_sampling="last"),
+        ValueError,
+        "'first', 'uniform'",
+    ),
+    "unknown language model": (lambda have: have.config("llm_config", model_type="gpt-9"), ValueError, "gpt-9"),
+    "part that is a list": (lambda have: have.config(vision_config=[1]), ValueError, "vision_config"),
+    "config of another model": (lambda have: have.config(model_type="llama"), ValueError, "'llama'"),
+    "method in a config": (lambda have: have.config(to_dict=1), ValueError, "no setting"),
+    "bottomless config": (lambda have: have.config(more=DEEP), ValueError, "levels deep"),
+    "heads that do not divide": (
+        lambda have: Sa2VAChatModel(have.config("vision_config", num_attention_heads=7)),
+        ValueError,
+        "divisible",
+    ),
+    "three stages of SAM 2": (
+        lambda have: Sa2VAChatModel(have.config("grounding_config", stages=[1, 1, 1])),
+        ValueError,
+        "no model that can be built",
+    ),
+    "model without checkpoint": (
+        lambda have: unsaved(have).predict_forward(image=plain(), text=ASK),
+        ValueError,
+        "set_processor",
+    ),
+    # checkpoints
+    "no folder": (lambda have: AutoModel.from_pretrained("./no/such/folder"), OSError, "no/such/folder"),
+    "no config": (lambda have: have.load(config=None), (OSError, ValueError), "config.json"),
+    "config is no JSON": (lambda have: have.load(config=b"{"), OSError, "JSON"),
+    "no weights": (lambda have: have.load(model=None), OSError, "model.safetensors"),
+    "cut weights": (lambda have: have.load(model=cut(WEIGHTS)), OSError, "hub_upload.py check"),
+    "weights are no weights": (lambda have: have.load(model=b"not at all"), OSError, "hub_upload.py check"),
+    "index without a map": (lambda have: AutoModel.from_pretrained(indexed(have, b"{}")), OSError, "weight_map"),
+    "index that is no JSON": (lambda have: AutoModel.from_pretrained(indexed(have, b"{")), OSError, "check"),
+    "weights of another size": (
+        lambda have: have.load(lambda config: config["llm_config"].update(intermediate_size=192)),
+        ValueError,
+        "hub_upload.py check",
+    ),
+    "pickled weights": (
+        lambda have: AutoModel.from_pretrained(pickled_copy(have)),
+        OSError,
+        "hub_upload.py convert",
+    ),
+    "no tokenizer": (
+        lambda have: Sa2VAProcessor.from_pretrained(
+            have.checkpoint(tokenizer=None, tokenizer_config=None, added_tokens=None, special_tokens_map=None)
+        ),
+        (OSError, ValueError),
+        "tokenizer",
+    ),
+    "no checkpoint at all": (lambda have: Sa2VAProcessor.from_pretrained(have.folder), OSError, "config.json"),
+    "unknown attention": (
+        lambda have: AutoModel.from_pretrained(GOLDEN / "ivl_qwen2", attn_implementation="magic"),
+        ValueError,
+        "magic",
+    ),
+    "unknown device": (
+        lambda have: AutoModel.from_pretrained(GOLDEN / "ivl_qwen2", device_map="the fast one"),
+        ValueError,
+        "device_map",
+    ),
+    "device before the first": (
+        lambda have: AutoModel.from_pretrained(GOLDEN / "ivl_qwen2", device_map=-1),
+        ValueError,
+        "device_map",
+    ),
+    "unknown quantization": (
+        lambda have: AutoModel.from_pretrained(GOLDEN / "ivl_qwen2", quantization_config={"quant_method": "x"}),
+        ValueError,
+        "x",
+    ),
+    # settings of the processor
+    "unknown template": (
+        lambda have: Sa2VAProcessor(have.processor.tokenizer, template="llama_chat"),
+        ValueError,
+        "qwen_chat",
+    ),
+    "half a token": (lambda have: Sa2VAProcessor(have.processor.tokenizer, image_size=450), ValueError, "whole number"),
+    "size in words": (lambda have: Sa2VAProcessor(have.processor.tokenizer, image_size="448"), TypeError, "integer"),
+    "no size": (lambda have: Sa2VAProcessor(have.processor.tokenizer, grounding_image_size=0), ValueError, "from 1"),
+    "more tiles than memory": (
+        lambda have: Sa2VAProcessor(have.processor.tokenizer, max_dynamic_patch=5000),
+        ValueError,
+        "max_dynamic_patch=5000",
+    ),
+    "fewer tiles than the least": (
+        lambda have: Sa2VAProcessor(have.processor.tokenizer, min_dynamic_patch=5, max_dynamic_patch=4),
+        ValueError,
+        "min <= max",
+    ),
+    "no key frames": (
+        lambda have: Sa2VAProcessor(have.processor.tokenizer, num_key_frames=0),
+        ValueError,
+        "at least 1",
+    ),
+    # masks, saving, checking and converting
+    "encode numbers": (lambda have: masks_to_rle(np.ones((1, 2, 2))), ValueError, "bool"),
+    "decode what is no encoding": (lambda have: rle_to_masks([{"counts": "04"}]), ValueError, "size"),
+    "decode a gigantic mask": (
+        lambda have: rle_to_masks([{"size": [10**6, 10**6], "counts": "0"}]),
+        ValueError,
+        "1000000x1000000",
+    ),
+    "decode what does not fill its size": (
+        lambda have: rle_to_masks([{"size": [2, 2], "counts": "zz"}]),
+        ValueError,
+        "Invalid RLE",
+    ),
+    "paint masks of another size": (
+        lambda have: draw_overlay(plain(), np.ones((1, 2, 2), bool)),
+        ValueError,
+        r"\(2, 2\)",
+    ),
+    "save a model into a file": (lambda have: have.model.save_pretrained(a_file(have)), NotADirectoryError, "a file"),
+    "save a processor into a file": (
+        lambda have: have.processor.save_pretrained(a_file(have)),
+        NotADirectoryError,
+        "a file",
+    ),
+    "check nothing": (lambda have: check_checkpoint("./no/such/folder"), OSError, "neither a folder"),
+    "check a revision of a folder": (lambda have: check_checkpoint(have.folder, "main"), ValueError, "Leave it out"),
+    "convert nothing": (lambda have: convert_pickles("no such folder", have.folder), NotADirectoryError, "hf download"),
+    "convert no pickles": (lambda have: convert_pickles(have.folder, "out"), FileNotFoundError, "no pickled weights"),
+    "convert over weights": (
+        lambda have: convert_pickles(pickle_of(have, {}), GOLDEN / "ivl_qwen2"),
+        FileExistsError,
+        "already has weights",
+    ),
+    "convert more than tensors": (
+        lambda have: convert_pickles(pickle_of(have, {"step": 3}), have.folder / "out"),
+        CheckpointError,
+        "state_dict",
+    ),
+    "convert what is no pickle": (
+        lambda have: convert_pickles(a_file(have, "pytorch_model.bin").parent, have.folder / "out"),
+        CheckpointError,
+        "not converted",
+    ),
+}
+
+
+def larger_tokenizer() -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "ivl_qwen2")
+    tokenizer.add_tokens([f"<word {i}>" for i in range(500)])
+    return tokenizer
+
+
+def unsaved(have: Have) -> Sa2VAChatModel:
+    return Sa2VAChatModel(have.config())
+
+
+def indexed(have: Have, index: bytes) -> Path:
+    copy = have.checkpoint(model=None)
+    (copy / "model.safetensors.index.json").write_bytes(index)
+    return copy
+
+
+def pickled_copy(have: Have) -> Path:
+    copy = have.checkpoint(model=None)
+    (copy / "pytorch_model.bin").write_bytes(b"never read")
+    return copy
+
+
+def a_file(have: Have, name: str = "a file") -> Path:
+    (have.folder / name).write_text("words")
+    return have.folder / name
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_bad_state_is_explained(name, golden_model, golden_processor, tmp_path):
+    call, error, words = BAD_STATES[name]
+    with pytest.raises(error, match=words):
+        call(Have(golden_model, golden_processor, tmp_path))

@@ -1,0 +1,297 @@
+"""What must hold in a process that runs for long or dies early: saving, leaks, output, strangers' configs."""
+
+import gc
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+from transformers.utils import logging as transformers_logging
+
+from sa2va import Sa2VAChatConfig, Sa2VAChatModel
+from sa2va.processing_sa2va import replacing_files
+
+GOLDEN = Path(__file__).parent / "golden"
+ASK = "Please segment the red square."
+
+# ------------------------------------------------------------------------------------------------- saving and dying
+
+
+def write_weights(folder: Path, number: float, shards: int) -> None:
+    """A checkpoint of four tensors that hold a number, as transformers lays it out."""
+    weights = {name: torch.full((2,), number) for name in "abcd"}
+    (folder / "config.json").write_text(json.dumps({"number": number}))
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+        return
+    files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    for i, file in enumerate(files):
+        save_file(dict(list(weights.items())[i::shards]), folder / file)
+    weight_map = {name: files[i % shards] for i, name in enumerate(weights)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def numbers_read(folder: Path) -> set[float]:
+    """The numbers in the weights that transformers would load: one if they are whole, none without weights."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return {number for tensor in load_file(single).values() for number in tensor.flatten().tolist()}
+    if not index.exists():
+        return set()
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shards = {file: load_file(folder / file) for file in set(weight_map.values())}
+    return {number for name, file in weight_map.items() for number in shards[file][name].flatten().tolist()}
+
+
+class Died(BaseException):
+    """What stands for the end of the process."""
+
+
+@pytest.fixture
+def dying(monkeypatch):
+    """Sets after how many more moves and removals of files the process "dies"."""
+    left = [0]
+
+    def step(change):
+        def changed(*args):
+            if not left[0]:
+                raise Died
+            left[0] -= 1
+            return change(*args)
+
+        return changed
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(Path, name, step(getattr(Path, name)))
+    return left
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (0, 3), (1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (2, 3)])
+def test_a_save_that_dies_at_any_step_leaves_the_old_weights_or_the_new(before, after, tmp_path, dying):
+    seen = []
+    for steps in range(14):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        if before:
+            write_weights(folder, 1.0, before)
+        dying[0] = steps
+        try:
+            with replacing_files(folder) as temporary:
+                write_weights(temporary, 2.0, after)
+        except Died:
+            pass
+        seen.append(numbers_read(folder))
+    old = {1.0} if before else set()
+    assert seen[0] == old and seen[-1] == {2.0}
+    assert all(numbers in (old, {2.0}) for numbers in seen)
+    assert not list(folder.glob(".saving-*"))
+    assert len(list(folder.glob("*.safetensors"))) == after
+
+
+def test_an_error_while_saving_changes_nothing(tmp_path):
+    write_weights(tmp_path, 1.0, 2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="full"), replacing_files(tmp_path) as temporary:
+        write_weights(temporary, 2.0, 2)
+        raise RuntimeError("the disk is full")
+    assert numbers_read(tmp_path) == {1.0} and sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_saving_leaves_the_files_of_others_alone(golden_processor, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "checkpoint-5").mkdir()
+    names = [Path(name).name for name in golden_processor.save_pretrained(tmp_path)]
+    assert names == ["processor_config.json"] and (tmp_path / "tokenizer.json").exists()
+    assert (tmp_path / "README.md").read_text() == "mine" and (tmp_path / "checkpoint-5").is_dir()
+
+
+# Run in a process of its own, that makes a child for each save and kills it.
+KILLED = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+from sa2va import Sa2VAChatModel
+from sa2va.hub_upload import convert_pickles
+
+torch.set_num_threads(1)
+golden, folder = Path(sys.argv[1]), Path(sys.argv[2])
+model = Sa2VAChatModel.from_pretrained(golden)
+processor = model.load_processor()
+pickles = folder / "pickles"
+pickles.mkdir(parents=True)
+weights = {name: torch.zeros(1000, 1000) for name in "abcd"}
+for i, name in enumerate(weights, start=1):
+    torch.save({name: weights[name]}, pickles / f"pytorch_model-{i:05d}-of-00004.bin")
+
+def save(number):
+    for tensor in model.state_dict().values():
+        tensor.fill_(number)
+    model.save_pretrained(folder / "model", max_shard_size="1MB")
+
+def run(work, seconds=None):
+    start, child = time.time(), os.fork()
+    if not child:
+        work()
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
+    return time.time() - start
+
+save(0)
+random.seed(0)
+works = {
+    "model": lambda number: save(number),
+    "processor": lambda number: processor.save_pretrained(folder / "processor"),
+    "out": lambda number: convert_pickles(pickles, folder / f"out-{number}"),
+}
+for name, work in works.items():
+    whole = run(lambda: work(1))
+    for number in range(2, 8):
+        run(lambda: work(number), random.uniform(0, whole))
+        print(name, number, flush=True)
+        if name == "model":
+            sys.stdin.readline()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
+def test_a_killed_process_leaves_the_old_state_or_the_new(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(GOLDEN / "ivl_qwen2"), str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    states, rounds = [1.0], 0
+    for line in process.stdout:
+        name, number = line.split()
+        rounds += 1
+        if name == "model":
+            (state,) = numbers_read(tmp_path / "model")
+            assert state in (states[-1], float(number))
+            states.append(state)
+            print(file=process.stdin, flush=True)
+        elif name == "processor":
+            assert all(json.loads(path.read_text()) for path in (tmp_path / "processor").glob("*.json"))
+        else:
+            assert numbers_read(tmp_path / f"out-{number}") in (set(), {0.0})
+    assert process.wait() == 0 and rounds == 18
+
+
+# -------------------------------------------------------------------------------------------------------- long running
+
+
+def reachable() -> tuple[int, int]:
+    """How many objects and how many tensors there are."""
+    gc.collect()
+    things = gc.get_objects()
+    return len(things), sum(issubclass(type(thing), torch.Tensor) for thing in things)
+
+
+def test_sixty_calls_leave_nothing_behind(golden_model, picture):
+    def call():
+        golden_model.predict_forward(image=picture.crop((0, 0, 8, 8)), text=ASK, max_new_tokens=2)
+
+    for _ in range(5):
+        call()
+    objects, tensors = reachable()
+    for _ in range(60):
+        call()
+    more_objects, more_tensors = reachable()
+    assert more_tensors == tensors and more_objects - objects < 60
+
+
+def test_calls_print_nothing(golden, golden_model, golden_processor, tmp_path, capfd):
+    golden_model.predict_forward(**golden.case("imgD1seg").arguments)
+    list(golden_model.predict_stream(**golden.case("vid3_1seg").arguments))
+    assert capfd.readouterr() == ("", "")
+    AutoModel.from_pretrained(golden.folder).save_pretrained(tmp_path)
+    golden_processor.save_pretrained(tmp_path)
+    assert capfd.readouterr().out == ""  # transformers' progress bars go to stderr
+
+
+class Heard(logging.Handler):
+    """Keeps what transformers' logger is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def heard():
+    transformers_logging.warning_once.cache_clear()
+    handler = Heard()
+    transformers_logging.add_handler(handler)
+    yield handler.messages
+    transformers_logging.remove_handler(handler)
+
+
+def test_a_warning_comes_once_and_by_transformers_logger(golden, heard):
+    for _ in range(2):
+        AutoModel.from_pretrained(golden.folder, config=config_in_half_precision(golden))
+    assert len([message for message in heard if "On a CPU float32" in message]) == 1
+
+
+def test_transformers_verbosity_silences_warnings(golden, heard):
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        AutoModel.from_pretrained(golden.folder, config=config_in_half_precision(golden))
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    assert not [message for message in heard if "On a CPU float32" in message]
+
+
+def config_in_half_precision(golden) -> Sa2VAChatConfig:
+    config = Sa2VAChatConfig.from_pretrained(golden.folder)
+    config.dtype = torch.bfloat16
+    return config
+
+
+# ------------------------------------------------------------------------------------------- configs from strangers
+
+
+@pytest.fixture
+def strange(tmp_path):
+    """Writes a copy of the golden config with other values, beside code that leaves a trace when it runs."""
+
+    def write(**changes) -> Path:
+        folder = tmp_path / "strange"
+        shutil.copytree(GOLDEN / "ivl_qwen2", folder, ignore=shutil.ignore_patterns("golden*"))
+        config = json.loads((folder / "config.json").read_text())
+        for part, values in changes.items():
+            config[part] = config[part] | values if isinstance(config.get(part), dict) else values
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        return folder
+
+    return write
+
+
+CODE = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForCausalLM": "evil.Model"}
+
+
+def test_code_that_a_config_names_is_not_run(strange, tmp_path):
+    folder = strange(auto_map=CODE, llm_config={"auto_map": CODE}, vision_config={"auto_map": CODE})
+    model = AutoModel.from_pretrained(folder)
+    assert type(model) is Sa2VAChatModel and not (tmp_path / "ran").exists()
+    assert not hasattr(model.config.llm_config, "auto_map")
+
+
+def test_paths_and_kernels_that_a_config_names_are_not_followed(strange, tmp_path):
+    elsewhere = str(tmp_path / "elsewhere")
+    named = {"_name_or_path": elsewhere, "attn_implementation": "someone/attention", "trust_remote_code": True}
+    config = AutoConfig.from_pretrained(strange(**named, llm_config=named, grounding_config=named))
+    assert config.name_or_path == str(tmp_path / "strange") and elsewhere not in json.dumps(config.to_dict())
+    assert "someone/" not in json.dumps(config.to_dict()) and config._attn_implementation is None
+    values = json.loads((tmp_path / "strange" / "config.json").read_text())
+    assert Sa2VAChatConfig.from_dict(values).name_or_path == ""
