@@ -3,7 +3,7 @@
 * backbones      InternViT (transformers' InternVL) + projector, any causal language model, SAM 2 (`sam2_decoder`)
 * `forward`      losses: text, and masks of every `[SEG]` (`Sa2VATrainingOutput`)
 * `generate`     tokens from pictures and words
-* `predict_forward`, `predict_stream`   from a user's image or video and question to text and masks
+* `predict_forward`, `predict_batch`, `predict_stream`   from a user's image or video and question to text and masks
 
 The language model writes text; the state of every `[SEG]` it writes goes through `text_hidden_fcs` and prompts SAM 2.
 Checkpoints keep the released module and key names; the fused layouts of InternViT and InternLM2 are converted when
@@ -12,10 +12,11 @@ loading and saving.
 
 import copy
 import inspect
+import itertools
 import os
 import shlex
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -76,6 +78,12 @@ _FULL_PRECISION = (  # modules that no quantization touches, of both families
     *("text_hidden_fcs", "grounding_encoder"),
 )
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # as the backends' configs name them
+_BLIND_TO_PADDING = {  # settings of `generate` that look neither at the tokens of a prompt nor at other rows
+    *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("num_beams", "length_penalty", "early_stopping", "num_return_sequences", "use_cache", "stop_strings"),
+    *("eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate", "output_scores", "output_logits"),
+    *("output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
+}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -774,19 +782,84 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             ValueError, TypeError: an input is unusable; the message says what is accepted.
             OSError: a file can't be read.
         """
-        options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes)
+        options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes, return_mask_logits)
         processor = self._resolve_processor(tokenizer, processor)
         num_frames = generate_kwargs.pop("sample_num_frames", num_frames)
         inputs = processor.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
-        answer = self._answer(inputs, processor, generate_kwargs)
+        (answer,) = self._answers([inputs], processor, generate_kwargs)
+        return self._output(inputs, processor, answer, options)
+
+    @torch.no_grad()
+    def predict_batch(
+        self,
+        samples: Iterable[Mapping[str, Any]],
+        tokenizer=None,
+        processor=None,
+        *,
+        batch_size: int = 8,
+        num_frames: int | None = None,
+        frame_sampling: str | Sequence[int] | None = None,
+        mask_threshold: float = 0.5,
+        return_raw_masks: bool = False,
+        return_mask_logits: bool = False,
+        output_format: str = "numpy",
+        mask_sizes: str = "first",
+        **generate_kwargs,
+    ) -> list[Sa2VAOutput]:
+        """`predict_forward` for many samples: their answers are written together, their images encoded together.
+
+        What a sample gets does not depend on its neighbours. Where it would (settings of `generate` that look at the
+        prompt or at the whole batch, such as a streamer; a text that outgrows its model's rotary positions) samples are
+        answered one after the other. Draws of `do_sample` are those of a batch. Clips are tracked one by one.
+
+        Args:
+            samples: dictionaries of `predict_forward`'s `image` or `video`, `text`, `past_text`, `mask_prompts`,
+                `num_frames`, `frame_sampling`; in any mixture. An iterator is read a batch at a time.
+            batch_size: how many samples are answered together. When memory runs out it is halved for the rest, with a
+                warning.
+            **generate_kwargs, and the rest: as for `predict_forward`, for all samples.
+
+        Returns:
+            An output for each sample, in order.
+
+        Raises:
+            ValueError, TypeError, OSError: as `predict_forward`, with the number of the sample.
+            RuntimeError: out of memory with a single sample.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is too small: at least 1 sample is answered at a time.")
+        options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes, return_mask_logits)
+        processor = self._resolve_processor(tokenizer, processor)
+        num_frames = generate_kwargs.pop("sample_num_frames", num_frames)
+        prepared = _prepare_samples(processor, samples, num_frames=num_frames, frame_sampling=frame_sampling)
+
+        def look(batch: Sequence[Sa2VAInputs]) -> list[tuple[Sa2VAInputs, Answer, MaskPrediction | None]]:
+            answers = self._answers(batch, processor, generate_kwargs)
+            return list(zip(batch, answers, self._segment_images(batch, processor, answers), strict=True))
+
+        return [
+            self._output(inputs, processor, answer, options, prediction)
+            for batch in _in_batches(look, prepared, batch_size)
+            for inputs, answer, prediction in batch
+        ]
+
+    def _output(
+        self,
+        inputs: Sa2VAInputs,
+        processor: Sa2VAProcessor,
+        answer: Answer,
+        options: "_MaskOptions",
+        prediction: MaskPrediction | None = None,
+    ) -> Sa2VAOutput:
+        """Collects the masks of all frames; `prediction` is that of an image which was looked at already."""
         masks, logits, scores = [], [], []
         if len(answer.prompts):  # else not even the frames need be read
-            for frame_logits, prediction in self._segment(inputs, processor, answer.prompts, options):
+            for frame_logits, predicted in self._segment(inputs, processor, answer.prompts, options, prediction):
                 masks.append(options.finish(frame_logits, processor))
-                scores.append(_scores(prediction))
-                if return_mask_logits:
+                scores.append(_scores(predicted))
+                if options.logits:
                     logits.append(frame_logits.cpu())
-        plain = replace(options, output_format="torch" if output_format == "torch" else "numpy")
+        plain = replace(options, output_format="torch" if options.output_format == "torch" else "numpy")
         objects = range(len(answer.prompts))
         return Sa2VAOutput(
             prediction=answer.prediction,
@@ -796,7 +869,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             mask_scores=[
                 {k: torch.stack([s[k][i] for s in scores]).numpy() for k in ("iou", "object")} for i in objects
             ],
-            mask_logits=[plain.pack([frame[i] for frame in logits]) for i in objects] if return_mask_logits else None,
+            mask_logits=[plain.pack([frame[i] for frame in logits]) for i in objects] if options.logits else None,
             sample_idx=list(inputs.key_frames),
         )
 
@@ -832,7 +905,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         inputs = processor.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
         if inputs.frames is None:
             raise ValueError("predict_stream needs an image or a video; use predict_forward for text alone.")
-        answer = self._answer(inputs, processor, generate_kwargs)
+        (answer,) = self._answers([inputs], processor, generate_kwargs)
         for index, (logits, prediction) in enumerate(self._segment(inputs, processor, answer.prompts, options)):
             yield Sa2VAFrame(
                 frame_index=index,
@@ -852,23 +925,52 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             return given
         return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given))
 
-    def _answer(self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]) -> Answer:
-        """Lets the language model answer, and reads the `[SEG]` states of its answer."""
-        tokenizer = processor.tokenizer
-        token_ids = self.special_token_ids(tokenizer)
+    def _answers(
+        self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]
+    ) -> list[Answer]:
+        """Lets the language model answer questions, together where that changes none of the answers."""
+        arguments = self._generation_arguments(processor, generate_kwargs)
+        answers: dict[int, Answer] = {}
+        for group in self._groups([question.input_ids.shape[1] for question in inputs], arguments):
+            written = self._answer_together([inputs[i] for i in group], processor, arguments)
+            answers |= zip(group, written, strict=True)
+        return [answers[i] for i in range(len(inputs))]
+
+    def _groups(self, lengths: Sequence[int], arguments: dict[str, Any]) -> list[list[int]]:
+        """Which questions, of these numbers of tokens, can share a padded batch; others stay alone.
+
+        Padding must not be seen: not by a setting of `generate`, nor by positions that depend on the longest text.
+        """
+        config, limit = arguments["generation_config"], self._fixed_rope_length()
+        settings = {**self.causal_model.generation_config.to_diff_dict(), **config.to_diff_dict()}.keys()
+        if settings - _BLIND_TO_PADDING or arguments.keys() - {"generation_config", "tokenizer"}:
+            return [[i] for i in range(len(lengths))]
+        longest = float("inf") if limit is None else limit - (config.max_new_tokens or limit)
+        together = [i for i, length in enumerate(lengths) if length <= longest]
+        alone = [[i] for i, length in enumerate(lengths) if length > longest]
+        return [together, *alone] if together else alone
+
+    def _fixed_rope_length(self) -> int | None:
+        """Longest text whose rotary positions don't depend on its length; None if there is no such limit."""
+        config = self.config.get_text_config()
+        rope = config.rope_parameters or {}
+        if rope.get("rope_type") == "longrope":  # short factors up to there, long ones beyond
+            return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        return config.max_position_embeddings if rope.get("rope_type") == "dynamic" else None
+
+    def _answer_together(
+        self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, arguments: dict[str, Any]
+    ) -> list[Answer]:
+        """Answers in one `generate`, and the `[SEG]` states of each."""
+        token_ids = self.special_token_ids(processor.tokenizer)
         prompt = self._prompt(token_ids, inputs)
-        generated = self.causal_model.generate(**prompt, **self._generation_arguments(processor, generate_kwargs))
+        generated = self.causal_model.generate(**prompt, **arguments)
         given = prompt["input_ids"].shape[1] if "input_ids" in prompt else 0  # embeddings are not given back
-        new_ids = generated.sequences[0, given:]
-        prediction = tokenizer.decode(new_ids, skip_special_tokens=False).strip()
-        states = self._seg_states(prompt, new_ids, token_ids.seg, generated[_CACHE])
-        end = "" if prediction.endswith(tuple(processor.stop_words)) else processor.stop_words[0]
-        return Answer(
-            prediction=prediction,
-            past_text=f"{inputs.prompt}{processor.decode_continuation(inputs.input_ids, new_ids)}{end}\n",
-            phrases=processor.phrases(prediction) if inputs.frames is not None else [],
-            prompts=self.text_hidden_fcs(states if inputs.frames is not None else states[:0]),
-        )
+        answers = _without_padding(generated.sequences[:, given:], arguments["generation_config"])
+        states = self._seg_states(prompt, answers, token_ids.seg, generated[_CACHE])
+        states = [s if question.frames is not None else s[:0] for question, s in zip(inputs, states, strict=True)]
+        prompts = self.text_hidden_fcs(torch.cat(states)).split([len(s) for s in states])
+        return list(map(partial(_as_answer, processor), inputs, answers, prompts))
 
     def _generation_arguments(self, processor: Sa2VAProcessor, given: dict[str, Any]) -> dict[str, Any]:
         """`gen_config`, the template's stop words and the caller's arguments, as `generate` wants them."""
@@ -893,36 +995,51 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         config.return_dict_in_generate = True
         return {"generation_config": config, **arguments}
 
-    def _prompt(self, token_ids: SpecialTokenIds, inputs: Sa2VAInputs) -> dict[str, Tensor]:
-        """The question as arguments of `causal_model.generate`."""
-        embeds = self._prompt_embeds(
-            token_ids, inputs.input_ids, inputs.pixel_values, inputs.prompt_masks, _region_tile(inputs)
-        )
-        return {"inputs_embeds": embeds, "attention_mask": inputs.attention_mask.to(embeds.device)}
+    def _prompt(self, token_ids: SpecialTokenIds, inputs: Sequence[Sa2VAInputs]) -> dict[str, Tensor]:
+        """Questions as arguments of `causal_model.generate`, padded in front."""
+        input_ids, mask = _padded_in_front(inputs)
+        pixels, regions = (_joined([getattr(x, name) for x in inputs]) for name in ("pixel_values", "prompt_masks"))
+        embeds = self._prompt_embeds(token_ids, input_ids, pixels, regions, _region_tiles(inputs))
+        return {"inputs_embeds": embeds, "attention_mask": mask.to(embeds.device)}
 
-    def _seg_states(self, prompt: dict[str, Tensor], new_ids: Tensor, seg_id: int, cache) -> Tensor:
-        """States [N, hidden] of the `[SEG]` tokens of an answer, each taken where the model reads the token.
+    def _seg_states(
+        self, prompt: dict[str, Tensor], answers: Sequence[Tensor], seg_id: int, cache: Any
+    ) -> list[Tensor]:
+        """For each answer, int64 [n], the states [N, hidden] of its `[SEG]`, taken where the model reads the token.
 
-        One pass over the finished answer, on the prompt's keys and values: no states are kept while generating, a
+        One pass over the finished answers, on the prompts' keys and values: no states are kept while generating, a
         `[SEG]` that ends a truncated answer counts too, and beams and assistants need no care.
         """
-        positions = (new_ids == seg_id).nonzero().flatten()
-        if not len(positions):
+        positions = [(ids == seg_id).nonzero().flatten() for ids in answers]
+        read = [ids[: int(found[-1]) + 1 if len(found) else 0] for ids, found in zip(answers, positions, strict=True)]
+        read = pad_sequence(read, batch_first=True)  # nothing before looks at what is put behind
+        if not read.shape[1]:
             size = (0, self.config.get_text_config().hidden_size)
-            return torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=new_ids.device)
-        answer = new_ids[None, : positions[-1] + 1]
-        states = self._answer_states(prompt, answer, _prompt_cache(cache, prompt["attention_mask"].shape[1]))[0]
-        return states[positions.to(states.device) - (positions[-1] + 1).to(states.device)]
+            return [torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=read.device)] * len(answers)
+        states = self._answer_states(prompt, read, _prompt_cache(cache, *prompt["attention_mask"].shape))
+        states = states[:, -read.shape[1] :]
+        return [row[found.to(row.device)] for row, found in zip(states, positions, strict=True)]
 
-    def _answer_states(self, prompt: dict[str, Tensor], answer: Tensor, cache: DynamicCache | None) -> Tensor:
-        """States [1, .., hidden] that end with those of `answer` int64 [1, n]; `cache` holds the prompt, or nothing."""
-        embeds = self.get_input_embeddings()(answer).to(prompt["inputs_embeds"])
+    def _answer_states(self, prompt: dict[str, Tensor], answers: Tensor, cache: DynamicCache | None) -> Tensor:
+        """States [B, .., hidden] that end with those of `answers` int64 [B, n]; a `cache` holds the prompts."""
+        embeds = self.get_input_embeddings()(answers).to(prompt["inputs_embeds"])
         if cache is None:
             embeds = torch.cat([prompt["inputs_embeds"], embeds], dim=1)
-        alone = cache is not None and self._base_grows(prompt["attention_mask"].shape[1] + answer.shape[1])
+        mask = _mask_with(prompt, answers)
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        length, step = mask.shape[1], embeds.shape[1]
+        first = length - step
+        if cache is not None and self._base_grows(length):
+            step = 1
         outputs = [
-            self.get_decoder()(inputs_embeds=step, use_cache=cache is not None, **{_CACHE: cache})
-            for step in embeds.split(1 if alone else embeds.shape[1], dim=1)
+            self.get_decoder()(
+                inputs_embeds=embeds[:, start - first : start - first + step],
+                attention_mask=mask[:, : start + step],
+                position_ids=positions[:, start : start + step],
+                use_cache=cache is not None,
+                **{_CACHE: cache},
+            )
+            for start in range(first, length, step)
         ]
         return torch.cat([output.last_hidden_state for output in outputs], dim=1)
 
@@ -933,7 +1050,12 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return rope_type == "dynamic" and length > config.max_position_embeddings
 
     def _segment(
-        self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, prompts: Tensor, options: "_MaskOptions"
+        self,
+        inputs: Sa2VAInputs,
+        processor: Sa2VAProcessor,
+        prompts: Tensor,
+        options: "_MaskOptions",
+        prediction: MaskPrediction | None = None,
     ) -> Iterator[tuple[Tensor, MaskPrediction]]:
         """Yields logits float32 [N, h, w] at the user's size and the prediction they come from, for every frame."""
         if inputs.frames is None:
@@ -941,10 +1063,12 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         is_sa2va_i = self.config.grounding_config.separate_prompt_decoder
         sizes = _FrameSizes(inputs.size, options.mask_sizes == "own")
         frames = sizes.watch(inputs.frames)
-        if len(prompts):
+        if not len(prompts):
+            prediction = _no_objects(prompts)
+        if prediction is None:
             predictions = self._track(inputs, processor, prompts, frames)
         else:
-            predictions = ((i, _no_objects(prompts)) for i, _ in enumerate(frames))
+            predictions = ((index, prediction) for index, _ in enumerate(frames))
         for index, prediction in predictions:
             size = sizes.pop(index)
             if len(prompts):
@@ -952,6 +1076,22 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             else:
                 logits = prompts.new_zeros(0, *size)
             yield logits, prediction
+
+    def _segment_images(
+        self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, answers: Sequence[Answer]
+    ) -> list[MaskPrediction | None]:
+        """The predictions of all images with objects, encoded together; None for other samples."""
+        asked = [i for i, x in enumerate(inputs) if x.frames is not None and not x.is_video and len(answers[i].prompts)]
+        predictions: list[MaskPrediction | None] = [None] * len(inputs)
+        if asked:
+            frames = [frame for i in asked for frame in inputs[i].frames]
+            like = answers[asked[0]].prompts
+            pixels = processor.grounding_pixel_values(frames, dtype=like.dtype, device=like.device)
+            features = self.grounding_encoder.encode(pixels)
+            for row, i in enumerate(asked):
+                one = features.rows(slice(row, row + 1))
+                predictions[i] = self.grounding_encoder.decode(one, answers[i].prompts)
+        return predictions
 
     def _track(
         self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, prompts: Tensor, frames: Iterator
@@ -1042,41 +1182,43 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
     def _seg_source(self, output, noted: list[Tensor]) -> Tensor:
         return noted[-1] if self.config.qwen_vl_type == "qwen3_vl" else output.last_hidden_state
 
-    def _prompt(self, token_ids: SpecialTokenIds, inputs: Sa2VAInputs) -> dict[str, Tensor]:
+    def _prompt(self, token_ids: SpecialTokenIds, inputs: Sequence[Sa2VAInputs]) -> dict[str, Tensor]:
+        input_ids, mask = _padded_in_front(inputs)
         prompt = {
-            "input_ids": inputs.input_ids,
-            "attention_mask": inputs.attention_mask,
-            "mm_token_type_ids": self._token_types(inputs.input_ids),
-            "pixel_values": inputs.pixel_values,
-            "image_grid_thw": inputs.image_grid_thw,
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "mm_token_type_ids": self._token_types(input_ids),
+            "pixel_values": _joined([question.pixel_values for question in inputs]),
+            "image_grid_thw": _joined([question.image_grid_thw for question in inputs]),
         }
         return {name: value.to(self.execution_device) for name, value in prompt.items() if value is not None}
 
-    def _answer_states(self, prompt: dict[str, Tensor], answer: Tensor, cache: DynamicCache | None) -> Tensor:
+    def _answer_states(self, prompt: dict[str, Tensor], answers: Tensor, cache: DynamicCache | None) -> Tensor:
         with _LastLayer() as noted:
             if cache is None:
-                output = self.model.model(**self._prompt_with(prompt, answer), use_cache=False)
+                output = self.model.model(**self._prompt_with(prompt, answers), use_cache=False)
             else:
                 output = self.get_decoder()(
-                    inputs_embeds=self.get_input_embeddings()(answer),
-                    position_ids=self._answer_positions(prompt, answer.shape[1]),
+                    inputs_embeds=self.get_input_embeddings()(answers),
+                    attention_mask=_mask_with(prompt, answers),
+                    position_ids=self._answer_positions(prompt, answers.shape[1]),
                     use_cache=True,
                     **{_CACHE: cache},
                 )
         return self._seg_source(output, noted)
 
-    def _prompt_with(self, prompt: dict[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
-        ends = {"input_ids": answer, "attention_mask": torch.ones_like(answer), "mm_token_type_ids": answer * 0}
+    def _prompt_with(self, prompt: dict[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
+        ends = {"input_ids": answers, "attention_mask": torch.ones_like(answers), "mm_token_type_ids": answers * 0}
         return {**prompt, **{name: torch.cat([prompt[name], end], dim=1) for name, end in ends.items()}}
 
     def _answer_positions(self, prompt: dict[str, Tensor], length: int) -> Tensor:
-        """Rotary positions [3, 1, length] of an answer: a picture takes fewer positions than it has tokens."""
+        """Rotary positions [3, B, length] of answers: a picture takes fewer positions than it has tokens."""
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        start = prompt["input_ids"].shape[1]
+        start = prompt["attention_mask"].sum(dim=1, keepdim=True)
         if "image_grid_thw" in prompt:
             _, shift = self.model.model.get_rope_index(**{name: prompt[name] for name in names})
-            start += int(shift)
-        return torch.arange(start, start + length, device=prompt["input_ids"].device).expand(3, 1, -1)
+            start = start + shift
+        return (start + torch.arange(length, device=start.device)).expand(3, -1, -1)
 
     def _resolve_processor(self, tokenizer, processor) -> Sa2VAProcessor:
         given = processor if processor is not None else tokenizer
@@ -1114,6 +1256,7 @@ class _MaskOptions:
     raw: bool
     output_format: str
     mask_sizes: str
+    logits: bool = False
 
     def __post_init__(self):
         if self.output_format not in OUTPUT_FORMATS:
@@ -1314,21 +1457,113 @@ def _region_features(image_features: Tensor, masks: Tensor, tiles: Tensor | None
     return image_features[tiles.to(image_features.device)][masks.flatten(1).to(image_features.device)]
 
 
-def _region_tile(inputs: Sa2VAInputs) -> Tensor | None:
-    """Regions lie on the thumbnail of an image, its last tile, and on the first key frame of a video."""
-    if inputs.prompt_masks is None:
-        return None
-    tile = 0 if inputs.is_video else len(inputs.pixel_values) - 1
-    return torch.full((len(inputs.prompt_masks),), tile)
+def _region_tiles(inputs: Sequence[Sa2VAInputs]) -> Tensor | None:
+    """The tile of each region, int64 [R], counted through all samples.
+
+    Regions lie on the thumbnail of an image, its last tile, and on the first key frame of a video.
+    """
+    tiles, before = [], 0
+    for question in inputs:
+        count = 0 if question.pixel_values is None else len(question.pixel_values)
+        if question.prompt_masks is not None:
+            tile = before if question.is_video else before + count - 1
+            tiles.append(torch.full((len(question.prompt_masks),), tile))
+        before += count
+    return _joined(tiles)
 
 
-def _prompt_cache(cache: Any, length: int) -> DynamicCache | None:
-    """The prompt's part of a cache that `generate` filled, for one sequence; None if it can't be cut out."""
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Those that are there, one after the other."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(given) if given else None
+
+
+def _padded_in_front(inputs: Sequence[Sa2VAInputs]) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, int64 [B, L], of questions that end together. Masked tokens may be any, here 0."""
+    columns = ([getattr(x, name)[0] for x in inputs] for name in ("input_ids", "attention_mask"))
+    input_ids, mask = (pad_sequence(rows, batch_first=True, padding_side="left") for rows in columns)
+    return input_ids, mask
+
+
+def _mask_with(prompt: dict[str, Tensor], answers: Tensor) -> Tensor:
+    """Attention mask of prompts and what follows them, int64 [B, L + n]."""
+    return torch.cat([prompt["attention_mask"], torch.ones_like(answers)], dim=1)
+
+
+def _without_padding(sequences: Tensor, config: GenerationConfig) -> list[Tensor]:
+    """Each answer [n] of a batch, up to its end; `generate` fills those that end early up to the longest."""
+    if len(sequences) == 1:
+        return [sequences[0]]
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    answers = []
+    for row in sequences:
+        found = torch.isin(row, row.new_tensor([i for i in ends if i is not None])).nonzero()
+        if not len(found):  # cut off, or ended by a stop string
+            found = (row != config.pad_token_id).nonzero()[-1:]
+        answers.append(row[: int(found[0]) + 1])
+    return answers
+
+
+def _as_answer(processor: Sa2VAProcessor, question: Sa2VAInputs, new_ids: Tensor, prompts: Tensor) -> Answer:
+    """Words of an answer, and what goes with them."""
+    prediction = processor.tokenizer.decode(new_ids, skip_special_tokens=False).strip()
+    end = "" if prediction.endswith(tuple(processor.stop_words)) else processor.stop_words[0]
+    return Answer(
+        prediction=prediction,
+        past_text=f"{question.prompt}{processor.decode_continuation(question.input_ids, new_ids)}{end}\n",
+        phrases=processor.phrases(prediction) if question.frames is not None else [],
+        prompts=prompts,
+    )
+
+
+def _prepare_samples(
+    processor: Sa2VAProcessor, samples: Iterable[Mapping[str, Any]], **defaults: Any
+) -> Iterator[Sa2VAInputs]:
+    """Samples of `predict_batch`, one at a time; errors name the sample."""
+    accepted = inspect.signature(processor.prepare).parameters.keys()
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Mapping) or sample.keys() - accepted:
+            given = sorted(sample.keys() - accepted) if isinstance(sample, Mapping) else type(sample).__name__
+            raise TypeError(f"samples[{number}] can't hold {given}. Give dictionaries with some of {[*accepted]}.")
+        try:
+            inputs = processor.prepare(**{**defaults, **sample})
+        except (TypeError, ValueError, OSError) as error:
+            if len(error.args) == 1:
+                error.args = (f"samples[{number}]: {error}",)
+            raise
+        yield inputs
+
+
+def _in_batches(work: Callable[[Sequence[Any]], Any], items: Iterator[Any], size: int) -> Iterator[Any]:
+    """Yields `work(batch)` for all items in order, in batches of at most `size`, which out of memory halves."""
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    waiting: list[Any] = []
+    while waiting := waiting + list(itertools.islice(items, max(0, size - len(waiting)))):
+        batch = waiting[:size]
+        try:
+            result = work(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not should_reduce_batch_size(error):
+                raise
+            result = None
+        if result is None:  # only here the error lets go of what it held
+            size = len(batch) // 2
+            logger.warning(f"Out of memory with {len(batch)} samples at once. Going on with {size}.")
+            clear_device_cache(garbage_collection=True)
+        else:
+            waiting = waiting[len(batch) :]
+            yield result
+
+
+def _prompt_cache(cache: Any, num_prompts: int, length: int) -> DynamicCache | None:
+    """The prompts' part of a cache that `generate` filled; None if it can't be cut out."""
     if not isinstance(cache, DynamicCache) or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
         return None
     if surplus := cache.get_seq_length() - length:
         cache.crop(-surplus)
-    cache.batch_select_indices(torch.zeros(1, dtype=torch.long))  # beams share their prompt
+    rows = len(cache.layers[0].keys)
+    cache.batch_select_indices(torch.arange(0, rows, rows // num_prompts))  # beams share their prompt
     return cache
 
 
