@@ -13,10 +13,12 @@ loading and saving.
 import copy
 import inspect
 import itertools
+import json
 import os
 import shlex
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -59,8 +62,8 @@ from transformers.utils import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAInternLM2Config, Sa2VAVisionConfig
-from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle
-from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model
+from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle, open_video, read_ahead
+from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +73,8 @@ OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 # transformers 5.24 gave the key-value cache of every model a new name.
 _CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+_ENCODING_MEMORY = 3 * 2**30  # bytes of activations that encoding a frame of 1024 x 1024 is reckoned to take
+_MOST_ENCODED = 8
 _PROCESSOR_LOADING = threading.Lock()
 _ADAPTER_PREFIX = "base_model.model."
 _FULL_PRECISION = (  # modules that no quantization touches, of both families
@@ -101,6 +106,7 @@ class Sa2VAOutput(ModelOutput):
             mask, and "object", the probability that the object is in the frame.
         mask_logits: float32 [frames, h, w] for each `[SEG]`; only with `return_mask_logits`.
         sample_idx: numbers of the key frames that the language model saw; [0] for an image, [] for text alone.
+        problems: what could not be read of a damaged video file, in words; [] for a whole one, None without a video.
     """
 
     prediction: str | None = None
@@ -110,6 +116,7 @@ class Sa2VAOutput(ModelOutput):
     mask_scores: list[dict[str, Any]] | None = None
     mask_logits: list | None = None
     sample_idx: list[int] | None = None
+    problems: list[str] | None = None
 
 
 @dataclass
@@ -194,6 +201,72 @@ class Answer(NamedTuple):
     past_text: str
     phrases: list[str]
     prompts: Tensor
+
+
+@dataclass
+class _Progress:
+    """How far a stream is: the answer, once it is written, and what the frames to come depend on."""
+
+    tracking: TrackingState
+    problems: list[str]
+    size: tuple[int, int] | None = None
+    answer: Answer | None = None
+
+    @classmethod
+    def none(cls) -> "_Progress":
+        """That of a stream before its first frame."""
+        return cls(TrackingState(), [])
+
+
+class Sa2VAStream(Generator):
+    """What `predict_stream` returns: a generator of `Sa2VAFrame`, which can be stopped and gone on with.
+
+    `close()` frees all it holds; so does leaving it.
+    """
+
+    def __init__(self, frames: Generator[Sa2VAFrame, None, None], progress: _Progress, grounding: dict[str, int]):
+        self._frames = frames
+        self._progress = progress
+        self._grounding = grounding
+
+    def send(self, value: None) -> Sa2VAFrame:
+        """Part of a generator's protocol; use `next` or a loop."""
+        return self._frames.send(value)
+
+    def throw(self, *error) -> Sa2VAFrame:
+        """Part of a generator's protocol."""
+        return self._frames.throw(*error)
+
+    def close(self) -> None:
+        """Stops reading and frees the memory of the video, of which no state can be taken any more."""
+        self._frames.close()
+        self._progress = _Progress.none()
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be read of a damaged video file so far, in words."""
+        return list(self._progress.problems)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the frames after the last one depend on, for `predict_stream(video=..., resume=state)`.
+
+        Returns:
+            Tensors on the CPU by name, which `torch.save` and safetensors' `save_file` write as they are. Their size
+            does not depend on how much was read.
+
+        Raises:
+            ValueError: no frame has come yet, or the stream was closed.
+        """
+        progress = self._progress
+        if progress.answer is None:
+            raise ValueError("There is no state before the first frame and after close(). Take it in between.")
+        words = {name: getattr(progress.answer, name) for name in ("prediction", "past_text", "phrases")}
+        description = json.dumps({"size": progress.size, "model": self._grounding, **words}).encode()
+        return {
+            "description": torch.frombuffer(bytearray(description), dtype=torch.uint8),
+            "prompts": progress.answer.prompts.clone().cpu(),
+            **progress.tracking.to_tensors(),
+        }
 
 
 class Sa2VAVisionModel(InternVLVisionModel):
@@ -752,6 +825,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return_mask_logits: bool = False,
         output_format: str = "numpy",
         mask_sizes: str = "first",
+        encode_batch_size: int | None = None,
         **generate_kwargs,
     ) -> Sa2VAOutput:
         """Answers a question about an image, a video or neither, with a mask in every frame for every `[SEG]`.
@@ -772,6 +846,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             output_format: "numpy", "torch" (tensors on the CPU) or "rle" (COCO, one dict per frame).
             mask_sizes: "first": all masks at the size of frame 0, as released; "own": each frame at its own size, and
                 a list instead of a stacked array.
+            encode_batch_size: how many frames of a video SAM 2 encodes together; default 1 on a CPU, on a GPU as many
+                as its free memory is reckoned to hold, up to 8. Take 1 for a live source, whose frames come slowly.
             **generate_kwargs: anything transformers' `generate` takes: `max_new_tokens`, `num_beams`, `streamer`...
                 `sample_num_frames` is Sa2VA-i's name of `num_frames`.
 
@@ -782,7 +858,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             ValueError, TypeError: an input is unusable; the message says what is accepted.
             OSError: a file can't be read.
         """
-        options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes, return_mask_logits)
+        options = _MaskOptions(
+            mask_threshold, return_raw_masks, output_format, mask_sizes, return_mask_logits, encode_batch_size
+        )
         processor = self._resolve_processor(tokenizer, processor)
         num_frames = generate_kwargs.pop("sample_num_frames", num_frames)
         inputs = processor.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
@@ -804,6 +882,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return_mask_logits: bool = False,
         output_format: str = "numpy",
         mask_sizes: str = "first",
+        encode_batch_size: int | None = None,
         **generate_kwargs,
     ) -> list[Sa2VAOutput]:
         """`predict_forward` for many samples: their answers are written together, their images encoded together.
@@ -828,7 +907,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is too small: at least 1 sample is answered at a time.")
-        options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes, return_mask_logits)
+        options = _MaskOptions(
+            mask_threshold, return_raw_masks, output_format, mask_sizes, return_mask_logits, encode_batch_size
+        )
         processor = self._resolve_processor(tokenizer, processor)
         num_frames = generate_kwargs.pop("sample_num_frames", num_frames)
         prepared = _prepare_samples(processor, samples, num_frames=num_frames, frame_sampling=frame_sampling)
@@ -855,7 +936,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         masks, logits, scores = [], [], []
         if len(answer.prompts):  # else not even the frames need be read
             for frame_logits, predicted in self._segment(inputs, processor, answer.prompts, options, prediction):
-                masks.append(options.finish(frame_logits, processor))
+                masks.append(options.keep(frame_logits, processor))
                 scores.append(_scores(predicted))
                 if options.logits:
                     logits.append(frame_logits.cpu())
@@ -871,9 +952,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             ],
             mask_logits=[plain.pack([frame[i] for frame in logits]) for i in objects] if options.logits else None,
             sample_idx=list(inputs.key_frames),
+            problems=list(inputs.frames.problems) if inputs.is_video else None,
         )
 
-    @torch.no_grad()
     def predict_stream(
         self,
         image=None,
@@ -890,31 +971,87 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return_raw_masks: bool = False,
         output_format: str = "numpy",
         mask_sizes: str = "first",
+        encode_batch_size: int | None = None,
+        resume: Mapping[str, Tensor] | None = None,
         **generate_kwargs,
-    ) -> Iterator[Sa2VAFrame]:
+    ) -> "Sa2VAStream":
         """`predict_forward` frame by frame: memory does not grow with the length of the video.
 
         Arguments and errors are those of `predict_forward`. The answer is written before the first frame comes; an
-        answer without `[SEG]` gives frames with no objects.
+        answer without `[SEG]` gives frames with no objects. With `output_format="rle"` masks are encoded as they come.
 
-        Yields:
-            `Sa2VAFrame` for frame 0, 1, 2...
+        Args:
+            resume: `stream.state()` of a stream that was stopped. Give the same video, from its first frame, and no
+                words: frames that were seen are passed over.
+
+        Returns:
+            A generator of `Sa2VAFrame` for frame 0, 1, 2... (`Sa2VAStream`). Nothing is done before the first is asked
+            for.
         """
-        options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes)
+        options = _MaskOptions(
+            mask_threshold, return_raw_masks, output_format, mask_sizes, encode_batch_size=encode_batch_size
+        )
         processor = self._resolve_processor(tokenizer, processor)
-        inputs = processor.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
-        if inputs.frames is None:
-            raise ValueError("predict_stream needs an image or a video; use predict_forward for text alone.")
-        (answer,) = self._answers([inputs], processor, generate_kwargs)
-        for index, (logits, prediction) in enumerate(self._segment(inputs, processor, answer.prompts, options)):
-            yield Sa2VAFrame(
-                frame_index=index,
-                prediction=answer.prediction,
-                past_text=answer.past_text,
-                phrases=answer.phrases,
-                masks=options.convert(options.finish(logits, processor)),
-                mask_scores={name: score.numpy() for name, score in _scores(prediction).items()},
-            )
+        progress, config = _Progress.none(), self.config.grounding_config
+        grounding = {"image_size": config.image_size, "d_model": config.d_model}
+
+        def start() -> Sa2VAInputs:
+            if resume is not None:
+                if image is not None or video is None or text is not None or past_text or mask_prompts is not None:
+                    raise ValueError("resume goes on with an answer that is written: give it with video= alone.")
+                return self._resume(resume, video, progress, grounding)
+            count = generate_kwargs.pop("sample_num_frames", num_frames)
+            inputs = processor.prepare(image, video, text, past_text, mask_prompts, count, frame_sampling)
+            if inputs.frames is None:
+                raise ValueError("predict_stream needs an image or a video; use predict_forward for text alone.")
+            (progress.answer,) = self._answers([inputs], processor, generate_kwargs)
+            progress.size = inputs.size
+            return inputs
+
+        return Sa2VAStream(self._stream(start, processor, options, progress), progress, grounding)
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        start: Callable[[], Sa2VAInputs],
+        processor: Sa2VAProcessor,
+        options: "_MaskOptions",
+        progress: _Progress,
+    ) -> Generator[Sa2VAFrame, None, None]:
+        inputs = start()
+        del start  # and with it a state that was given
+        progress.problems = inputs.frames.problems
+        answer = progress.answer
+        frames = self._segment(inputs, processor, answer.prompts, options, tracking=progress.tracking)
+        with closing(frames):
+            for index, (logits, prediction) in enumerate(frames, start=progress.tracking.next_frame):
+                yield Sa2VAFrame(
+                    frame_index=index,
+                    prediction=answer.prediction,
+                    past_text=answer.past_text,
+                    phrases=answer.phrases,
+                    masks=options.convert(options.finish(logits, processor)),
+                    mask_scores={name: score.numpy() for name, score in _scores(prediction).items()},
+                )
+
+    def _resume(
+        self, state: Mapping[str, Tensor], video: Any, progress: _Progress, grounding: dict[str, int]
+    ) -> Sa2VAInputs:
+        """Fills `progress` from what `Sa2VAStream.state` gave, and opens the video."""
+        device = next(self.text_hidden_fcs.parameters()).device
+        try:
+            tensors = dict(state)
+            words = json.loads(bytes(tensors.pop("description").tolist()))
+            prompts = tensors.pop("prompts").to(device)
+            progress.tracking = TrackingState.from_tensors(tensors, self.config.grounding_config, device)
+            progress.answer = Answer(words["prediction"], words["past_text"], words["phrases"], prompts)
+            progress.size, model = tuple(words["size"]), words["model"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError("resume is no state of a stream. Give what stream.state() returned, unchanged.") from error
+        if model != grounding:
+            raise ValueError(f"resume comes from a model with {model}, this one has {grounding}. Use the same model.")
+        nothing = torch.zeros(1, 0, dtype=torch.long)
+        return Sa2VAInputs("", nothing, nothing, frames=open_video(video), is_video=True, size=progress.size)
 
     def _resolve_processor(self, tokenizer, processor) -> Sa2VAProcessor:
         """The processor of a call; users pass processors as `tokenizer` and the other way round."""
@@ -1056,26 +1193,33 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         prompts: Tensor,
         options: "_MaskOptions",
         prediction: MaskPrediction | None = None,
-    ) -> Iterator[tuple[Tensor, MaskPrediction]]:
-        """Yields logits float32 [N, h, w] at the user's size and the prediction they come from, for every frame."""
+        tracking: TrackingState | None = None,
+    ) -> Generator[tuple[Tensor, MaskPrediction], None, None]:
+        """Yields logits float32 [N, h, w] at the user's size and the prediction they come from, for every frame.
+
+        `prediction` is that of an image which was looked at already; `tracking` is moved along, from where it stands.
+        """
         if inputs.frames is None:
             return
         is_sa2va_i = self.config.grounding_config.separate_prompt_decoder
         sizes = _FrameSizes(inputs.size, options.mask_sizes == "own")
-        frames = sizes.watch(inputs.frames)
-        if not len(prompts):
-            prediction = _no_objects(prompts)
-        if prediction is None:
-            predictions = self._track(inputs, processor, prompts, frames)
-        else:
-            predictions = ((index, prediction) for index, _ in enumerate(frames))
-        for index, prediction in predictions:
-            size = sizes.pop(index)
-            if len(prompts):
-                logits = processor.resize_logits(prediction.logits, size, two_steps=inputs.is_video or not is_sa2va_i)
+        tracking = TrackingState() if tracking is None else tracking
+        with closing(_ready_frames(inputs, processor, tracking, len(prompts) > 0)) as ready:
+            frames = sizes.watch(ready, tracking.next_frame)
+            if not len(prompts):
+                prediction = _no_objects(prompts)
+            if prediction is None:
+                predictions = self._track(inputs, processor, prompts, frames, tracking, options.encode_batch_size)
             else:
-                logits = prompts.new_zeros(0, *size)
-            yield logits, prediction
+                predictions = _same_for_all(prediction, frames, tracking)
+            for index, prediction in predictions:
+                size = sizes.pop(index)
+                if len(prompts):
+                    two_steps = inputs.is_video or not is_sa2va_i
+                    logits = processor.resize_logits(prediction.logits, size, two_steps=two_steps)
+                else:
+                    logits = prompts.new_zeros(0, *size)
+                yield logits, prediction
 
     def _segment_images(
         self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, answers: Sequence[Answer]
@@ -1094,21 +1238,33 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return predictions
 
     def _track(
-        self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, prompts: Tensor, frames: Iterator
+        self,
+        inputs: Sa2VAInputs,
+        processor: Sa2VAProcessor,
+        prompts: Tensor,
+        frames: Iterator,
+        tracking: TrackingState | None = None,
+        encode_batch_size: int | None = None,
     ) -> Iterator[tuple[int, MaskPrediction]]:
-        def pixel_values(frame) -> Tensor:
+        def pixel_values(frames: Sequence[Any]) -> Tensor:
             return processor.grounding_pixel_values(
-                [frame], dtype=prompts.dtype, device=prompts.device, is_video=inputs.is_video
+                frames, dtype=prompts.dtype, device=prompts.device, is_video=inputs.is_video
             )
 
         decoder = self.grounding_encoder
-        keys = zip(inputs.key_frames, inputs.frames.select(inputs.key_frames), strict=True)
+        tracking = TrackingState() if tracking is None else tracking
         if not inputs.is_video:  # nothing will be tracked, so nothing need be remembered
             for index, frame in enumerate(frames):
-                yield index, decoder.decode(decoder.encode(pixel_values(frame)), prompts)
+                tracking.next_frame = index + 1
+                yield index, decoder.decode(decoder.encode(pixel_values([frame])), prompts)
             return
-        state = decoder.condition(((index, pixel_values(frame)) for index, frame in keys), prompts, inputs.size)
-        yield from decoder.propagate(state, frames, pixel_values)
+        count = encode_batch_size or _encode_batch_size(prompts.device, self.config.grounding_config.image_size)
+        if not tracking.banks:
+            keys = zip(inputs.key_frames, inputs.frames.select(inputs.key_frames), strict=True)
+            keys = ((index, pixel_values([frame])) for index, frame in keys)
+            conditioned = decoder.condition(keys, prompts, inputs.size, count)
+            tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
+        yield from decoder.propagate(tracking, frames, pixel_values, count)
 
 
 class Sa2VAChatModelQwen(Sa2VAChatModel):
@@ -1257,12 +1413,15 @@ class _MaskOptions:
     output_format: str
     mask_sizes: str
     logits: bool = False
+    encode_batch_size: int | None = None
 
     def __post_init__(self):
         if self.output_format not in OUTPUT_FORMATS:
             raise ValueError(f"output_format={self.output_format!r} is unknown. Use one of {OUTPUT_FORMATS}.")
         if self.mask_sizes not in MASK_SIZES:
             raise ValueError(f"mask_sizes={self.mask_sizes!r} is unknown. Use one of {MASK_SIZES}.")
+        if self.encode_batch_size is not None and self.encode_batch_size < 1:
+            raise ValueError(f"encode_batch_size={self.encode_batch_size} is too small: at least 1 frame is encoded.")
         if not 0 < self.threshold < 1:
             raise ValueError(f"mask_threshold={self.threshold} is not a probability between 0 and 1.")
         if self.raw and self.output_format == "rle":
@@ -1273,10 +1432,17 @@ class _MaskOptions:
         masks = logits.sigmoid() if self.raw else processor.binarize(logits, self.threshold)
         return masks.cpu()
 
-    def pack(self, frames: Sequence[Tensor]) -> Any:
-        """[h, w] of every frame -> what the caller asked for; frames of their own sizes stay a list."""
+    def keep(self, logits: Tensor, processor: Sa2VAProcessor) -> Any:
+        """What `pack` wants of a frame: its N masks, run-length encoded at once if that is asked for."""
+        masks = self.finish(logits, processor)
+        return self.convert(masks) if self.output_format == "rle" else masks
+
+    def pack(self, frames: Sequence[Any]) -> Any:
+        """One object's mask of every frame -> what the caller asked for; frames of their own sizes stay a list."""
+        if self.output_format == "rle":
+            return list(frames)
         if self.mask_sizes == "own":
-            return [rle for frame in frames for rle in self.convert(frame[None])]
+            return [mask for frame in frames for mask in self.convert(frame[None])]
         return self.convert(torch.stack(tuple(frames)))
 
     def convert(self, masks: Tensor) -> Any:
@@ -1293,14 +1459,55 @@ class _FrameSizes:
         self._first = first
         self._own: dict[int, tuple[int, int]] | None = {} if own else None
 
-    def watch(self, frames: Iterator) -> Iterator:
-        for index, frame in enumerate(frames):
+    def watch(self, frames: Iterator[tuple[tuple[int, int], Any]], start: int) -> Iterator:
+        """Passes frames on, from number `start`, without the sizes they come with."""
+        for index, (size, frame) in enumerate(frames, start):
             if self._own is not None:
-                self._own[index] = (frame.height, frame.width)
+                self._own[index] = size
             yield frame
 
     def pop(self, index: int) -> tuple[int, int]:
         return self._first if self._own is None else self._own.pop(index)
+
+
+def _ready_frames(
+    inputs: Sa2VAInputs, processor: Sa2VAProcessor, tracking: TrackingState, wanted: bool
+) -> Generator[tuple[tuple[int, int], Any], None, None]:
+    """Sizes (h, w) of the frames that come next, and the frames, if they are wanted at SAM 2's size.
+
+    Those of a video are read and resized ahead, in a thread.
+    """
+    side = (processor.grounding_image_size,) * 2
+    start, encoded = tracking.next_frame, set(inputs.key_frames)
+
+    def ready() -> Generator[tuple[tuple[int, int], Any], None, None]:
+        with closing(inputs.frames.read(start)) as frames:
+            for index, frame in enumerate(frames, start):
+                resized = frame.resize(side, Image.Resampling.BICUBIC) if wanted and index not in encoded else None
+                yield (frame.height, frame.width), resized
+
+    if inputs.is_video:
+        return read_ahead(ready())
+    return (((frame.height, frame.width), frame) for frame in inputs.frames)
+
+
+def _same_for_all(
+    prediction: MaskPrediction, frames: Iterator, tracking: TrackingState
+) -> Iterator[tuple[int, MaskPrediction]]:
+    for index, _ in enumerate(frames, tracking.next_frame):
+        tracking.next_frame = index + 1
+        yield index, prediction
+
+
+def _encode_batch_size(device: torch.device, image_size: int) -> int:
+    """How many frames of a video the image encoder takes together where nobody says: one on a CPU.
+
+    An accelerator has room for more, but how much a frame takes is an estimate: a third of free memory is used.
+    """
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(_MOST_ENCODED, int(free / 3 / (_ENCODING_MEMORY * (image_size / 1024) ** 2))))
 
 
 def _as_sa2va_i(config: Sa2VAChatConfig) -> Sa2VAChatConfig:
@@ -1858,6 +2065,7 @@ __all__ = [
     "Sa2VAFrame",
     "Sa2VAInternLM2ForCausalLM",
     "Sa2VAOutput",
+    "Sa2VAStream",
     "Sa2VATrainingOutput",
     "Sa2VAVisionModel",
 ]

@@ -5,7 +5,6 @@ import torch
 from conftest import GOLDEN, GoldenFamily
 from transformers import AutoModel
 
-
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
 LONG = ("vid20", "vid8_3seg")  # what is tracked one by one anyway
 
