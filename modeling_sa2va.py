@@ -939,7 +939,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 masks.append(options.keep(frame_logits, processor))
                 scores.append(_scores(predicted))
                 if options.logits:
-                    logits.append(frame_logits.cpu())
+                    logits.append(_to_host(frame_logits))
+        _wait_for_host(answer.prompts.device)
         plain = replace(options, output_format="torch" if options.output_format == "torch" else "numpy")
         objects = range(len(answer.prompts))
         return Sa2VAOutput(
@@ -948,7 +949,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             past_text=answer.past_text,
             phrases=answer.phrases,
             mask_scores=[
-                {k: torch.stack([s[k][i] for s in scores]).numpy() for k in ("iou", "object")} for i in objects
+                {name: torch.stack([score[name][i] for score in scores]).numpy() for name in ("iou", "object")}
+                for i in objects
             ],
             mask_logits=[plain.pack([frame[i] for frame in logits]) for i in objects] if options.logits else None,
             sample_idx=list(inputs.key_frames),
@@ -1025,13 +1027,15 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         frames = self._segment(inputs, processor, answer.prompts, options, tracking=progress.tracking)
         with closing(frames):
             for index, (logits, prediction) in enumerate(frames, start=progress.tracking.next_frame):
+                masks, scores = options.finish(logits, processor), _scores(prediction)
+                _wait_for_host(answer.prompts.device)
                 yield Sa2VAFrame(
                     frame_index=index,
                     prediction=answer.prediction,
                     past_text=answer.past_text,
                     phrases=answer.phrases,
-                    masks=options.convert(options.finish(logits, processor)),
-                    mask_scores={name: score.numpy() for name, score in _scores(prediction).items()},
+                    masks=options.convert(masks),
+                    mask_scores={name: score.numpy() for name, score in scores.items()},
                 )
 
     def _resume(
@@ -1428,14 +1432,16 @@ class _MaskOptions:
             raise ValueError("return_raw_masks gives probabilities, which run-length encoding can't hold. Drop one.")
 
     def finish(self, logits: Tensor, processor: Sa2VAProcessor) -> Tensor:
-        """Logits [N, h, w] of a frame -> bool or float32 probabilities on the CPU."""
-        masks = logits.sigmoid() if self.raw else processor.binarize(logits, self.threshold)
-        return masks.cpu()
+        """Logits [N, h, w] of a frame -> bool or float32 probabilities, as `_to_host` gives them."""
+        return _to_host(logits.sigmoid() if self.raw else processor.binarize(logits, self.threshold))
 
     def keep(self, logits: Tensor, processor: Sa2VAProcessor) -> Any:
         """What `pack` wants of a frame: its N masks, run-length encoded at once if that is asked for."""
         masks = self.finish(logits, processor)
-        return self.convert(masks) if self.output_format == "rle" else masks
+        if self.output_format != "rle":
+            return masks
+        _wait_for_host(logits.device)
+        return self.convert(masks)
 
     def pack(self, frames: Sequence[Any]) -> Any:
         """One object's mask of every frame -> what the caller asked for; frames of their own sizes stay a list."""
@@ -1707,7 +1713,7 @@ def _without_padding(sequences: Tensor, config: GenerationConfig) -> list[Tensor
         found = torch.isin(row, row.new_tensor([i for i in ends if i is not None])).nonzero()
         if not len(found):  # cut off, or ended by a stop string
             found = (row != config.pad_token_id).nonzero()[-1:]
-        answers.append(row[: int(found[0]) + 1])
+        answers.append(row[: int(found[0]) + 1] if len(found) else row)
     return answers
 
 
@@ -1780,7 +1786,20 @@ def _no_objects(prompts: Tensor) -> MaskPrediction:
 
 
 def _scores(prediction: MaskPrediction) -> dict[str, Tensor]:
-    return {"iou": prediction.iou_scores.cpu(), "object": prediction.object_scores.sigmoid().cpu()}
+    return {"iou": _to_host(prediction.iou_scores), "object": _to_host(prediction.object_scores.sigmoid())}
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU; off a GPU it is copied while the GPU works on, and complete after `_wait_for_host`."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _wait_for_host(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _mask_target(masks: Tensor, num_objects: int, num_frames: int) -> Tensor:
