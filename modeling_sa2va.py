@@ -258,7 +258,7 @@ class Sa2VAStream(Generator):
             ValueError: no frame has come yet, or the stream was closed.
         """
         progress = self._progress
-        if progress.answer is None:
+        if progress.answer is None or not progress.tracking.next_frame:
             raise ValueError("There is no state before the first frame and after close(). Take it in between.")
         words = {name: getattr(progress.answer, name) for name in ("prediction", "past_text", "phrases")}
         description = json.dumps({"size": progress.size, "model": self._grounding, **words}).encode()
@@ -1021,7 +1021,6 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         progress: _Progress,
     ) -> Generator[Sa2VAFrame, None, None]:
         inputs = start()
-        del start  # and with it a state that was given
         progress.problems = inputs.frames.problems
         answer = progress.answer
         frames = self._segment(inputs, processor, answer.prompts, options, tracking=progress.tracking)
@@ -1050,6 +1049,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             progress.tracking = TrackingState.from_tensors(tensors, self.config.grounding_config, device)
             progress.answer = Answer(words["prediction"], words["past_text"], words["phrases"], prompts)
             progress.size, model = tuple(words["size"]), words["model"]
+            if len(prompts) and not progress.tracking.banks:
+                raise ValueError("There is nothing to track: it comes from an image.")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError("resume is no state of a stream. Give what stream.state() returned, unchanged.") from error
         if model != grounding:
