@@ -940,7 +940,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 scores.append(_scores(predicted))
                 if options.logits:
                     logits.append(_to_host(frame_logits))
-        _wait_for_host(answer.prompts.device)
+            _wait_for_host(frame_logits.device)
         plain = replace(options, output_format="torch" if options.output_format == "torch" else "numpy")
         objects = range(len(answer.prompts))
         return Sa2VAOutput(
@@ -1027,7 +1027,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         with closing(frames):
             for index, (logits, prediction) in enumerate(frames, start=progress.tracking.next_frame):
                 masks, scores = options.finish(logits, processor), _scores(prediction)
-                _wait_for_host(answer.prompts.device)
+                _wait_for_host(logits.device)
                 yield Sa2VAFrame(
                     frame_index=index,
                     prediction=answer.prediction,
