@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -1154,7 +1153,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         positions = [(ids == seg_id).nonzero().flatten() for ids in answers]
         read = [ids[: int(found[-1]) + 1 if len(found) else 0] for ids, found in zip(answers, positions, strict=True)]
-        read = pad_sequence(read, batch_first=True)  # nothing before looks at what is put behind
+        read = _padded(read)  # nothing before looks at what is put behind
         if not read.shape[1]:
             size = (0, self.config.get_text_config().hidden_size)
             return [torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=read.device)] * len(answers)
@@ -1692,10 +1691,16 @@ def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(given) if given else None
 
 
+def _padded(rows: Sequence[Tensor], in_front: bool = False) -> Tensor:
+    """Rows of different lengths [n] -> [B, longest], zeros behind them or in front."""
+    missing = [max(map(len, rows)) - len(row) for row in rows]
+    return torch.stack([F.pad(row, (n, 0) if in_front else (0, n)) for row, n in zip(rows, missing, strict=True)])
+
+
 def _padded_in_front(inputs: Sequence[Sa2VAInputs]) -> tuple[Tensor, Tensor]:
     """Tokens and attention mask, int64 [B, L], of questions that end together. Masked tokens may be any, here 0."""
     columns = ([getattr(x, name)[0] for x in inputs] for name in ("input_ids", "attention_mask"))
-    input_ids, mask = (pad_sequence(rows, batch_first=True, padding_side="left") for rows in columns)
+    input_ids, mask = (_padded(rows, in_front=True) for rows in columns)
     return input_ids, mask
 
 
