@@ -5,10 +5,12 @@
 * `Sa2VAGroundingConfig` SAM 2: its sizes, how key frames are chosen, what memory keeps
 * `Sa2VAChatConfig`      the whole model; reads a released config.json unchanged and writes one the official code reads
 * `Sa2VAChatConfigQwen`  the same around Qwen2.5-VL or Qwen3-VL; `Sa2VAChatConfig(text_config=...)` makes one
+* `auto_map`, `copy_code` what makes a saved checkpoint load with `trust_remote_code` where this package is not
 """
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,42 @@ FRAME_SAMPLINGS = ("first", "uniform")
 QWEN_VL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 # What the official code of these language models accepts in rope_scaling; it refuses more.
 _ROPE_SCALING_KEYS = {"internlm2": ("type", "factor"), "phi3": ("type", "short_factor", "long_factor")}
-_PROMPT_DECODER_KEY = "grounding_encoder.sam2_model.sam_mask_decoder_modified.iou_token.weight"
+PROMPT_DECODER = "sam_mask_decoder_modified"  # the module, and so the part of weight names, that only Sa2VA-i has
+_PROMPT_DECODER_KEY = f"grounding_encoder.sam2_model.{PROMPT_DECODER}.iou_token.weight"
+CODE_FILES = (
+    "configuration_sa2va.py",
+    "hub_upload.py",
+    "modeling_sa2va.py",
+    "processing_sa2va.py",
+    "sam2_decoder.py",
+)
+
+
+def auto_map(is_qwen_vl: bool) -> dict[str, str]:
+    """Which class of which file each Auto class takes; transformers compares the names, so they are the real ones."""
+    ending = "Qwen" if is_qwen_vl else ""
+    return {
+        "AutoConfig": f"configuration_sa2va.Sa2VAChatConfig{ending}",
+        "AutoModel": f"modeling_sa2va.Sa2VAChatModel{ending}",
+        "AutoModelForCausalLM": f"modeling_sa2va.Sa2VAChatModel{ending}",
+        "AutoProcessor": f"processing_sa2va.Sa2VAProcessor{ending}",
+    }
+
+
+def copy_code(folder: str | Path) -> list[Path]:
+    """Copies the files that `auto_map` points to into a checkpoint's folder, which is made if need be.
+
+    Returns:
+        The copies. Where this code itself runs from a checkpoint, transformers may not have fetched all files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [Path(__file__).with_name(name) for name in CODE_FILES]
+    copies = {source: folder / source.name for source in sources if source.is_file()}
+    for source, target in copies.items():
+        if not (target.exists() and target.samefile(source)):
+            shutil.copyfile(source, target)
+    return list(copies.values())
 
 
 class Sa2VAVisionConfig(PreTrainedConfig):
@@ -322,6 +359,14 @@ class Sa2VAChatConfig(PreTrainedConfig):
             grounding["separate_prompt_decoder"] = has_prompt_decoder(str(name), revision)
             config_dict = {**config_dict, "grounding_config": grounding}
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`."""
+        self.auto_map = auto_map(self.is_qwen_vl)
+        super().save_pretrained(save_directory)
+        copy_code(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The language model's config, where transformers looks for vocabulary, cache and generation settings."""

@@ -2,25 +2,35 @@
 
     python hub_upload.py check FOLDER_OR_REPO [--json] [--revision R]     is everything there, at its shape?
     python hub_upload.py convert FOLDER OUT                               pickled weights -> safetensors
+    python hub_upload.py pack SOURCE OUT [...]                            any checkpoint -> a complete model repository
+    python hub_upload.py push SOURCE REPO_ID [...]                        the same, and up to the Hub
 
 * `check_checkpoint`    config.json and safetensors headers against the model they describe (`CheckpointReport`)
 * `convert_pickles`     `pytorch_model*.bin` -> safetensors, without running what a pickle may hold
+* `pack_checkpoint`     weights as released, this code, tokenizer and processor, a model card (`CardFacts`), tried out
+* `push_checkpoint`     uploads what `pack_checkpoint` makes, in one commit; may be interrupted and run again
 
 Exit codes: 0 all is right, 1 something is wrong with the checkpoint, 2 the command can't be carried out.
 """
 
 import argparse
+import fnmatch
+import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
+import time
 import types
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -33,11 +43,114 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 MAX_JSON_BYTES = 100_000_000
 LFS_POINTER = b"version "  # how the text begins that git leaves in place of a large file
 WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
-PROMPT_DECODER = "grounding_encoder.sam2_model.sam_mask_decoder_modified."
 # Never copied beside converted weights: other forms of them, or more pickles.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".index.json")
 QWEN_VL_NAMES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 WRONG_CHECKPOINT, CANNOT_RUN = 1, 2
+
+CARD, GENERATION, ADAPTER, TRAINING = "README.md", "generation_config.json", "adapter_config.json", "training.json"
+REQUIREMENTS_FILE = "requirements.txt"
+REQUIREMENTS = (  # those of pyproject.toml
+    "torch>=2.7",
+    "torchvision>=0.22",
+    "transformers>=5.10.1",
+    "accelerate>=1.10",
+    "sam2>=1.1",
+    "pillow>=10.3",
+    "opencv-python>=4.10",
+    "huggingface_hub>=1.5",
+    "safetensors>=0.5",
+)
+DOCUMENTS = ("LICENSE*", "NOTICE*")
+PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp")  # where the card shows them
+VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+UPLOADED = (
+    *("configuration_sa2va.py", "hub_upload.py", "modeling_sa2va.py", "processing_sa2va.py", "sam2_decoder.py"),
+    *(CONFIG, GENERATION, WEIGHTS, WEIGHTS_INDEX, "model-[0-9]*-of-[0-9]*.safetensors"),
+    *("tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", *VOCABULARIES),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"),
+    *(CARD, REQUIREMENTS_FILE, *DOCUMENTS),
+)
+MAX_HUB_FILE = 50_000_000_000  # bytes; the Hub takes no larger file
+CHUNK_BYTES = 2**25
+TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+PLACE_FIELDS = ("_name_or_path", "name_or_path", "is_local", "local_files_only", "tokenizer_file")
+
+# Model cards. What each released checkpoint was made from, by type and width of the language model: its name, and the
+# vision-language model that SAM 2 was joined to (the tables of arXiv 2501.04001 and of the released cards).
+RELATIONS = ("adapter", "finetune", "merge", "quantized")
+SAM2 = "facebook/sam2-hiera-large"
+LINEAGE = {
+    ("qwen2", 896): ("ByteDance/Sa2VA-1B", "OpenGVLab/InternVL2_5-1B"),
+    ("qwen2", 2048): ("ByteDance/Sa2VA-4B", "OpenGVLab/InternVL2_5-4B"),
+    ("internlm2", 4096): ("ByteDance/Sa2VA-8B", "OpenGVLab/InternVL2_5-8B"),
+    ("internlm2", 6144): ("ByteDance/Sa2VA-26B", "OpenGVLab/InternVL2_5-26B"),
+    ("qwen2", 1536): ("ByteDance/Sa2VA-InternVL3-2B", "OpenGVLab/InternVL3-2B"),
+    ("qwen2", 3584): ("ByteDance/Sa2VA-InternVL3-8B", "OpenGVLab/InternVL3-8B"),
+    ("qwen2", 5120): ("ByteDance/Sa2VA-InternVL3-14B", "OpenGVLab/InternVL3-14B"),
+    ("qwen2_5_vl_text", 2048): ("ByteDance/Sa2VA-Qwen2_5-VL-3B", "Qwen/Qwen2.5-VL-3B-Instruct"),
+    ("qwen2_5_vl_text", 3584): ("ByteDance/Sa2VA-Qwen2_5-VL-7B", "Qwen/Qwen2.5-VL-7B-Instruct"),
+    ("qwen3_vl_text", 2560): ("ByteDance/Sa2VA-Qwen3-VL-4B", "Qwen/Qwen3-VL-4B-Instruct"),
+}
+TAGS = ("sa2va", "sam2", "referring-segmentation", "video-segmentation", "grounding")
+TEMPLATE = Path(__file__).parent / "docs" / "model_card.md"
+BARE_CARD = "---\n{{ card_data }}\n---\n\n# {{ name }}\n\nSa2VA ({{ family }}, {{ parameters }} parameters).\n"
+CARD_MARK = re.compile(r"\n<!-- (?P<id>\S+), by hub_upload\.py: [0-9a-f]{64}\. .*-->\n\Z")
+FORM_PHRASES = ("[More Information Needed]", "<!-- This model card has been generated automatically")
+
+# What nobody should find in a public repository.
+SECRET = re.compile(
+    r"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bsk-[A-Za-z0-9_-]{32,}|"
+    r"\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[\w-]{10,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+LOCAL_PATH = re.compile(r"(?:[A-Za-z]:[\\/]|~/|\.{1,2}/|/[\w.@~+-]+/)[^\s\"]*")
+LOCAL_PATH_IN_JSON = re.compile(r'(?<=")(?:[A-Za-z]:\\\\|~/|/[\w.@~+-]+/)[^\s"]+(?=")')
+HOME_PATH = re.compile(
+    r"(?<![\w./-])(?:[A-Za-z]:\\Users\\|/(?:home|Users|root|mnt|scratch|workspace)/)[\w.@~+-][^\s\"'`)]*"
+)
+
+# Run in a process of its own: everything loads from one folder, and all parts compute.
+TRIAL = """
+import sys
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, logging
+
+logging.set_verbosity_error()
+folder = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model, report = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+for part in (processor, model):
+    if not type(part).__module__.startswith("transformers_modules."):
+        sys.exit(f"{type(part)} is not from this folder")
+if lost := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
+    sys.exit(f"keys that do not fit: {lost}")
+inputs = processor.prepare(Image.new("RGB", (64, 48), "white"), None, "Please segment the object.")
+answer = tokenizer("It is [SEG].", add_special_tokens=False, return_tensors="pt").input_ids
+input_ids = torch.cat([inputs.input_ids, answer], dim=1)
+more = {} if inputs.image_grid_thw is None else {"image_grid_thw": inputs.image_grid_thw}
+with torch.no_grad():
+    output = model.eval()(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        labels=torch.cat([torch.full_like(inputs.input_ids, -100), answer], dim=1),
+        pixel_values=inputs.pixel_values.to(model.dtype),
+        grounding_pixel_values=[processor.grounding_pixel_values(list(inputs.frames)).to(model.dtype)],
+        mask_labels=[torch.ones(1, 48, 64)],
+        **more,
+    )
+if not torch.isfinite(output.loss) or len(output.pred_masks[0]) != 1:
+    sys.exit(f"one forward pass gave loss {output.loss} and {len(output.pred_masks[0])} masks instead of 1")
+"""
+
+# How often a request to the Hub is sent again, and for which answers.
+ATTEMPTS, FIRST_WAIT = 5, 1.0  # seconds, twice as long each time
+PASSING_STATUS = (408, 429, 500, 502, 503, 504)
+MOVED_STATUS = (409, 412)  # somebody else has committed meanwhile
+TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+HARMLESS = (".gitattributes", ".gitignore", CARD, *DOCUMENTS, *PICTURES)  # what any repository may have
+OLD_CODE = ("configuration_*.py", "modeling_*.py", "processing_*.py", "tokenization_*.py")
 
 
 class CheckpointError(ValueError):
@@ -142,7 +255,9 @@ def check_checkpoint(name_or_path: str | Path, revision: str | None = None) -> C
     try:
         config = _read_config(files, tensors)
         if tensors:
-            comparison = _compare(_expected_entries(config), {name: tensor.shape for name, tensor in tensors.items()})
+            comparison = _compare(
+                _entries_of(_model_without_memory(config)), {name: tensor.shape for name, tensor in tensors.items()}
+            )
     except CheckpointError as error:
         problems.append(str(error))
     dtypes: Counter[str] = Counter()
@@ -375,7 +490,7 @@ def _blaming_config() -> Iterator[None]:
 
 def _read_config(files: _Files, tensors: dict[str, _Tensor]):
     """The `Sa2VAChatConfig` of a checkpoint. Whether it is Sa2VA-i is read off its keys, as when loading."""
-    from .configuration_sa2va import Sa2VAChatConfig
+    from .configuration_sa2va import PROMPT_DECODER, Sa2VAChatConfig
 
     values = _read_json(files, CONFIG)
     if values.get("model_type") != Sa2VAChatConfig.model_type:
@@ -385,7 +500,7 @@ def _read_config(files: _Files, tensors: dict[str, _Tensor]):
     with _blaming_config():
         grounding = dict(values.get("grounding_config") or {})
         if grounding.get("separate_prompt_decoder") is None:
-            grounding["separate_prompt_decoder"] = any(name.startswith(PROMPT_DECODER) for name in tensors)
+            grounding["separate_prompt_decoder"] = any(f".{PROMPT_DECODER}." in name for name in tensors)
         return Sa2VAChatConfig.from_dict({**values, "grounding_config": grounding})
 
 
@@ -417,17 +532,22 @@ class _Entry(NamedTuple):
         return "native" if any(name in found for name in self.native) else None
 
 
-def _expected_entries(config) -> list[_Entry]:
-    """All keys of the model that a config describes, built without memory on the meta device."""
+def _model_without_memory(config):
+    """The model that a config describes, on the meta device."""
     import torch
-    from transformers.core_model_loading import revert_weight_conversion
 
     from .modeling_sa2va import Sa2VAChatModel
 
     if getattr(config, "quantization_config", None):
         raise CheckpointError("The weights are quantized; check the checkpoint they were made from.")
     with _blaming_config(), torch.device("meta"):
-        model = Sa2VAChatModel(config)
+        return Sa2VAChatModel(config)
+
+
+def _entries_of(model) -> list[_Entry]:
+    """All keys of a model."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     weights = model.state_dict()
     rules = model._weight_conversions  # between the released layout and ours; saving reverses them
     native: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
@@ -580,6 +700,1150 @@ def _write_index(sizes: dict[str, dict[str, int]], path: Path) -> None:
     temporary.replace(path)
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says and the checkpoint doesn't.
+
+    Attributes:
+        base_model: names on the Hub of what this was made from; default: the adapter's base model, else what the
+            source's own card says, else what the released checkpoint of this size was made from.
+        base_model_relation: "finetune", "merge", "adapter" or "quantized"; default fits `base_model`.
+        license: as the Hub spells it, "apache-2.0"; default that of the source's card or released checkpoint.
+        language: ISO codes, or "multilingual".
+        datasets: names on the Hub of what it was trained on.
+        tags: more tags than every Sa2VA has.
+        results: scores, each with the fields of `huggingface_hub.EvalResult`; see `read_results`.
+        training: any facts about training, by name.
+        new_card: write a new card even if the source has one that somebody wrote.
+    """
+
+    base_model: tuple[str, ...] = ()
+    base_model_relation: str | None = None
+    license: str | None = None
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    results: tuple[Mapping[str, Any], ...] = ()
+    training: Mapping[str, Any] | None = None
+    new_card: bool = False
+
+    def __post_init__(self):
+        if self.base_model_relation not in (None, *RELATIONS):
+            raise ValueError(f"base_model_relation={self.base_model_relation!r}: the Hub knows {', '.join(RELATIONS)}.")
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack_checkpoint` made.
+
+    Attributes:
+        folder: the model repository.
+        family: as in `CheckpointReport`.
+        weights: "linked" or "copied" (right as they were), "rewritten", or "merged" with an adapter.
+        card: "generated" or "kept".
+        tested: whether it was loaded in a process of its own.
+        files: bytes of each file.
+        notes: what the user should know.
+    """
+
+    folder: str
+    family: str
+    weights: str
+    card: str
+    tested: bool
+    files: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"{self.folder}: {self.family}",
+                *_file_lines(self.files),
+                f"weights {self.weights}, card {self.card}, "
+                + ("loads with trust_remote_code" if self.tested else "not tried out"),
+                *(f"note: {note}" for note in self.notes),
+            ]
+        )
+
+
+def _file_lines(files: Mapping[str, int]) -> list[str]:
+    return [f"  {size / 1e6:12,.3f} MB  {name}" for name, size in sorted(files.items())]
+
+
+def pack_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    facts: CardFacts = CardFacts(),
+    max_shard_size: int | str | None = None,
+    skip_test: bool = False,
+    overwrite: bool = False,
+    token: str | None = None,
+    model_id: str | None = None,
+) -> PackReport:
+    """Writes a complete model repository: one that loads with `trust_remote_code`, wherever this package is not.
+
+    Weights end in the released layout in safetensors. Those that are so already are hard-linked (copied to another
+    file system), others are rewritten one tensor at a time, so that memory holds no more than the largest; only
+    merging an adapter loads the model. Nothing is at `out` before all of it is right.
+
+    Args:
+        source: folder, or name on the Hub: released or native layout, or an adapter, which is merged.
+        out: folder to write.
+        revision: branch, tag or commit of a Hub repository.
+        facts: for the model card. A card that somebody wrote or changed, in `source` or before in `out`, is kept.
+        max_shard_size: bytes, or "5GB"; files that are larger are split. Default: what the Hub takes, 50 GB.
+        skip_test: don't load the result and run it once in a process of its own.
+        overwrite: replace `out` if it is there.
+        token: for private repositories on the Hub.
+        model_id: name that the card's examples use; default the name of `out`.
+
+    Raises:
+        OSError: `source` is not there, `out` is, or the Hub can't be asked.
+        CheckpointError: `source` is no checkpoint that loads, or what would be written names secrets or local paths.
+    """
+    out = Path(out).absolute()
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
+    with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
+        origin = _find_origin(str(source), revision, token, merged)
+        old_card = out / CARD if (out / CARD).is_file() else origin.card
+        old_text = old_card.read_text(encoding="utf-8") if old_card.is_file() else ""
+        _card(old_text)  # if it can't be read, say so before anything that takes long
+        report = check_checkpoint(origin.folder)
+        if not report.ok:
+            raise CheckpointError(f"Not packed, since it would not load.\n{report}")
+        config = _config_of(origin.folder)
+        weights = _pack_weights(origin.folder, target, config, report.layout, _size(max_shard_size))
+        _pack_settings(origin.folder, target, config)
+        card, notes = _pack_card(target, config, report, origin, old_text, facts, model_id or out.name)
+        _pack_documents((origin.documents, old_card.parent), target)
+        files = {name: (target / name).stat().st_size for name in _uploaded_names(target)}
+        _refuse_private({name: target / name for name in files}, origin.folder, out)
+        if not skip_test:
+            _try_out(target)
+        _put_in_place(target, out)
+    weights = "merged" if origin.base is not None else weights
+    return PackReport(str(out), report.family, weights, card, not skip_test, files, notes)
+
+
+@contextmanager
+def _temporary_sibling(path: Path, purpose: str) -> Iterator[Path]:
+    """A new folder beside `path` for as long as the block lasts; what an earlier run left there is removed."""
+    folder = path.resolve().with_name(f".{path.name}.{purpose}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, out: Path) -> None:
+    """Renames a finished folder to `out`; what was there goes when the new one stands."""
+    old = out.resolve().with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    try:
+        folder.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _size(size: int | str | None) -> int:
+    """Bytes of "5GB", "200MB" or a number."""
+    if size is None:
+        return MAX_HUB_FILE
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
+    count = int(float(number[1]) * 1000 ** " KMGT".index(number[2] or " ")) if number else 0
+    if not 0 < count <= MAX_HUB_FILE:
+        raise ValueError(f"max_shard_size={size!r}: a size like 5GB or 200MB is needed, at most 50GB.")
+    return count
+
+
+class _Origin(NamedTuple):
+    """Where a checkpoint comes from.
+
+    `folder` holds it whole; `name` is its name on the Hub or None; `base` names what an adapter was trained on, "" if
+    only this machine knows it, None if there is no adapter; `training` are facts found beside it.
+    """
+
+    folder: Path
+    documents: Path
+    name: str | None
+    base: str | None
+    training: dict[str, Any]
+
+    @property
+    def card(self) -> Path:
+        """Its own model card, which need not be there."""
+        return self.documents / CARD
+
+
+def _find_origin(source: str, revision: str | None, token: str | None, merged: Path) -> _Origin:
+    """Fetches a source from the Hub if it is no folder, and merges an adapter into the empty folder `merged`."""
+    folder = Path(source)
+    if folder.is_dir() and revision is not None:
+        raise ValueError(f"revision={revision!r} is for Hub repositories, but {source} is a folder. Leave it out.")
+    name = None if folder.is_dir() else source
+    folder = folder if name is None else _download(source, revision, token)
+    training = _training_facts(folder)
+    if not (folder / ADAPTER).is_file():
+        return _Origin(folder, folder, name, None, training)
+    base, more = _merge_adapter(folder, merged, token)
+    return _Origin(merged, folder, name, base, training | more)
+
+
+def _download(name: str, revision: str | None, token: str | None) -> Path:
+    """What is needed of a Hub repository, in the cache. Never pickles."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise FileNotFoundError(f"{name} is neither a folder nor a name on the Hub like ByteDance/Sa2VA-4B.") from error
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.png", "*.jpg", *DOCUMENTS]
+    with _asking_for(name):
+        folder = snapshot_download(
+            name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=["*/*"]
+        )
+    return Path(folder)
+
+
+def _training_facts(folder: Path) -> dict[str, Any]:
+    """What training.json says in plain words and numbers; no paths, which mean nothing elsewhere."""
+    path = folder / TRAINING
+    values = _parse_json(path.read_bytes(), TRAINING) if path.is_file() else {}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, str | int | float) and not LOCAL_PATH.match(str(value))
+    }
+
+
+def _merge_adapter(folder: Path, merged: Path, token: str | None) -> tuple[str, dict[str, Any]]:
+    """Writes base model and adapter as one checkpoint; returns the base model's public name ("" if it has none)."""
+    from .modeling_sa2va import Sa2VAChatModel, merged_with_adapter
+    from .processing_sa2va import Sa2VAProcessor
+
+    values = _parse_json((folder / ADAPTER).read_bytes(), ADAPTER)
+    base = _find_base(folder, values.get("base_model_name_or_path"))
+    model = Sa2VAChatModel.from_pretrained(base, token=token)
+    try:
+        model = merged_with_adapter(model, folder)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The adapter in {folder} does not fit {base}: {error}") from error
+    model.save_pretrained(merged)
+    words = folder if (folder / "tokenizer_config.json").is_file() else base
+    Sa2VAProcessor.from_pretrained(words, config=model.config, token=token).save_pretrained(merged)
+    facts = {
+        "adapter": f"{values.get('peft_type')}, merged",
+        "rank": values.get("r"),
+        "alpha": values.get("lora_alpha"),
+    }
+    return "" if Path(base).is_dir() else base, {name: value for name, value in facts.items() if value is not None}
+
+
+def _find_base(folder: Path, named: str | None) -> str:
+    """What an adapter belongs to: the model in its own folder, a folder by its name, else that name on the Hub."""
+    if any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        return str(folder)
+    for place in (Path(named or ""), folder / (named or "")):
+        if named and place.is_dir():
+            return str(place)
+    if not named or LOCAL_PATH.match(named) or named.count("/") != 1:
+        raise FileNotFoundError(
+            f"{folder / ADAPTER} names the base model {named!r}, which is not here. Put the folder or the name on the "
+            "Hub of what the adapter was trained on into base_model_name_or_path."
+        )
+    return named
+
+
+def _config_of(folder: Path):
+    files = _find_files(str(folder), None)
+    return _read_config(files, _read_weights(files)[0])
+
+
+def _pack_weights(folder: Path, out: Path, config, layout: str | None, max_bytes: int) -> str:
+    """Links, copies or rewrites the weights of a checkpoint that was found right; says which."""
+    files = _find_files(str(folder), None)
+    shards = _shards(files)
+    if layout in ("native", "mixed") or any(files.sizes[name] > max_bytes for name in shards):
+        _rewrite_weights(files, out, config, max_bytes)
+        return "rewritten"
+    how = {_link(folder / name, out / name) for name in shards}
+    if WEIGHTS not in shards:
+        shutil.copyfile(folder / WEIGHTS_INDEX, out / WEIGHTS_INDEX)
+    return how.pop() if len(how) == 1 else "copied"
+
+
+def _link(source: Path, target: Path) -> str:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+        return "copied"
+    return "linked"
+
+
+class _Move(NamedTuple):
+    """A tensor to be written: its header entry without offsets, and where the tensors it is made of are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    parts: dict[str, tuple[str, int, _Tensor]]  # key: file, where its tensors begin, entry
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.end - tensor.begin for _, _, tensor in self.parts.values())
+
+
+def _rewrite_weights(files: _Files, out: Path, config, max_bytes: int) -> None:
+    """Writes weights in the released layout into files of at most `max_bytes` (but for single larger tensors)."""
+    model = _model_without_memory(config)
+    moves = _plan_moves(files, _entries_of(model))
+    shards: list[dict[str, _Move]] = [{}]
+    for name, move in moves.items():
+        if shards[-1] and sum(other.num_bytes for other in shards[-1].values()) + move.num_bytes > max_bytes:
+            shards.append({})
+        shards[-1][name] = move
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS]
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(files, out / name, shard, model)
+    if count > 1:
+        sizes = {
+            name: {key: move.num_bytes for key, move in shard.items()}
+            for name, shard in zip(names, shards, strict=True)
+        }
+        _write_index(sizes, out / WEIGHTS_INDEX)
+
+
+def _plan_moves(files: _Files, entries: Sequence[_Entry]) -> dict[str, _Move]:
+    """What becomes of the tensors of a checkpoint in which no key is missing or at another shape."""
+    found = {}
+    for file in _shards(files):
+        start = 8 + int.from_bytes(files.read(file, 0, 8), "little")
+        found |= {key: (file, start, tensor) for key, tensor in _read_header(files, file)[0].items()}
+    moves = {}
+    for entry in entries:
+        keys = entry.native if entry.layout_in(found) == "native" else entry.released
+        if entry.tied and not any(key in found for key in keys):
+            continue
+        parts = {key: found[key] for key in keys}
+        dtypes = {tensor.dtype for _, _, tensor in parts.values()}
+        if len(dtypes) > 1:
+            raise CheckpointError(f"{', '.join(parts)} are fused when saved, but are {', '.join(sorted(dtypes))}.")
+        (dtype,) = dtypes
+        moves |= {name: _Move(dtype, shape, parts) for name, shape in entry.released.items()}
+    return moves
+
+
+def _write_shard(files: _Files, path: Path, moves: Mapping[str, _Move], model) -> None:
+    """Writes a safetensors file, tensor by tensor. As the format's own writer does, wide numbers stand first."""
+    order = sorted(moves, key=lambda name: -moves[name].num_bytes // max(1, math.prod(moves[name].shape)))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        begin, end = end, end + moves[name].num_bytes
+        header[name] = {"dtype": moves[name].dtype, "shape": moves[name].shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for data in _bytes_of(files, moves[name], model):
+                stream.write(data)
+
+
+def _bytes_of(files: _Files, move: _Move, model) -> Iterator[bytes]:
+    """The bytes of a tensor: those of the one that it is, else of what saving makes of several."""
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if len(move.parts) == 1:
+        ((file, start, tensor),) = move.parts.values()
+        for begin in range(tensor.begin, tensor.end, CHUNK_BYTES):
+            yield files.read(file, start + begin, min(CHUNK_BYTES, tensor.end - begin))
+        return
+    whole = {}
+    for key, (file, start, tensor) in move.parts.items():
+        data = bytearray(files.read(file, start + tensor.begin, tensor.end - tensor.begin))
+        whole[key] = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[tensor.dtype])).view(tensor.shape)
+    (fused,) = revert_weight_conversion(model, whole).values()
+    yield fused.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _pack_settings(folder: Path, out: Path, config) -> None:
+    """Configs, tokenizer, processor, code and requirements, without what only the old place needed."""
+    from transformers import GenerationConfig
+
+    from .configuration_sa2va import auto_map, copy_code
+    from .processing_sa2va import Sa2VAProcessor
+
+    Sa2VAProcessor.from_pretrained(folder, config=config).save_pretrained(out)
+    if (folder / GENERATION).is_file():
+        shutil.copyfile(folder / GENERATION, out / GENERATION)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(out)
+    values = _read_json(_find_files(str(folder), None), CONFIG)
+    mapping = auto_map(config.is_qwen_vl)
+    grounding = dict(values.get("grounding_config") or {})
+    grounding["separate_prompt_decoder"] = config.grounding_config.separate_prompt_decoder  # no need to ask the weights
+    values |= {"auto_map": mapping, "architectures": [mapping["AutoModel"].rpartition(".")[2]]}
+    values["grounding_config"] = grounding
+    _write_json(out / CONFIG, values)
+    for name in (CONFIG, GENERATION, "tokenizer_config.json", "processor_config.json"):
+        _write_json(out / name, _without_places(json.loads((out / name).read_text())))
+    copy_code(out)
+    (out / REQUIREMENTS_FILE).write_text("\n".join(REQUIREMENTS) + "\n")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_places(value: Any) -> Any:
+    """JSON values without the fields in which transformers notes where something was loaded from."""
+    if isinstance(value, dict):
+        return {name: _without_places(part) for name, part in value.items() if name not in PLACE_FIELDS}
+    return [_without_places(part) for part in value] if isinstance(value, list) else value
+
+
+def _pack_documents(folders: Sequence[Path], out: Path) -> None:
+    """License texts, and the pictures that the card shows; ours if the card says Apache-2.0 and there is none."""
+    text = (out / CARD).read_text(encoding="utf-8")
+    for path in (path for folder in folders for path in sorted(folder.iterdir())):
+        if path.is_file() and (_matches(path.name, DOCUMENTS) or (_matches(path.name, PICTURES) and path.name in text)):
+            shutil.copyfile(path, out / path.name)
+    ours = Path(__file__).with_name("LICENSE")
+    if not (out / "LICENSE").exists() and ours.is_file() and _card(text).data.license == "apache-2.0":
+        shutil.copyfile(ours, out / "LICENSE")
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _pack_card(
+    out: Path, config, report: CheckpointReport, origin: _Origin, old_text: str, facts: CardFacts, model_id: str
+) -> tuple[str, tuple[str, ...]]:
+    """Writes README.md; says whether it was "generated" or "kept", and what is to be known about it."""
+    written_by_hand = bool(old_text) and not _is_made_by_machine(old_text)
+    if written_by_hand and not facts.new_card:
+        data = _card(old_text).data
+        lacks = [field for field in ("license", "library_name", "pipeline_tag") if not getattr(data, field)]
+        (out / CARD).write_text(old_text, encoding="utf-8")
+        notes = [f"The card says nothing about {', '.join(lacks)}."] if lacks else []
+        given = [field.name for field in fields(facts) if getattr(facts, field.name)]
+        notes += [f"The card is the one found; {', '.join(given)} did not change it (--new-card)."] if given else []
+        return "kept", tuple(notes)
+    text = _render_card(config, report, origin, _card(old_text).data if written_by_hand else None, facts, model_id)
+    (out / CARD).write_text(_marked(text, model_id), encoding="utf-8")
+    return "generated", () if _card(text).data.license else ("No license is known: say which with --license.",)
+
+
+def _card(text: str):
+    """The `ModelCard` of a README.md."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard(text or "---\n---\n")
+    except Exception as error:  # of PyYAML or of the values' meaning: whatever is wrong, it is the card's fault
+        raise CheckpointError(f"{CARD} has metadata that can't be read: {error}") from error
+
+
+def _marked(text: str, model_id: str) -> str:
+    """A generated card with a last line that tells whether somebody has changed it since."""
+    text = text.rstrip() + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return (
+        f"{text}\n<!-- {model_id}, by hub_upload.py: {digest}. A card that is changed above is kept from then on. -->\n"
+    )
+
+
+def _is_made_by_machine(text: str) -> bool:
+    """Whether nobody has written or changed a card: it is ours, a form that a library filled in, or metadata only."""
+    if not re.sub(r"\A---\n.*?\n---(\n|\Z)", "", text, flags=re.DOTALL).strip():
+        return True
+    if match := CARD_MARK.search(text):
+        return _marked(text[: match.start()], match["id"]) == text
+    return any(phrase in text for phrase in FORM_PHRASES)
+
+
+def _readdressed(text: str, model_id: str) -> str:
+    """A generated card with another name in its examples; one that somebody changed is left alone."""
+    match = CARD_MARK.search(text)
+    if match is None or not _is_made_by_machine(text):
+        return text
+    body = text[: match.start()].replace(f'"{match["id"]}"', f'"{model_id}"')
+    return _marked(body.replace(f"/{match['id']}/resolve/", f"/{model_id}/resolve/"), model_id)
+
+
+def _render_card(config, report: CheckpointReport, origin: _Origin, old, facts: CardFacts, model_id: str) -> str:
+    """The text of a model card from the template, or of a bare one where this code has no template beside it."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    name = model_id.rpartition("/")[2]
+    known = LINEAGE.get((config.get_text_config().model_type, config.get_text_config().hidden_size))
+    bases, relation = _lineage(config, origin, old, facts, known)
+    results = [EvalResult(**_result(values)) for values in facts.results]
+    data = ModelCardData(
+        license=facts.license or getattr(old, "license", None) or ("apache-2.0" if known else None),
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=bases or None,
+        base_model_relation=relation,
+        language=list(facts.language) or getattr(old, "language", None) or (["multilingual"] if known else ["en"]),
+        datasets=list(facts.datasets) or getattr(old, "datasets", None),
+        tags=[*TAGS, *(getattr(old, "tags", None) or ()), *facts.tags],
+        **({"eval_results": results, "model_name": name} if results else {}),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8") if TEMPLATE.is_file() else BARE_CARD,
+        model_id=model_id,
+        name=name,
+        family=report.family,
+        parameters=_rounded(report.num_parameters),
+        dtypes=" and ".join(TORCH_DTYPES.get(dtype, dtype) for dtype in report.dtypes),
+        base_models=bases,
+        relation=relation,
+        is_qwen_vl=config.is_qwen_vl,
+        key_frames=config.grounding_config.num_key_frames,
+        frame_sampling={"first": "the first ones", "uniform": "spread evenly"}[config.grounding_config.frame_sampling],
+        training={**origin.training, **(facts.training or {})},
+        results=results,
+    )
+    return str(card)
+
+
+def _rounded(count: int) -> str:
+    """A number of parameters in words: "3.94 billion"."""
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+
+
+def _lineage(config, origin: _Origin, old, facts: CardFacts, known) -> tuple[list[str], str | None]:
+    """What a model was made from, and how, as the Hub's model tree wants it."""
+    if facts.base_model:
+        return list(facts.base_model), facts.base_model_relation or "finetune"
+    if origin.base:
+        return [origin.base], facts.base_model_relation or "finetune"
+    if named := getattr(old, "base_model", None):
+        relation = facts.base_model_relation or getattr(old, "base_model_relation", None)
+        return [named] if isinstance(named, str) else list(named), relation
+    if known is None:
+        return [], None
+    if config.grounding_config.separate_prompt_decoder or origin.base is not None:  # trained on from a released one
+        return [known[0]], facts.base_model_relation or "finetune"
+    return [known[1], SAM2], facts.base_model_relation or "merge"
+
+
+def _result(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an `EvalResult`; the kind of task and the data set's short name may be left out."""
+    from huggingface_hub import EvalResult
+
+    accepted = [field.name for field in fields(EvalResult)]
+    if unknown := sorted(set(values) - set(accepted)):
+        raise ValueError(f"A result has {', '.join(unknown)}; these are accepted: {', '.join(accepted)}.")
+    if missing := [name for name in ("dataset_name", "metric_type", "metric_value") if name not in values]:
+        raise ValueError(f"The result {dict(values)} lacks {', '.join(missing)}.")
+    short = re.sub(r"[^a-z0-9]+", "-", str(values["dataset_name"]).lower()).strip("-")
+    return {"task_type": "image-segmentation", "dataset_type": short, **values}
+
+
+def read_results(path: str | Path) -> tuple[dict[str, Any], ...]:
+    """Scores for a model card from a YAML or JSON file.
+
+    Args:
+        path: a list of results, each with `dataset_name`, `metric_type` ("cIoU"), `metric_value` and whatever else
+            `huggingface_hub.EvalResult` has: `dataset_split`, `task_name`, `source_url`...
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no such list.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML, too
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise ValueError(f"{path} has no list of results; each needs dataset_name, metric_type and metric_value.")
+    return tuple({**value, **_result(value)} for value in values)
+
+
+def _uploaded_names(folder: Path) -> list[str]:
+    """The files of a folder that belong into a model repository; everything else stays at home."""
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return [name for name in names if _matches(name, UPLOADED) or (_matches(name, PICTURES) and name in text)]
+
+
+def _refuse_private(files: Mapping[str, Path | bytes], *places: Path) -> None:
+    """Looks through all text, and the headers of weights, for secrets and for paths of this machine.
+
+    Raises:
+        CheckpointError: names each file and line.
+    """
+    here = {str(place) for given in (*places, Path.cwd(), Path.home()) for place in (given, given.resolve())}
+    here = {place for place in here if place.count("/") + place.count("\\") > 1}
+    found = []
+    for name, content in files.items():
+        if name.endswith(".safetensors"):
+            lines = [_header_notes(content)]
+        elif _matches(name, PICTURES):
+            continue
+        else:
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            lines = data.decode("utf-8", errors="replace").splitlines()
+        found += [f"{name}:{i}: {what}" for i, line in enumerate(lines, 1) for what in _private_parts(name, line, here)]
+    if found:
+        raise CheckpointError(
+            "This would be read by everybody; take it out and run again:\n  " + "\n  ".join(found[:20])
+        )
+
+
+def _header_notes(path: Path) -> str:
+    """What a safetensors file says beside its tensors."""
+    with path.open("rb") as stream:
+        header = _parse_json(stream.read(int.from_bytes(stream.read(8), "little")), f"{path.name}'s header")
+    return json.dumps(header.get("__metadata__") or {})
+
+
+def _private_parts(name: str, line: str, here: Iterable[str]) -> list[str]:
+    """Secrets and local paths in a line. Vocabularies hold pieces of everything: there, only secrets count."""
+    parts = [f"a secret ({match[0][:6]}...)" for match in SECRET.finditer(line)]
+    if name in VOCABULARIES:
+        return parts
+    paths = [match[0] for match in (LOCAL_PATH_IN_JSON if name.endswith(".json") else HOME_PATH).finditer(line)]
+    return parts + [f"a path of this machine ({path})" for path in paths or [place for place in here if place in line]]
+
+
+def _try_out(folder: Path) -> None:
+    """Loads a model repository in a process that knows nothing of this package, and runs it once.
+
+    Raises:
+        CheckpointError: with what that process said.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(Path(empty) / "modules"),
+            "PYTHONWARNINGS": "ignore",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", TRIAL, str(folder)], cwd=empty, env=environment, capture_output=True, text=True
+        )
+    if done.returncode != 0:
+        raise CheckpointError(f"What was packed does not load with trust_remote_code:\n{done.stderr[-3000:]}")
+
+
+class HubError(OSError):
+    """The Hub could not do what was asked; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What `push_checkpoint` does, or has done.
+
+    Attributes:
+        repo_id, revision: where to; the revision is a branch or a pull request ("refs/pr/3").
+        files: bytes of every file that the repository has in the end.
+        uploaded: those of them that are new or changed.
+        deleted: files of an earlier version that the new one must not find there.
+        left_out: files of the source that are nobody's business, and stay at home.
+        creates: whether there is no such repository yet.
+        card: "generated", or "kept": the one that somebody wrote, here or on the Hub.
+        dry_run: whether nothing was done.
+        url: of the commit or pull request; None before.
+        commit: id of the commit in which all is right; None before.
+    """
+
+    repo_id: str
+    revision: str
+    files: dict[str, int]
+    uploaded: tuple[str, ...]
+    deleted: tuple[str, ...]
+    left_out: tuple[str, ...]
+    creates: bool
+    card: str
+    dry_run: bool = False
+    url: str | None = None
+    commit: str | None = None
+
+    def __str__(self) -> str:
+        sizes = {name: self.files[name] for name in self.uploaded}
+        kept = len(self.files) - len(sizes)
+        where = f"{self.repo_id} ({'new' if self.creates else self.revision})"
+        return "\n".join(
+            [
+                f"{where}: {len(sizes)} files to upload, {sum(sizes.values()) / 1e6:,.1f} MB; {kept} are there already",
+                *_file_lines(sizes),
+                *(f"  deleted          {name}" for name in self.deleted),
+                *(f"  stays at home    {name}" for name in self.left_out),
+            ]
+        )
+
+
+def push_checkpoint(
+    source: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    tag: str | None = None,
+    dry_run: bool = False,
+    max_shard_size: int | str | None = None,
+    token: str | None = None,
+    facts: CardFacts = CardFacts(),
+    skip_test: bool = False,
+    source_revision: str | None = None,
+    commit_message: str = "Upload Sa2VA",
+    endpoint: str | None = None,
+    show: Callable[[PushReport], None] | None = None,
+) -> PushReport:
+    """Packs a checkpoint (unless it is as `pack_checkpoint` leaves it) and uploads it in one commit.
+
+    Large files are sent first, one after the other; nobody sees them before the commit, which adds, changes and
+    deletes everything at once. A card that somebody wrote or changed on the Hub stays, but for `facts.new_card` or
+    another one that was written here. Then the hashes that the Hub reports are compared. A run that was interrupted is
+    continued by running it again: what the Hub has is not sent again, and a draft pull request is taken up.
+
+    Args:
+        source: as for `pack_checkpoint`.
+        repo_id: "name/model" on the Hub; made if it is not there.
+        private: whether a new repository is private; default as the account says.
+        create_pr: open a pull request instead of committing to the branch.
+        revision: branch, made from main if it is not there; default main.
+        tag: name for the commit.
+        dry_run: only find out what would be done.
+        max_shard_size, facts, skip_test: as for `pack_checkpoint`.
+        token: default the one of `hf auth login` or HF_TOKEN.
+        source_revision: revision of a source on the Hub.
+        commit_message: of the commit, and title of the pull request.
+        endpoint: address of another Hub; default HF_ENDPOINT.
+        show: called with the plan before anything is sent.
+
+    Raises:
+        HubError: no token, no permission, no connection, no space; or `repo_id` holds something else. (An `OSError`.)
+        CheckpointError, OSError: as for `pack_checkpoint`.
+        ValueError: arguments that don't go together.
+    """
+    hub = _Hub(repo_id, revision, create_pr, token, endpoint)
+    exists = hub.look_around()
+    with _packed(source, facts, max_shard_size, skip_test, source_revision, token, repo_id) as (folder, left_out):
+        files, card = _contents(folder, repo_id)
+        if exists and card == "generated" and not facts.new_card and hub.has_written_card():
+            del files[CARD]
+            card = "kept"
+        _refuse_private(files, folder, Path(source))
+        additions = hub.additions(files)
+        sizes = {name: addition.upload_info.size for name, addition in additions.items()}
+        head, changed, stale = hub.compare(additions) if exists else (None, list(additions), [])
+        plan = PushReport(
+            repo_id, hub.revision, sizes, tuple(changed), tuple(stale), left_out, not exists, card, dry_run, commit=head
+        )
+        if show is not None:
+            show(plan)
+        if exists and tag is not None:
+            hub.is_tagged(tag, None if changed or stale else head)
+        if dry_run:
+            return replace(plan, commit=None)
+        return hub.carry_out(plan, additions, private, tag, commit_message)
+
+
+@contextmanager
+def _packed(
+    source: str | Path,
+    facts: CardFacts,
+    max_shard_size: int | str | None,
+    skip_test: bool,
+    source_revision: str | None,
+    token: str | None,
+    model_id: str,
+) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """A folder as `pack_checkpoint` leaves it, made for the time being if the source is none; and what it left out."""
+    folder = Path(source)
+    if facts == CardFacts() and _is_packed(folder, _size(max_shard_size)):
+        yield folder, tuple(sorted({path.name for path in folder.iterdir()} - set(_uploaded_names(folder))))
+        return
+    with tempfile.TemporaryDirectory(**_room_for_links(folder)) as place:
+        out = Path(place) / (folder.resolve().name or "model")
+        pack_checkpoint(
+            *(source, out),
+            revision=source_revision,
+            facts=facts,
+            max_shard_size=max_shard_size,
+            skip_test=skip_test,
+            token=token,
+            model_id=model_id,
+        )
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        yield out, tuple(sorted(name for name in names if not (out / name).exists()))
+
+
+def _room_for_links(folder: Path) -> dict[str, Any]:
+    """A temporary folder on the file system of a source, if it may be written to: weights can be linked there."""
+    parent = folder.resolve().parent
+    return {"dir": parent, "prefix": f".{folder.name}."} if folder.is_dir() and os.access(parent, os.W_OK) else {}
+
+
+def _is_packed(folder: Path, max_bytes: int) -> bool:
+    """Whether packing a folder would change nothing but its card; weights are looked at by their headers."""
+    from .configuration_sa2va import CODE_FILES
+
+    needed = (
+        *CODE_FILES,
+        CONFIG,
+        GENERATION,
+        "processor_config.json",
+        "tokenizer_config.json",
+        CARD,
+        REQUIREMENTS_FILE,
+    )
+    if not all((folder / name).is_file() for name in needed):
+        return False
+    if any((folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes() for name in CODE_FILES):
+        return False
+    files = _find_files(str(folder), None)
+    _, problems = _read_weights(files)
+    mapped = _read_json(files, CONFIG).get("auto_map") or {}
+    processor = _read_json(files, "processor_config.json").get("auto_map") or {}
+    modules = {reference.partition(".")[0] for reference in (mapped | processor).values()}
+    fits = all(size <= max_bytes for name, size in files.sizes.items() if name.endswith(".safetensors"))
+    return (
+        fits and not problems and len(mapped) >= 4 and bool(processor) and {f"{m}.py" for m in modules} <= {*CODE_FILES}
+    )
+
+
+def _contents(folder: Path, repo_id: str) -> tuple[dict[str, Path | bytes], str]:
+    """What to upload by name, and whether its card is "generated" or "kept"; a generated one names the repository."""
+    files: dict[str, Path | bytes] = {name: folder / name for name in _uploaded_names(folder)}
+    text = (folder / CARD).read_text(encoding="utf-8")
+    files[CARD] = _readdressed(text, repo_id).encode()
+    return files, "generated" if _is_made_by_machine(text) else "kept"
+
+
+class _Hub:
+    """A repository on the Hub, as the one who holds the token sees it; passing faults are sat out."""
+
+    def __init__(self, repo_id: str, revision: str | None, create_pr: bool, token: str | None, endpoint: str | None):
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(repo_id)
+        except ValueError as error:
+            kinds = [kind for kind in ("datasets", "spaces") if repo_id.startswith(f"{kind}/")]
+            what = f"{repo_id} names one of the {kinds[0]}" if kinds else f"{repo_id!r} is no name of a repository"
+            raise ValueError(f"{what}; a model is pushed to a model repository, as in my-name/my-sa2va.") from error
+        if create_pr and revision is not None:
+            raise ValueError("The Hub opens pull requests against main only: leave out --revision or --create-pr.")
+        self.repo_id = repo_id
+        self.api = HfApi(endpoint=endpoint, token=token)
+        self.create_pr = create_pr
+        self.revision = revision or "main"
+        self.user = ""
+
+    def ask(self, function: Callable, *args, attempts: int = ATTEMPTS, **kwargs) -> Any:
+        """Calls a method of `HfApi`, again after a passing fault."""
+        for attempt in range(1, attempts + 1):
+            try:
+                with _asking_for(self.repo_id):
+                    return function(*args, **kwargs)
+            except HubError as error:
+                if attempt == attempts or not _is_passing(error):
+                    raise
+                time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
+
+    def look_around(self) -> bool:
+        """Whether the repository is there; raises if it can't be pushed to or holds no Sa2VA."""
+        account = self.ask(self.api.whoami, attempts=2)  # whether anybody answers at all is soon found out
+        self.user = account.get("name", "")
+        if (account.get("auth", {}).get("accessToken") or {}).get("role") == "read":
+            raise HubError(f"The token of {self.user} can only read. Make one with the role 'write': {TOKENS_PAGE}")
+        if not self.ask(self.api.repo_exists, self.repo_id):
+            self._refuse_other_kinds()
+            return False
+        self._refuse_other_models()
+        return True
+
+    def _refuse_other_kinds(self) -> None:
+        if self.create_pr:
+            raise HubError(f"There is no {self.repo_id} (that {self.user} may see) to open a pull request on.")
+        for kind in ("dataset", "space"):
+            if self.ask(self.api.repo_exists, self.repo_id, repo_type=kind):
+                raise HubError(
+                    f"{self.repo_id} is a {kind}, and no model. Choose another name; if a model shall have the same "
+                    f"one, make it first: hf repo create {self.repo_id}"
+                )
+
+    def _refuse_other_models(self) -> None:
+        """Never overwrites a repository that holds anything but a Sa2VA."""
+        names = {file.path for file in self.ask(self._files, "main")}
+        if CONFIG in names:
+            try:
+                found = _parse_json(self._read(CONFIG, "main"), CONFIG).get("model_type")
+            except CheckpointError:
+                found = None
+            if found != "sa2va_chat":
+                raise HubError(f"{self.repo_id} holds a model of type {found!r}, which is not overwritten.")
+        elif others := sorted(name for name in names if not _matches(name, HARMLESS)):
+            raise HubError(f"{self.repo_id} holds no Sa2VA but {', '.join(others[:5])}; it is not overwritten.")
+
+    def _files(self, revision: str) -> list[Any]:
+        from huggingface_hub.hf_api import RepoFile
+
+        tree = self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
+        return [entry for entry in tree if isinstance(entry, RepoFile)]
+
+    def _read(self, name: str, revision: str) -> bytes:
+        """A small file of the repository."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.ask(self.api.hf_hub_download, self.repo_id, name, revision=revision, local_dir=folder)
+            return Path(path).read_bytes()
+
+    def has_written_card(self) -> bool:
+        """Whether the branch has a model card that somebody wrote or changed, perhaps on the Hub's own page."""
+        head = self.head()
+        if CARD not in {file.path for file in self.ask(self._files, head)}:
+            return False
+        return not _is_made_by_machine(self._read(CARD, head).decode("utf-8", errors="replace"))
+
+    def head(self) -> str:
+        """The commit that the branch is at, or will begin at."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        try:
+            return self.ask(self.api.repo_info, self.repo_id, revision=self.revision).sha
+        except HubError as error:
+            if not isinstance(error.__cause__, RevisionNotFoundError):
+                raise
+        return self.ask(self.api.repo_info, self.repo_id).sha
+
+    def additions(self, files: Mapping[str, Path | bytes]) -> dict[str, Any]:
+        """What `HfApi` wants of each file; hashes are computed once, when they are needed."""
+        from huggingface_hub import CommitOperationAdd
+
+        return {name: CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()}
+
+    def compare(self, additions: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:
+        """The head of the branch, which files differ there by their hashes, and which should not be there."""
+        head = self.head()
+        remote = {file.path: file for file in self.ask(self._files, head)}
+        changed = [name for name, addition in additions.items() if not _is_same(addition, remote.get(name))]
+        stale = [name for name in remote if name not in additions and _is_replaced(name)]
+        return head, changed, stale
+
+    def carry_out(
+        self, plan: PushReport, additions: Mapping[str, Any], private: bool | None, tag: str | None, message: str
+    ) -> PushReport:
+        """Does what a plan says, which says in the end what was done."""
+        head = plan.commit
+        if plan.creates:
+            self.ask(self.api.create_repo, self.repo_id, private=private, exist_ok=True)
+        if plan.uploaded or plan.deleted:
+            self.prepare(message)
+            head = self.upload(additions, message)
+            self.finish()
+        if tag is not None and not self.is_tagged(tag, head):
+            self.ask(self.api.create_tag, self.repo_id, tag=tag, revision=head, exist_ok=True)
+        return replace(plan, revision=self.revision, url=self.url(head), commit=head)
+
+    def prepare(self, title: str) -> None:
+        """Makes sure that the branch is there, or a draft pull request: an unfinished one of the same title is used."""
+        if self.create_pr:
+            self.revision = f"refs/pr/{self.ask(self._draft, title)}"
+        elif self.revision != "main" and not self.revision.startswith("refs/pr/"):
+            self.ask(self.api.create_branch, self.repo_id, branch=self.revision, exist_ok=True)
+
+    def _draft(self, title: str) -> int:
+        for discussion in self.api.get_repo_discussions(self.repo_id, author=self.user):
+            if discussion.is_pull_request and (discussion.status, discussion.title) == ("draft", title):
+                return discussion.num
+        return self.api.create_pull_request(self.repo_id, title=title).num
+
+    def upload(self, additions: Mapping[str, Any], message: str) -> str:
+        """Commits until the Hub has what is here; returns the commit in which it has."""
+        sent = False
+        for attempt in range(1, ATTEMPTS + 1):
+            head, changed, stale = self.compare(additions)
+            if not changed and not stale:
+                return head
+            if sent:
+                raise HubError(
+                    f"{self.repo_id} holds other bytes of {', '.join(changed)} than were sent. Run it again."
+                )
+            try:
+                with _asking_for(self.repo_id):
+                    self._send([additions[name] for name in changed], stale, message, head)
+                sent = True
+            except HubError as error:  # also if only the answer was lost: comparing tells
+                if attempt == ATTEMPTS or not _is_passing(error, MOVED_STATUS):
+                    raise
+                time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
+        head, changed, _ = self.compare(additions)
+        if changed:
+            raise HubError(f"{self.repo_id} still differs in {', '.join(changed)}. Run it again.")
+        return head
+
+    def _send(self, additions: list[Any], stale: list[str], message: str, head: str) -> None:
+        from huggingface_hub import CommitOperationDelete
+
+        for addition in additions:  # one by one: what has arrived need not be sent again
+            if addition.path_in_repo.endswith(".safetensors"):
+                self.api.preupload_lfs_files(
+                    self.repo_id, [addition], revision=self.revision, free_memory=False, num_threads=1
+                )
+        self.api.create_commit(
+            self.repo_id,
+            [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
+            commit_message=message,
+            revision=self.revision,
+            parent_commit=head,
+        )
+
+    def finish(self) -> None:
+        """Opens the draft, now that it is whole."""
+        if self.create_pr:
+            self.ask(self._open, int(self.revision.rpartition("/")[2]))
+
+    def _open(self, number: int) -> None:
+        if self.api.get_discussion_details(self.repo_id, number).status == "draft":
+            self.api.change_discussion_status(self.repo_id, number, new_status="open")
+
+    def is_tagged(self, tag: str, commit: str | None) -> bool:
+        """Whether a tag names a commit already; raises if it names another."""
+        tags = {ref.name: ref.target_commit for ref in self.ask(self.api.list_repo_refs, self.repo_id).tags}
+        if tags.get(tag, commit) != commit:
+            raise HubError(f"The tag {tag} of {self.repo_id} names another commit. Delete it or choose another.")
+        return tag in tags
+
+    def url(self, commit: str | None) -> str:
+        """Where to look at it."""
+        _, is_pr, number = self.revision.rpartition("refs/pr/")
+        place = f"discussions/{number}" if is_pr else f"commit/{commit}"
+        return f"{self.api.endpoint}/{self.repo_id}/{place}"
+
+
+@contextmanager
+def _asking_for(repo_id: str) -> Iterator[None]:
+    """Whatever goes wrong between here and the Hub becomes a `HubError` that says what to do."""
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HubError:
+        raise
+    except LocalTokenNotFoundError as error:
+        raise HubError(
+            f"No token: the Hub must know who pushes. Run `hf auth login`, or set HF_TOKEN; tokens with the role "
+            f"'write' are made at {TOKENS_PAGE}"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise HubError("HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it and run again.") from error
+    except (HTTPError, LocalEntryNotFoundError, RuntimeError, json.JSONDecodeError) as error:
+        raise HubError(f"{_advice(repo_id, _http_fault(error))}\n({str(error).strip()})") from error
+    except ValueError as error:
+        if "LFS batch API" not in str(error):
+            raise
+        raise HubError(f"The Hub does not take the files of {repo_id}: {error}") from error
+
+
+def _http_fault(error: BaseException | None) -> BaseException | None:
+    """The HTTP library's error behind one that was made of it."""
+    from huggingface_hub.errors import HTTPError
+
+    while error is not None and not isinstance(error, HTTPError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The status with which the Hub answered; None if it did not answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _advice(repo_id: str, fault: BaseException | None) -> str:
+    status, again = _status(fault), "Nothing half-done is visible; run the same again, and it goes on from there."
+    if status == 402 or status == 507 or (status in (403, 413) and re.search("storage|quota", str(fault), re.I)):
+        return (
+            f"There is no room for {repo_id} in this account's storage. Delete something, make the repository public, "
+            f"or see https://huggingface.co/settings/billing. {again}"
+        )
+    told = {
+        401: f"The Hub does not accept this token (or there is none, and {repo_id} is private or not there). Make one "
+        f"at {TOKENS_PAGE} and run `hf auth login`.",
+        403: f"This token may not write to {repo_id}. Use one with the role 'write' of an account that may "
+        f"({TOKENS_PAGE}), or propose the upload with --create-pr.",
+        404: f"The Hub has no {repo_id} with such a revision, or this token may not see it.",
+        429: f"The Hub asks for fewer requests. Wait some minutes. {again}",
+        **dict.fromkeys(MOVED_STATUS, f"{repo_id} was changed by somebody else meanwhile. {again}"),
+    }
+    if status is None:
+        return f"The Hub can't be reached, or the connection broke. {again}"
+    return told.get(status, f"The Hub answered with an error. {again}")
+
+
+def _is_passing(error: HubError, more: tuple[int, ...] = ()) -> bool:
+    """Whether the same request may go through later: no answer, half an answer, or the Hub is busy."""
+    if isinstance(error.__cause__, json.JSONDecodeError):
+        return True
+    fault = _http_fault(error)
+    return fault is not None and _status(fault) in (None, *PASSING_STATUS, *more)
+
+
+def _is_same(addition: Any, remote: Any) -> bool:
+    """Whether the Hub has a file as it is here, by its hash there: git's, or for large files SHA-256."""
+    if remote is None or remote.size != addition.upload_info.size:
+        return False
+    if remote.lfs is not None:
+        return remote.lfs.sha256 == addition.upload_info.sha256.hex()
+    with addition.as_file() as stream:
+        content = stream.read()
+    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _is_replaced(name: str) -> bool:
+    """Whether a remote file belongs to an earlier upload, and would be read instead of, or beside, the new ones."""
+    if "/" in name or _matches(name, (CARD, *DOCUMENTS)):
+        return False
+    return name.endswith(WEIGHT_SUFFIXES) or _matches(name, UPLOADED) or _matches(name, OLD_CODE)
+
+
+def push_model(model, repo_id: str, *, tags: Sequence[str] | None = None, **kwargs) -> PushReport:
+    """What `Sa2VAChatModel.push_to_hub` does: saves model and processor, and pushes them.
+
+    Args:
+        model: `Sa2VAChatModel` that has a processor, or a checkpoint to read one from.
+        repo_id: "name/model" on the Hub.
+        tags: more tags for the card.
+        **kwargs: as for `push_checkpoint`, but `source`.
+
+    Raises:
+        ValueError: the model has no processor.
+        HubError: see `push_checkpoint`.
+    """
+    base = model.name_or_path
+    is_public = base.count("/") == 1 and not Path(base).exists()
+    facts = CardFacts(base_model=(base,) if is_public else (), tags=tuple(tags or ()))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        model.save_pretrained(folder)
+        model.load_processor().save_pretrained(folder)
+        return push_checkpoint(folder, repo_id, facts=facts, skip_test=True, **kwargs)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line.
 
@@ -598,7 +1862,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hub_upload.py", description="Checks and converts Sa2VA checkpoints.")
+    parser = argparse.ArgumentParser(description="Sa2VA checkpoints on their way to and from the Hub.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser("check", help="compare keys and shapes with the config; reads no weights")
     check.add_argument("checkpoint", metavar="FOLDER_OR_REPO", help="folder, or name on the Hugging Face Hub")
@@ -609,7 +1873,56 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("folder", metavar="FOLDER", help="checkpoint with pickled weights")
     convert.add_argument("out", metavar="OUT", help="new folder for the converted checkpoint")
     convert.set_defaults(run=_run_convert)
+    pack = commands.add_parser("pack", help="make a complete model repository, which loads with trust_remote_code")
+    _add_packing_arguments(pack)
+    pack.add_argument("out", metavar="OUT", help="folder to write")
+    pack.add_argument("--overwrite", action="store_true", help="replace OUT; a card that you changed there is kept")
+    pack.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
+    pack.set_defaults(run=_run_pack)
+    push = commands.add_parser("push", help="pack and upload in one commit; run it again after an interruption")
+    _add_packing_arguments(push)
+    push.add_argument("repo_id", metavar="REPO_ID", help="your-name/model; made if it is not there")
+    push.add_argument("--private", action="store_true", default=None, help="if the repository is new, hide it")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    push.add_argument("--revision", help="branch to commit to (default main)")
+    push.add_argument("--tag", help="name for the commit, like v1.0")
+    push.add_argument("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
+    push.add_argument("--source-revision", help="branch, tag or commit of a source on the Hub")
+    push.set_defaults(run=_run_push)
     return parser
+
+
+def _add_packing_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint or adapter: folder, or name on the Hub")
+    parser.add_argument("--max-shard-size", help="split larger weight files, as in 5GB")
+    parser.add_argument("--skip-test", action="store_true", help="don't load and run the result (for huge models)")
+    parser.add_argument("--token", help="default: that of `hf auth login`, or HF_TOKEN")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    card = parser.add_argument_group("model card")
+    card.add_argument("--base-model", action="append", default=[], help="what it was made from; may be repeated")
+    card.add_argument("--base-model-relation", choices=RELATIONS, help="how it was made from it")
+    card.add_argument("--license", help="as the Hub spells it, like apache-2.0")
+    card.add_argument("--language", action="append", default=[], help="ISO code; may be repeated")
+    card.add_argument("--dataset", action="append", default=[], help="data set on the Hub; may be repeated")
+    card.add_argument(
+        "--results", metavar="FILE", help="scores in YAML or JSON: dataset_name, metric_type, metric_value"
+    )
+    card.add_argument("--new-card", action="store_true", help="write a new card even if somebody wrote one")
+
+
+def _packing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `pack` and `push` have in common, as the functions behind them take it."""
+    facts = CardFacts(
+        base_model=tuple(arguments.base_model),
+        base_model_relation=arguments.base_model_relation,
+        license=arguments.license,
+        language=tuple(arguments.language),
+        datasets=tuple(arguments.dataset),
+        results=read_results(arguments.results) if arguments.results else (),
+        new_card=arguments.new_card,
+    )
+    names = ("max_shard_size", "skip_test", "token")
+    return {"facts": facts, **{name: getattr(arguments, name) for name in names}}
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
@@ -621,6 +1934,32 @@ def _run_check(arguments: argparse.Namespace) -> int:
 def _run_convert(arguments: argparse.Namespace) -> int:
     for path in convert_pickles(arguments.folder, arguments.out):
         print(f"wrote {path}")
+    return 0
+
+
+def _run_pack(arguments: argparse.Namespace) -> int:
+    report = pack_checkpoint(
+        *(arguments.source, arguments.out),
+        revision=arguments.revision,
+        overwrite=arguments.overwrite,
+        **_packing_arguments(arguments),
+    )
+    print(json.dumps(asdict(report), indent=2) if arguments.json else report)
+    return 0
+
+
+def _run_push(arguments: argparse.Namespace) -> int:
+    names = ("private", "create_pr", "revision", "tag", "dry_run", "source_revision")
+    report = push_checkpoint(
+        *(arguments.source, arguments.repo_id),
+        show=None if arguments.json else print,
+        **{name: getattr(arguments, name) for name in names},
+        **_packing_arguments(arguments),
+    )
+    if arguments.json:
+        print(json.dumps(asdict(report), indent=2))
+    elif not report.dry_run:
+        print(f"{report.url}: every file there has the bytes that it has here")
     return 0
 
 

@@ -60,14 +60,19 @@ from transformers.utils import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAInternLM2Config, Sa2VAVisionConfig
+from .configuration_sa2va import (
+    PROMPT_DECODER,
+    Sa2VAChatConfig,
+    Sa2VAChatConfigQwen,
+    Sa2VAInternLM2Config,
+    Sa2VAVisionConfig,
+)
 from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle, open_video, read_ahead
 from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState
 
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
-PROMPT_DECODER = "sam_mask_decoder_modified"  # what only Sa2VA-i has
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 # transformers 5.24 gave the key-value cache of every model a new name.
@@ -393,7 +398,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         chosen = kwargs.get("dtype") is not None
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         if isinstance(kwargs.get("device_map"), dict) or kwargs.get("quantization_config") is not None:
-            names = _ModuleNames.of_checkpoint(pretrained_model_name_or_path, kwargs.get("config"), hub_arguments)
+            names = ModuleNames.of_checkpoint(pretrained_model_name_or_path, kwargs.get("config"), hub_arguments)
             kwargs |= _with_native_names(names, kwargs)
         wants_report = kwargs.pop("output_loading_info", False)
         load = partial(super().from_pretrained, pretrained_model_name_or_path, *model_args, output_loading_info=True)
@@ -414,11 +419,45 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """transformers' `save_pretrained`: in the released layout, quantized models in that of transformers.
 
-        Quantized weights can't be fused as the official code wants them, nor would it know what to do with them.
+        Quantized weights can't be fused as the official code wants them, nor would it know what to do with them. This
+        code is saved, too: the folder loads with `trust_remote_code`.
         """
         if getattr(self, "hf_quantizer", None) is not None:
             kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """transformers' `push_to_hub`, of a whole repository: code, processor and model card beside the weights.
+
+        See `hub_upload.push_checkpoint`. Adapters and quantized models go transformers' own way.
+
+        Returns:
+            Address of the commit or pull request.
+
+        Raises:
+            OSError: no token, no permission, no connection, no space, or `repo_id` holds something else.
+            ValueError: the model has no processor.
+        """
+        message = commit_message or "Upload Sa2VA"
+        hub = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        hub |= {"max_shard_size": max_shard_size, "tags": tags, "commit_message": message}
+        if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
+            return super().push_to_hub(repo_id, commit_description=commit_description, **hub)
+        from .hub_upload import push_model
+
+        return push_model(self, repo_id, **hub).url
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -461,7 +500,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 weights = _peft().utils.load_peft_weights(peft_model_id, device="cpu", **hub)
                 peft_config, adapter_state_dict = config, weights
         if peft_config is not None and adapter_state_dict is not None:
-            adapter_state_dict = _native_adapter_weights(self, adapter_state_dict)
+            adapter_state_dict = native_adapter_weights(self, adapter_state_dict)
         peft_config = None if peft_config is None else self.adapter_config(peft_config)
         report = super().load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
         if lost := sorted(name for name in report.missing_keys if ".modules_to_save." in name):
@@ -485,7 +524,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             The config itself if there is nothing to translate, else a copy.
         """
         is_targeted = _peft().tuners.tuners_utils.check_target_module_exists
-        modules = _ModuleNames(self)
+        modules = ModuleNames(self)
         changed = {}
         if targets := getattr(config, "target_modules", None):
             changed["target_modules"] = modules.native(targets, partial(is_targeted, config))
@@ -599,6 +638,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         grounding_pixel_values: Sequence[Tensor] | Tensor | None = None,
         mask_labels: Sequence[Tensor] | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        num_masks_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> Sa2VATrainingOutput:
@@ -615,7 +655,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 rest is tracked. Or one tensor [B, 3, S, S] or [B, T, 3, S, S].
             mask_labels: for each sample bool or float [objects, T, h, w] in 0..1, any size (`[objects, h, w]` for an
                 image); without it no mask loss.
-            num_items_in_batch: supervised tokens over all gradient accumulation steps, from `Trainer`.
+            num_items_in_batch: supervised tokens over all gradient accumulation steps and processes, from `Trainer`;
+                the text loss is then the sum over this batch divided by it.
+            num_masks_in_batch: the same for the mask losses: objects x frames. Without it they are means over this
+                batch, which count more often the more batches make a step.
 
         Returns:
             `Sa2VATrainingOutput`.
@@ -639,7 +682,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         is_seg = (input_ids == token_ids.seg) & (labels != IGNORE_INDEX if labels is not None else True)
         output.seg_hidden_states = states.seg_states[is_seg.to(states.seg_states.device)]
         if grounding_pixel_values is not None:
-            self._add_masks(output, is_seg.sum(dim=-1).tolist(), grounding_pixel_values, mask_labels)
+            objects = is_seg.sum(dim=-1).tolist()
+            self._add_masks(output, objects, grounding_pixel_values, mask_labels, num_masks_in_batch)
         output.loss = self._total_loss(output)
         return output
 
@@ -665,6 +709,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         objects_per_sample: list[int],
         clips: Sequence[Tensor] | Tensor,
         mask_labels: Sequence[Tensor] | None,
+        num_masks: Tensor | int | None,
     ) -> None:
         """Segments the objects of all samples, clips of equal length together, and averages the losses over objects."""
         clips = [None if clip is None else clip.reshape(-1, *clip.shape[-3:]) for clip in clips]
@@ -685,7 +730,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             if mask_labels is not None:
                 targets = [_mask_target(mask_labels[i], len(prompts[i]), length) for i in samples]
                 losses.append(self._mask_losses(predictions, targets))
-        self._average_losses(output, losses)
+        self._average_losses(output, losses, num_masks)
 
     def _segment_samples(self, clips: Tensor, prompts: list[Tensor]) -> list[MaskPrediction]:
         clip_index = torch.arange(len(prompts), device=clips.device)
@@ -712,9 +757,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             sums = {name: value + sums.get(name, 0) for name, value in parts.items()}
         return sums
 
-    def _average_losses(self, output: Sa2VATrainingOutput, losses: list[dict[str, Tensor]]) -> None:
+    def _average_losses(
+        self, output: Sa2VATrainingOutput, losses: list[dict[str, Tensor]], num_masks: Tensor | int | None
+    ) -> None:
         if losses:
-            count = sum(group["count"] for group in losses)
+            count = sum(group["count"] for group in losses) if num_masks is None else num_masks
             for name in ("mask_loss", "dice_loss", "iou_loss", "object_score_loss"):
                 output[name] = sum(group[name] for group in losses) / count
 
@@ -1524,7 +1571,7 @@ def _as_sa2va_i(config: Sa2VAChatConfig) -> Sa2VAChatConfig:
     return config
 
 
-def _with_native_names(names: "_ModuleNames", arguments: dict[str, Any]) -> dict[str, Any]:
+def _with_native_names(names: "ModuleNames", arguments: dict[str, Any]) -> dict[str, Any]:
     """Those arguments of `from_pretrained` that name modules, by the names used here."""
     changed: dict[str, Any] = {}
     if isinstance(device_map := arguments.get("device_map"), dict):
@@ -1919,7 +1966,7 @@ def _peft() -> ModuleType:
     return peft
 
 
-class _ModuleNames:
+class ModuleNames:
     """What a model's modules are called here, and in the released code.
 
     Attributes:
@@ -1945,7 +1992,7 @@ class _ModuleNames:
     @classmethod
     def of_checkpoint(
         cls, name_or_path: str, config: Sa2VAChatConfig | None, hub_arguments: dict[str, Any]
-    ) -> "_ModuleNames":
+    ) -> "ModuleNames":
         """Those of a checkpoint that is yet to be loaded, from its config alone."""
         if config is None:
             config = Sa2VAChatConfig.from_pretrained(name_or_path, **hub_arguments)
@@ -1972,9 +2019,9 @@ def _is_target(name: str, ends: Sequence[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
-def _native_adapter_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def native_adapter_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's weights under the names used here; those of a fused tensor are split as it is."""
-    modules = _ModuleNames(model)
+    modules = ModuleNames(model)
     natives: dict[str, list[str]] = {}
     for name, released in modules.released.items():
         if name != released:
@@ -1990,6 +2037,28 @@ def _native_adapter_weights(model: PreTrainedModel, weights: dict[str, Tensor]) 
         parts = [tensor] if len(names) == 1 else _split_adapter(rest, tensor, names, modules.splits[released], model)
         output |= {f"{prefix}{name}{rest}": part for name, part in zip(names, parts, strict=True)}
     return output
+
+
+def merged_with_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> PreTrainedModel:
+    """A model with an adapter's changes in its own weights.
+
+    Args:
+        model: `Sa2VAChatModel`, which is changed.
+        folder: holds adapter_config.json and weights, of PEFT or of `save_pretrained`, also trained on the released
+            code's modules.
+
+    Raises:
+        ValueError: the adapter has other modules than the model, or can't be merged.
+    """
+    peft = _peft()
+    config = model.adapter_config(peft.PeftConfig.from_pretrained(folder))
+    weights = native_adapter_weights(model, peft.utils.load_peft_weights(str(folder), device="cpu"))
+    wrapped = peft.get_peft_model(model, config)
+    expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    report = peft.set_peft_model_state_dict(wrapped, weights)
+    if lost := sorted({*report.unexpected_keys, *(expected.keys() - weights.keys())}):
+        raise ValueError(f"{lost} are of the adapter or of the model only.")
+    return wrapped.merge_and_unload()
 
 
 def _split_adapter(

@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
 from transformers.utils import logging
 
-from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config
+from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config, copy_code
 
 logger = logging.get_logger(__name__)
 
@@ -648,6 +648,7 @@ class InternLM2Tokenizer(TokenizersBackend):
     """
 
     model_input_names = ["input_ids", "attention_mask"]
+    _auto_map = {"AutoTokenizer": ["processing_sa2va.InternLM2Tokenizer", None]}  # saved: (slow, fast), as released
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict[str, Any]:
@@ -987,6 +988,18 @@ class Sa2VAProcessor(ProcessorMixin):
                 "Sa2VA. Give the folder or Hub name of a checkpoint."
             )
         return ({} if config is None else cls._settings_of(config)) | saved, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in processor_config.json, with what AutoProcessor needs to find this class."""
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": f"processing_sa2va.{type(self).__name__}"}}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`."""
+        saved = super().save_pretrained(save_directory)
+        copy_code(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return saved
 
     @property
     def region_grid(self) -> int:

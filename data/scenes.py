@@ -30,6 +30,7 @@ EXTREMES: dict[str, tuple[int, int]] = {
 
 IMAGE_TASKS = ("refer", "absent", "multi", "caption", "question", "region", "followup")
 VIDEO_TASKS = ("video_refer", "video_motion", "video_multi", "video_absent", "video_question")
+INTERVIEWS = ("interview", "video_interview")  # many questions about one scene: for learning, not for scores
 SPLITS = ("train", "validation", "test")
 KINDS: dict[str, tuple[str, ...]] = {
     "refer": ("color_shape", "shape", "color", "largest", "smallest", "relation", "position"),
@@ -44,6 +45,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "video_multi": ("pair", "all"),
     "video_absent": ("near_miss", "color_shape", "shape", "color", "motion"),
     "video_question": ("count", "color", "shape", "exists", "direction"),
+    "interview": ("interview",),
+    "video_interview": ("interview",),
 }
 CAPTION_QUESTION = (
     "Could you please give me a brief description of the image? "
@@ -62,6 +65,7 @@ SIZE_MARGIN = 1.25  # a superlative's radius against the runner-up
 POSITION_MARGIN = 0.15  # distance along the axis that makes "left of" or "leftmost" plain
 ORDER_GAP = 0.06  # horizontal gap between objects that are listed from left to right
 REGION_MIN_RADIUS = 0.14  # a visual prompt must cover a cell of a coarse feature grid
+INTERVIEW_TURNS = 5
 MAX_ATTEMPTS = 2000
 CORPUS_CONVERSATIONS = 8000
 
@@ -139,7 +143,7 @@ class Plan(NamedTuple):
     @property
     def video(self) -> bool:
         """Whether the sample is a clip."""
-        return self.task in VIDEO_TASKS
+        return self.task.startswith("video")
 
 
 class Draft(NamedTuple):
@@ -515,6 +519,25 @@ def _ask_then_segment(rng: np.random.Generator, objects: Objects, plan: Plan) ->
     return [ask(thing, plan), Draft("Segment it.", sure(thing), plan.kind, (found[1],))]
 
 
+def draft_interview(rng: np.random.Generator, objects: Objects, plan: Plan) -> list[Draft] | None:
+    """Up to `INTERVIEW_TURNS` turns that don't depend on each other, each of a task and kind of its own."""
+    tasks = ("video_refer", "video_motion", "video_multi", "video_absent", "video_question")
+    tasks = tasks if plan.video else ("refer", "refer", "multi", "absent", "question")
+    kinds = [(task, kind) for task in dict.fromkeys(tasks) for kind in KINDS[task] if kind != "interview"]
+    drafts: dict[str, Draft] = {}
+    for task, kind in shuffled(rng, kinds):
+        noun = choose(rng, nouns_of(choose(rng, objects))) if rng.random() < 0.7 else any_noun(rng)
+        noun = plan.noun if plan.noun and rng.random() < 0.5 else noun
+        about = plan._replace(task=task, kind=kind, noun=noun, positive=bool(rng.random() < 0.5))
+        if kind == "all" and not noun.among(objects):
+            continue
+        for draft in DRAFTS[task](rng, objects, about) or ():
+            drafts.setdefault(draft.question, draft)
+        if len(drafts) == INTERVIEW_TURNS:
+            break
+    return list(drafts.values())
+
+
 DRAFTS: dict[str, Callable[[np.random.Generator, Objects, Plan], list[Draft] | None]] = {
     "refer": draft_refer,
     "absent": draft_absent,
@@ -528,6 +551,8 @@ DRAFTS: dict[str, Callable[[np.random.Generator, Objects, Plan], list[Draft] | N
     "video_multi": draft_multi,
     "video_absent": draft_absent,
     "video_question": draft_question,
+    "interview": draft_interview,
+    "video_interview": draft_interview,
 }
 
 
@@ -539,7 +564,7 @@ def sample_plan(rng: np.random.Generator, task: str, kind: str | None = None) ->
     kind = kind or choose(rng, KINDS[task])
     positive = bool(rng.random() < 0.5)
     count = int(rng.integers(2, 6))
-    if kind in ("count", "all", "them"):
+    if kind in ("count", "all", "them", "interview"):
         if rng.random() < 0.25:
             return Plan(task, kind, count, None, 0, positive)
         crowd = int(rng.integers(0 if kind == "count" else 1, 5))
@@ -665,7 +690,7 @@ def corpus(limit: int | None = None) -> Iterator[str]:
 
 
 def _sentences() -> Iterator[str]:
-    order = [(task, kind) for task, kinds in KINDS.items() for kind in kinds]
+    order = [(task, kind) for task, kinds in KINDS.items() if task not in INTERVIEWS for kind in kinds]
     for index in range(CORPUS_CONVERSATIONS):
         for draft in _words_only(index, *order[index % len(order)]):
             yield from (draft.question, draft.answer)

@@ -31,8 +31,8 @@ HALF = (WIDTH - 3 * MARGIN) // 2
 CAPTION_SIZE, QUESTION_SIZE, ANSWER_SIZE = 16, 20, 23
 GREY, BLACK = (95, 95, 95), (20, 20, 20)
 
-_GROUNDED = re.compile(r"<p>\s*([^<>]*?)\s*</p>\s*\[SEG\]|\[SEG\]")
-_SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|</?[A-Za-z_]+>")
+GROUNDED = re.compile(r"<p>\s*([^<>]*?)\s*</p>\s*\[SEG\]|\[SEG\]")
+SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|</?[A-Za-z_]+>")
 
 
 class Word(NamedTuple):
@@ -52,7 +52,7 @@ class Word(NamedTuple):
 def words_of(prediction: str) -> list[Word]:
     """Splits an answer; the phrase `<p> ... </p>` of a `[SEG]`, else the `[SEG]` itself, is one word."""
     words, end = [], 0
-    for index, match in enumerate(_GROUNDED.finditer(prediction)):
+    for index, match in enumerate(GROUNDED.finditer(prediction)):
         words += _plain_words(prediction[end : match.start()])
         words.append(Word(match[1] or "[SEG]", index))
         end = match.end()
@@ -60,7 +60,7 @@ def words_of(prediction: str) -> list[Word]:
 
 
 def _plain_words(text: str) -> list[Word]:
-    text = _SPECIAL_TOKEN.sub("", text)
+    text = SPECIAL_TOKEN.sub("", text)
     return [Word(word, glued=word[0] in ",.;:!?") for word in text.split()]
 
 
@@ -91,13 +91,13 @@ def draw_words(words: Sequence[Word], width: int, size: int, color: tuple[int, i
         if tag:
             background = object_color(word.object_index)
             draw.rounded_rectangle((x, y + 2, x + length, y + line_height - 3), pad, fill=background)
-        ink = _readable_on(background) if tag else color
+        ink = readable_on(background) if tag else color
         draw.text((x + pad * tag, middle), word.text, font=font, fill=ink, anchor="lm")
         x += length
     return canvas.crop((0, 0, width, y + line_height))
 
 
-def _readable_on(color: tuple[int, int, int]) -> str:
+def readable_on(color: tuple[int, int, int]) -> str:
     return "black" if np.dot(color, (0.299, 0.587, 0.114)) > 140 else "white"
 
 

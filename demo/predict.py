@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        hint = " Install the demo's packages: pip install -e '.[demo]'" if isinstance(error, ImportError) else ""
+        hint = '. The demo needs more packages: pip install "sa2va[demo]"' if isinstance(error, ImportError) else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return USER_ERROR
     return 0

@@ -1,1 +1,1 @@
-"""Scores: the measures of the field (`metrics`) and a run over fresh synthetic scenes (`scenes`)."""
+"""Scores: measures (`metrics`, `captions`), a run over any data set (`run`) and one over fresh scenes (`scenes`)."""

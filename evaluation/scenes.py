@@ -43,12 +43,14 @@ import sa2va
 from sa2va import Sa2VAChatModel, Sa2VAOutput, Sa2VAProcessor
 from sa2va.data.scenes import IMAGE_TASKS, SPLITS, VIDEO_TASKS, SceneSample, Turn, make_sample
 from sa2va.evaluation.metrics import (
+    Overlaps,
     PhraseMasks,
     VideoQuality,
-    average_precision,
     cumulative_iou,
     intersection_union,
+    mean,
     mean_iou,
+    overlap_precision,
     video_quality,
 )
 
@@ -73,13 +75,6 @@ class Tracks(NamedTuple):
 
     quality: VideoQuality
     found: bool
-
-
-class CaptionMasks(NamedTuple):
-    """A grounded caption: what it points at, and what it should."""
-
-    predicted: PhraseMasks
-    target: PhraseMasks
 
 
 class Criterion(NamedTuple):
@@ -110,7 +105,7 @@ def summarize_overlaps(overlaps: Sequence[Overlap]) -> dict[str, float]:
     return {
         "ciou": cumulative_iou(intersections, unions),
         "giou": mean_iou(intersections, unions),
-        "false_absence": 1 - _mean(found),
+        "false_absence": 1 - mean(found),
     }
 
 
@@ -120,15 +115,15 @@ def measure_tracks(turn: Turn, output: Sa2VAOutput) -> Tracks:
     qualities = [video_quality(*pair) for pair in pairs[: len(turn.masks)]]
     # an object too many is wrong however empty its mask is
     qualities += [VideoQuality(0.0, 0.0)] * (len(pairs) - len(turn.masks))
-    j, f = (_mean(values) for values in zip(*qualities, strict=True))
+    j, f = (mean(values) for values in zip(*qualities, strict=True))
     return Tracks(VideoQuality(j, f), SEG in output.prediction)
 
 
 def summarize_tracks(tracks: Sequence[Tracks]) -> dict[str, float]:
     """J, F and J&F over the turns, each a video and an expression, and false absence."""
     qualities, found = zip(*tracks, strict=True)
-    mean = VideoQuality(*(_mean(values) for values in zip(*qualities, strict=True)))
-    return {"j": mean.j, "f": mean.f, "j_and_f": mean.j_and_f, "false_absence": 1 - _mean(found)}
+    average = VideoQuality(*(mean(values) for values in zip(*qualities, strict=True)))
+    return {"j": average.j, "f": average.f, "j_and_f": average.j_and_f, "false_absence": 1 - mean(found)}
 
 
 def measure_absence(turn: Turn, output: Sa2VAOutput) -> bool:
@@ -143,31 +138,23 @@ def measure_words(turn: Turn, output: Sa2VAOutput) -> bool:
 
 def summarize_hits(hits: Sequence[bool]) -> dict[str, float]:
     """Accuracy."""
-    return {"accuracy": _mean(hits)}
+    return {"accuracy": mean(hits)}
 
 
-def measure_caption(turn: Turn, output: Sa2VAOutput) -> CaptionMasks:
-    """Masks and phrases of a caption; SAM 2's own estimate of a mask's IoU tells how sure it is."""
+def measure_caption(turn: Turn, output: Sa2VAOutput) -> Overlaps:
+    """Masks and phrases of a caption, compared; SAM 2's own estimate of a mask's IoU tells how sure it is."""
     predicted = [masks[0] for masks in output.prediction_masks]
     empty = np.zeros((0, *turn.masks.shape[2:]), dtype=bool)
     scores = np.array([score["iou"][0] for score in output.mask_scores], dtype=float)
-    return CaptionMasks(
+    return Overlaps.of(
         PhraseMasks(np.stack(predicted) if predicted else empty, output.phrases, scores),
         PhraseMasks(turn.masks[:, 0], re.findall(r"<p> (.+?) </p>", turn.answer)),
     )
 
 
-def summarize_captions(captions: Sequence[CaptionMasks]) -> dict[str, float]:
+def summarize_captions(captions: Sequence[Overlaps]) -> dict[str, float]:
     """AP50 of the masks alone, and of masks with the right phrase."""
-    predicted, targets = zip(*captions, strict=True)
-    return {
-        "ap50": average_precision(predicted, targets),
-        "ap50_phrase": average_precision(predicted, targets, match_phrases=True),
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+    return {"ap50": overlap_precision(captions), "ap50_phrase": overlap_precision(captions, match_phrases=True)}
 
 
 CRITERIA: dict[str, Criterion] = {

@@ -1,19 +1,30 @@
 """From synthetic scenes to training batches: which task comes when, and the tensors that `forward` takes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sa2va import Sa2VAProcessor
-from sa2va.data.scenes import COLORS, IMAGE_TASKS, SHAPES, VIDEO_TASKS, SceneSample, make_sample
+from sa2va.data.scenes import COLORS, EXTREMES, SHAPES, SIZE_MARGIN, VIDEO_TASKS, SceneSample, make_sample
+from sa2va.data.shapes import MOTIONS, SceneObject
 from sa2va.modeling_sa2va import IGNORE_INDEX
 
 COLOR_NAMES = tuple(COLORS)
+MOTION_NAMES = tuple(MOTIONS)
+MAX_COUNT = 5  # objects in a scene
+NUM_GROUPS = 3  # an object stands among those of its colour, those of its shape, and all
+NUM_FLAGS = 2 + len(EXTREMES)  # largest, smallest, leftmost, ...
+CLEAR_POSITION = 0.05  # short sides between an extreme and the next one, for the flags
+
+
+_ALL_VIDEO_TASKS = dict.fromkeys(VIDEO_TASKS, 1.0) | {"video_interview": 2.0}
 
 
 @dataclass(frozen=True)
@@ -24,11 +35,13 @@ class Stage:
         until: fraction of all steps at which it ends.
         tasks: weights of the image tasks; with none, there are no words in this stage.
         video_share: fraction of the steps that train on clips.
+        video_tasks: weights of their tasks.
     """
 
     until: float
     tasks: Mapping[str, float]
     video_share: float = 0.0
+    video_tasks: Mapping[str, float] = field(default_factory=lambda: _ALL_VIDEO_TASKS)
 
     @property
     def looks_only(self) -> bool:
@@ -37,15 +50,17 @@ class Stage:
 
 
 # Seeing shapes close up; naming what is there and drawing it; relations, absence, questions; motion and memory.
-_ALL_IMAGE_TASKS = dict.fromkeys(IMAGE_TASKS, 1.0) | {"refer": 2.5, "question": 2.0, "absent": 1.5, "multi": 1.5}
+_ALL_IMAGE_TASKS = {
+    "refer": 3.0, "multi": 3.0, "followup": 2.0, "question": 1.5, "caption": 1.0, "region": 0.7, "absent": 0.7,
+    "interview": 4.0,
+}  # fmt: skip
+WORDS_TASKS = {"interview": 8.0, "caption": 1.0, "region": 1.0, "followup": 2.0}
 CURRICULUM = (
     Stage(0.22, {}),
     Stage(0.35, {"refer": 2, "multi": 1, "caption": 2, "region": 1}),
     Stage(0.6, _ALL_IMAGE_TASKS),
-    Stage(1.0, _ALL_IMAGE_TASKS, video_share=0.3),
+    Stage(1.0, _ALL_IMAGE_TASKS, video_share=0.4),
 )
-# What can be learned in ten minutes: seeing shapes, and drawing what is named on pictures.
-QUICK_CURRICULUM = (Stage(0.2, {}), Stage(1.0, {"refer": 3, "multi": 1.5, "caption": 1.5, "followup": 1}))
 
 
 class ScheduledScenes:
@@ -90,7 +105,7 @@ class ScheduledScenes:
             return None
         if stage.looks_only:
             return close_ups(make_sample(self.seed, int(index), task="caption"), self.seed + int(index))
-        weights = dict.fromkeys(VIDEO_TASKS, 1.0) if is_video else stage.tasks
+        weights = stage.video_tasks if is_video else stage.tasks
         shares = np.array(list(weights.values())) / sum(weights.values())
         task = np.random.default_rng([self.seed, step, place]).choice(list(weights), p=shares)
         return make_sample(self.seed, int(index), task=str(task), num_frames=self.num_frames)
@@ -119,11 +134,19 @@ class SceneCollator:
     Returned beside the arguments: `seg_classes` int64 [M, 2], colour and shape of every `[SEG]`; `seg_boxes` float32
     [M, 4], its box as centre and size in 0..1, the mean of the key frames that show it; `cell_classes` int64 [tiles,
     tokens, 2] and `cell_boxes` float32 [tiles, tokens, 4], colour, shape and box of the object that covers most of each
-    image token (all 0 is background).
+    image token (all 0 is background); `cell_objects` int64 [tiles, tokens], its number (-1 is background);
+    `cell_standings` int64 [tiles, tokens, 3, 7], see `_standings` (`IGNORE_INDEX` for background); for clips,
+    `cell_motions` int64 [tiles, tokens] (`IGNORE_INDEX` where unknown) and `cell_pasts` float32 [tiles, tokens, 2], the
+    object's mean place in earlier frames (NaN where unknown); `seg_cells` float32 [M, tiles * tokens], how much of each
+    image token of its sample a `[SEG]`'s object covers.
+
+    Args:
+        processor: of the model that learns.
+        masks: False leaves out what SAM 2 would see.
     """
 
-    def __init__(self, processor: Sa2VAProcessor):
-        self.processor = processor
+    def __init__(self, processor: Sa2VAProcessor, masks: bool = True):
+        self.processor, self.masks = processor, masks
 
     def __call__(self, samples: Sequence[SceneSample | None]) -> dict[str, Tensor | list[Tensor]]:
         if isinstance(samples[0], list):
@@ -136,13 +159,14 @@ class SceneCollator:
             "labels": _padded([row["labels"] for row in rows], length, IGNORE_INDEX),
             "attention_mask": _padded([np.ones(len(row["input_ids"]), dtype=np.int64) for row in rows], length, 0),
             "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
-            "grounding_pixel_values": [row["grounding_pixel_values"] for row in rows],
-            "mask_labels": [row["mask_labels"] for row in rows],
             "seg_classes": torch.tensor([pair for row in rows for pair in row["seg_classes"]]).reshape(-1, 2),
             "seg_boxes": torch.cat([self._mean_boxes(row["mask_labels"]) for row in rows]),
-            "cell_classes": torch.cat([row["cell_classes"] for row in rows]),
-            "cell_boxes": torch.cat([row["cell_boxes"] for row in rows]),
+            "seg_cells": self._covered(rows),
+            **_stacked([row["cells"] for row in rows]),
         }
+        if self.masks:
+            batch["grounding_pixel_values"] = [row["grounding_pixel_values"] for row in rows]
+            batch["mask_labels"] = [row["mask_labels"] for row in rows]
         tiles = np.cumsum([0] + [len(row["pixel_values"]) for row in rows])
         regions = [(tile, row["regions"]) for tile, row in zip(tiles, rows, strict=False) if row["regions"] is not None]
         if regions:
@@ -154,12 +178,8 @@ class SceneCollator:
         """Only pixels and what each image token shows."""
         pictures = [Image.fromarray(view.frames[0]) for view in views]
         grid = self.processor.region_grid
-        classes, boxes = zip(*(_cells(view, 1, grid) for view in views), strict=True)
-        return {
-            "pixel_values": torch.cat([self.processor.preprocess_image(picture) for picture in pictures]),
-            "cell_classes": torch.cat(classes),
-            "cell_boxes": torch.cat(boxes),
-        }
+        pixel_values = torch.cat([self.processor.preprocess_image(picture) for picture in pictures])
+        return {"pixel_values": pixel_values, **_stacked([_cells(view, 1, grid) for view in views])}
 
     def _mean_boxes(self, masks: Tensor) -> Tensor:
         """Masks [S, T, H, W] -> boxes [S, 4]: one prompt serves all key frames, so it should name a place amid them."""
@@ -167,6 +187,13 @@ class SceneCollator:
         boxes = _boxes(key_frames.flatten(0, 1)).unflatten(0, key_frames.shape[:2])
         visible = (boxes[..., 2:3] > 0).float()
         return (boxes * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
+
+    def _covered(self, rows: Sequence[dict]) -> Tensor:
+        """How much of each image token of its sample each object covers, [M, tokens]; zeros fill up short samples."""
+        grid = self.processor.region_grid
+        masks = [mask[: len(row["pixel_values"])].float() for row in rows for mask in row["mask_labels"]]
+        covered = [F.interpolate(mask[:, None], size=(grid, grid), mode="area").flatten() for mask in masks]
+        return pad_sequence(covered, batch_first=True) if covered else torch.zeros(0, grid * grid)
 
     def _row(self, sample: SceneSample) -> dict:
         frames = [Image.fromarray(frame) for frame in sample.frames]
@@ -176,17 +203,16 @@ class SceneCollator:
         pixel_values = processor.preprocess_key_frames(shown) if is_video else processor.preprocess_image(frames[0])
         regions = None if sample.regions is None else processor.preprocess_mask_prompts(sample.regions)
         input_ids, labels = self._conversation(sample, len(pixel_values), is_video, regions)
-        cell_classes, cell_boxes = _cells(sample, len(pixel_values), processor.region_grid)
+        seen = processor.grounding_pixel_values(frames, is_video=is_video) if self.masks else None
         return {
             "input_ids": input_ids,
             "labels": labels,
             "pixel_values": pixel_values,
-            "grounding_pixel_values": processor.grounding_pixel_values(frames, is_video=is_video),
+            "grounding_pixel_values": seen,
             "mask_labels": torch.from_numpy(np.concatenate([turn.masks for turn in sample.turns])),
             "regions": regions,
             "seg_classes": [_classes(sample.objects[i]) for turn in sample.turns for i in turn.targets],
-            "cell_classes": cell_classes,
-            "cell_boxes": cell_boxes,
+            "cells": _cells(sample, len(pixel_values), processor.region_grid),
         }
 
     def _conversation(
@@ -233,20 +259,67 @@ def _boxes(masks: Tensor) -> Tensor:
     return torch.stack([x, y, width, height], dim=1)
 
 
-def _cells(sample: SceneSample, num_tiles: int, grid: int) -> tuple[Tensor, Tensor]:
+def _stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _cells(sample: SceneSample, num_tiles: int, grid: int) -> dict[str, Tensor]:
     """What each token shows: the object that covers most of it, if it covers a quarter of it.
 
     Returns:
-        Colour and shape, from 1, int64 [tiles, grid * grid, 2], and the object's box, float32 [tiles, grid * grid, 4];
-        zeros for background.
+        What `SceneCollator` says, of one sample.
     """
+    is_clip = len(sample.frames) > 1
     classes = torch.tensor([(0, 0), *((c + 1, s + 1) for c, s in map(_classes, sample.objects))])
+    standings = torch.full((1 + len(sample.objects), NUM_GROUPS, 1 + NUM_FLAGS), IGNORE_INDEX)
+    if len(sample.objects) == len(sample.object_masks) and sample.turns:
+        standings[1:] = torch.tensor([_standings(i, sample.objects, is_clip) for i in range(len(sample.objects))])
     winners, boxes = [], []
     for t in range(num_tiles):
         masks = sample.object_masks[:, t]
         covered = [cv2.resize(mask.astype(np.float32), (grid, grid), interpolation=cv2.INTER_AREA) for mask in masks]
         covered = np.stack([np.full((grid, grid), 0.25, np.float32), *covered])
-        winner = torch.from_numpy(covered.argmax(axis=0).ravel())
-        winners.append(winner)
-        boxes.append(torch.cat([torch.zeros(1, 4), _boxes(torch.from_numpy(masks))])[winner])
-    return classes[torch.stack(winners)], torch.stack(boxes)
+        winners.append(torch.from_numpy(covered.argmax(axis=0).ravel()))
+        boxes.append(torch.cat([torch.zeros(1, 4), _boxes(torch.from_numpy(masks))]))
+    winner, boxes = torch.stack(winners), torch.stack(boxes)
+    tiles = torch.arange(num_tiles)[:, None]
+    cells = {
+        "cell_classes": classes[winner],
+        "cell_boxes": boxes[tiles, winner],
+        "cell_standings": standings[winner],
+        "cell_objects": winner - 1,
+    }
+    if is_clip:
+        motions = [IGNORE_INDEX, *(MOTION_NAMES.index(thing.motion) for thing in sample.objects)]
+        cells["cell_motions"] = torch.tensor(motions)[winner]
+        cells["cell_motions"][0] = IGNORE_INDEX  # nobody can tell from the first frame
+        cells["cell_pasts"] = _pasts(boxes)[tiles, winner]
+    return cells
+
+
+def _pasts(boxes: Tensor) -> Tensor:
+    """Boxes [T, N, 4] -> where an object was in the frames before, on average: [T, N, 2]; NaN where it was nowhere."""
+    visible = (boxes[..., 2:3] > 0).float()
+    places, times = (boxes[..., :2] * visible).cumsum(dim=0), visible.cumsum(dim=0)
+    pasts = places[:-1] / times[:-1]
+    return torch.cat([torch.full_like(pasts[:1], torch.nan), pasts])
+
+
+def _standings(index: int, objects: Sequence[SceneObject], is_clip: bool) -> list[list[int]]:
+    """How an object stands among those of its colour, those of its shape, and all.
+
+    Returns:
+        For each of these groups how many they are, from 0 for it alone, then 1 where it is the largest, smallest,
+        leftmost, rightmost, topmost, bottommost of them, 0 where not, `IGNORE_INDEX` where that is not plain.
+    """
+    thing, rows = objects[index], []
+    for same in (lambda o: o.color == thing.color, lambda o: o.shape == thing.shape, lambda o: True):
+        rivals = [other for i, other in enumerate(objects) if i != index and same(other)]
+        leads = [[sign * np.log(thing.radius / other.radius) for other in rivals] for sign in (1, -1)]
+        leads = [[lead / np.log(SIZE_MARGIN) for lead in line] for line in leads]
+        for dx, dy in EXTREMES.values():
+            ahead = [(dx * (thing.x - other.x) + dy * (thing.y - other.y)) / CLEAR_POSITION for other in rivals]
+            leads.append([0.0] if is_clip else ahead)
+        flags = [IGNORE_INDEX if not line or -0.5 < min(line) < 0.5 else int(min(line) > 0) for line in leads]
+        rows.append([min(len(rivals), MAX_COUNT - 1), *flags])
+    return rows

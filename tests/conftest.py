@@ -1,9 +1,12 @@
 """Shared fixtures: the golden checkpoint and its recordings, loaded once."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # tests/hub_server.py speaks Git LFS; read when the client is imported
 
 import numpy as np
 import pytest
@@ -14,6 +17,10 @@ from transformers import AutoModel, AutoProcessor
 import sa2va  # noqa: F401  registers the Auto classes
 
 GOLDEN = Path(__file__).parent / "golden"
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, and so have the processes that its tests start
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @dataclass(frozen=True)

@@ -320,3 +320,14 @@ def test_weights_must_name_tasks():
         SceneDataset(0, 1, tasks={"draw": 1.0})
     with pytest.raises(ValueError, match="weights"):
         SceneDataset(0, 1, tasks={"refer": 0.0})
+
+
+@pytest.mark.parametrize("task", scenes.INTERVIEWS)
+def test_an_interview_asks_different_things_about_one_scene(task):
+    samples = [make_sample(0, index, task=task) for index in range(20)]
+    for sample in samples:
+        questions = [turn.question for turn in sample.turns]
+        assert len(set(questions)) == len(questions) <= scenes.INTERVIEW_TURNS
+        assert all(turn.answer.count("[SEG]") == len(turn.masks) for turn in sample.turns)
+    assert np.mean([len(sample.turns) for sample in samples]) > 4
+    assert len({turn.kind for sample in samples for turn in sample.turns}) > 10

@@ -7,7 +7,9 @@ import torch
 from transformers import AutoModel
 
 from sa2va.data.scenes import make_sample
-from sa2va.finetune import train
+from sa2va.data.shapes import SceneObject
+from sa2va.finetune import batches, trainee
+from sa2va.finetune import scenes as train
 from sa2va.finetune.batches import CURRICULUM, SceneCollator, ScheduledScenes, Stage
 from sa2va.finetune.tiny import build_model
 
@@ -153,7 +155,7 @@ def test_the_learning_rate_warms_up_again_where_words_begin(tmp_path):
         ["--preset", "smoke", "--output_dir", str(tmp_path), "--max_steps", "100", "--warmup_steps", "10"]
     )
     dataset = ScheduledScenes(0, 100, 4, 2, 6, (Stage(0.3, {}), Stage(1.0, {"refer": 1.0})))
-    trainer = train.SceneTrainer(model=train.SceneTrainee(model), args=arguments, train_dataset=dataset)
+    trainer = train.SceneTrainer(model=trainee.SceneTrainee(model), args=arguments, train_dataset=dataset)
     trainer.create_optimizer_and_scheduler(100)
     rate, *_ = trainer.lr_scheduler.lr_lambdas
     assert rate(29) > 0.5 and rate(30) < 0.1 and rate(40) > 0.5 and rate(99) < 0.01
@@ -178,20 +180,28 @@ def test_training_stopped_and_resumed_reaches_the_same_loss(tmp_path):
     assert AutoModel.from_pretrained(final).load_processor().image_size == 56
 
 
-@pytest.mark.parametrize(("learners", "learn"), [("all", 5), ("sam2", 2), ("mask_decoder", 2)])
+def test_ten_minutes_learn_to_draw_what_the_small_checkpoint_means():
+    options, arguments = train.parse_arguments(["--output_dir", "anywhere"])
+    assert (options.init, options.new, options.learn) == (train.TINY, "mask_decoder", "mask_decoder")
+    assert (arguments.max_steps, arguments.learning_rate) == (300, 3e-3)
+    options, arguments = train.parse_arguments(["--learn", "all", "--max_steps", "7", "--output_dir", "anywhere"])
+    assert (options.learn, arguments.max_steps) == ("all", 7)
+
+
+@pytest.mark.parametrize(("learners", "learn"), [("all", 5), ("sam2", 2), ("mask_decoder", 2), ("words", 4)])
 def test_only_what_is_named_learns(tiny, learners, learn):
     model, _ = tiny
     names = [name for name, _ in model.named_parameters() if train.LEARNERS[learners].match(name)]
     assert len({name.split(".")[0] for name in names}) == learn
     image_encoder = [name for name in names if ".image_encoder." in name]
-    assert bool(image_encoder) == (learners != "mask_decoder")
+    assert bool(image_encoder) == (learners in ("all", "sam2"))
 
 
 def test_a_new_mask_decoder_leaves_the_words_as_they_were(tiny, tmp_path):
     model, processor = tiny
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    again, _ = train.start(str(tmp_path), seed=5, new_mask_decoder=True)
+    again, _ = train.start(str(tmp_path), seed=5, new="mask_decoder")
     same = {name: torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items()}
     assert all(same[name] for name in same if name.startswith(("vision_model", "mlp1", "language_model")))
     assert all(same[name] for name in same if ".image_encoder." in name)
@@ -201,21 +211,22 @@ def test_a_new_mask_decoder_leaves_the_words_as_they_were(tiny, tmp_path):
 
 def test_heads_are_kept_between_sittings(tiny, tmp_path):
     model, _ = tiny
-    first, second = train.SceneTrainee(model), train.SceneTrainee(model)
+    first, second = trainee.SceneTrainee(model), trainee.SceneTrainee(model)
     assert not torch.equal(first.box_head.weight, second.box_head.weight)
-    train.save_heads(first, tmp_path / train.HEADS)
-    train.load_heads(second, tmp_path / train.HEADS)
+    trainee.save_heads(first, tmp_path / train.HEADS)
+    trainee.load_heads(second, tmp_path / train.HEADS)
     assert torch.equal(first.box_head.weight, second.box_head.weight)
 
 
 def test_prompts_are_drawn_to_the_encoded_centre_of_their_object(tiny):
     model, _ = tiny
-    trainee, boxes = train.SceneTrainee(model), torch.tensor([[0.25, 0.5, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0]])
+    learner, boxes = trainee.SceneTrainee(model), torch.tensor([[0.25, 0.5, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0]])
     layer = model.grounding_encoder.sam2_model.sam_prompt_encoder.pe_layer
     centre = layer((128, 128))[:, 63:65, 31:33].mean(dim=(1, 2))  # the four pixels around that point
     away = torch.ones_like(centre)  # the second object is nowhere, so its prompt may be anything
-    assert trainee._point_loss(torch.stack([centre, away]), boxes) < 1e-3
-    assert trainee._point_loss(torch.stack([away, centre]), boxes) > 0.1
+    classes = torch.tensor([[0, 1], [2, 3]])
+    assert learner._point_loss(torch.stack([centre, away]), boxes, classes) < 1e-3
+    assert learner._point_loss(torch.stack([away, centre]), boxes, classes) > 0.1
 
 
 def test_a_clips_prompt_names_the_middle_of_its_key_frames(tiny):
@@ -226,3 +237,62 @@ def test_a_clips_prompt_names_the_middle_of_its_key_frames(tiny):
     masks[0, 6, 8:10, 8:10] = True  # tracked, so no prompt reaches it
     box = SceneCollator(processor)._mean_boxes(masks)[0]
     torch.testing.assert_close(box, torch.tensor([0.3, 0.3, 0.2, 0.2]))
+
+
+def test_words_are_learned_without_what_sam2_would_see(tiny):
+    model, processor = tiny
+    batch = SceneCollator(processor, masks=False)([make_sample(0, 3, task="interview")])
+    assert "grounding_pixel_values" not in batch
+    losses = trainee.SceneTrainee(model)(**batch)
+    assert "mask_loss" not in losses and {"lm_loss", "box_loss", "naming_loss", "standing_loss"} <= set(losses)
+
+
+def thing(**traits) -> SceneObject:
+    usual = {"color": "red", "shape": "star", "radius": 0.1, "x": 0.5, "y": 0.5, "angle": 0.0}
+    return SceneObject(**usual | {"rgb": (0, 0, 0), "outlined": False} | traits)
+
+
+def test_standings_say_how_an_object_stands_among_its_kind():
+    objects = [thing(radius=0.2, x=0.1), thing(x=0.9), thing(shape="cross", radius=0.19, y=0.1)]
+    (same_color, same_shape, everything) = batches._standings(0, objects, is_clip=False)
+    unclear = batches.IGNORE_INDEX
+    # how many others, largest, smallest, leftmost, rightmost, topmost, bottommost
+    assert same_shape == [1, 1, 0, 1, 0, unclear, unclear]
+    assert everything == [2, unclear, 0, 1, 0, 0, unclear]
+    assert same_color == everything
+
+
+def test_the_past_of_an_object_is_its_mean_place_in_earlier_frames():
+    boxes = torch.zeros(3, 1, 4)
+    boxes[0, 0] = torch.tensor([0.2, 0.4, 0.1, 0.1])  # in the second frame it is hidden
+    boxes[2, 0] = torch.tensor([0.8, 0.4, 0.1, 0.1])
+    pasts = batches._pasts(boxes)[:, 0]
+    assert pasts[0].isnan().all()
+    torch.testing.assert_close(pasts[1:], torch.tensor([[0.2, 0.4], [0.2, 0.4]]))
+
+
+def test_attention_loss_is_zero_where_all_attention_is_wanted(tiny):
+    model, processor = tiny
+    batch = arguments_of(batch_of(processor, "refer"))
+    with trainee._attention_inputs(model) as (_, (layer, inputs)):
+        model(**batch)
+    row, column = torch.tensor([0]), torch.tensor([40])
+    wanted = torch.zeros(1, batch["input_ids"].shape[1])
+    wanted[0, :41] = 1
+    assert trainee._attention_loss(layer, inputs, row, column, wanted) < 1e-5
+    wanted[0, :41] = torch.arange(41) < 20
+    assert trainee._attention_loss(layer, inputs, row, column, wanted) > 0.1
+
+
+def test_tracking_looks_at_the_same_object_in_earlier_frames_only(tiny):
+    model, processor = tiny
+    batch = SceneCollator(processor)([make_sample(0, 1, task="video_refer", num_frames=6)])
+    with trainee._attention_inputs(model) as (first, _):
+        model(**arguments_of(batch))
+    is_image = batch["input_ids"] == model.special_token_ids().image
+    loss = trainee._tracking_loss(*first, is_image, batch["cell_objects"])
+    nothing_earlier = batch["cell_objects"].clone()
+    nothing_earlier[:-1] = -1
+    nothing_earlier[0, 0] = nothing_earlier[-1].max()
+    assert loss > 0
+    assert trainee._tracking_loss(*first, is_image, nothing_earlier) > loss  # one token of 64 where there were several

@@ -1,0 +1,203 @@
+"""Predicts a data set and scores the predictions.
+
+    python -m evaluation.run --model ByteDance/Sa2VA-4B --data refcoco --root data/ref_seg --split val
+    accelerate launch --num_processes 8 evaluation/run.py --model ByteDance/Sa2VA-4B --data mevis --root data/mevis \
+        --split valid_u
+    python -m evaluation.run --data refcoco --root data/ref_seg --split val --output DIR --metrics_only
+
+It prints a table (what is measured of which data set: `evaluation/protocols.py`) and fills a folder: `predictions/`
+(`evaluation/predict.py`), `scores.json`, `worst.html` and, for the splits whose truth a server keeps,
+`submission.zip`. Run again after a stop, it goes on where it was.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from sa2va.data.registry import DATASETS, Dataset, open_dataset
+from sa2va.demo.media import replacing
+from sa2va.demo.predict import DEFAULT_MODEL, DTYPES, USER_ERROR, frame_sampling, load_model
+from sa2va.evaluation.captions import TEXT_ENCODER
+from sa2va.evaluation.predict import Predictions, missing, predict_dataset, subset
+from sa2va.evaluation.protocols import (
+    PROTOCOL_OF,
+    PROTOCOLS,
+    Measurement,
+    Protocol,
+    measure_sample,
+    protocol_of,
+    summarize_grounding,
+)
+from sa2va.evaluation.report import code_version, format_table, library_versions, percent, worst, worst_page
+from sa2va.evaluation.submissions import FOLDERS, write_submission
+
+OUTPUTS = Path("outputs/evaluation")
+SETTINGS, PREDICTIONS = "settings.json", "predictions"
+NO_TRUTH = "Nothing to score: the truth of this split is not published."
+PATIENCE = timedelta(days=7)  # a process waits for the others as long as their samples take
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line's options; names of several words may be written with - or _."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name: str, **options: Any) -> None:
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
+
+    add("model", default=str(DEFAULT_MODEL), help="folder or Hugging Face name of a checkpoint; default: sa2va-tiny")
+    add("data", required=True, choices=sorted(DATASETS), help="which data set")
+    add("root", required=True, type=Path, metavar="DIR", help="its folder, as docs/data.md has it")
+    add("split", default="val", help="such as val, testA or valid_u; default: val")
+    add("metric", choices=sorted(PROTOCOLS), help="default: that of the data set")
+    add("merge", default="official", choices=("official", "union"), help="masks of a video's answer: the first, or all")
+    add("text_encoder", default=TEXT_ENCODER, help="compares phrases of gcg as GLaMM does; '' leaves it out")
+    add("limit", type=int, metavar="N", help="that many samples, drawn at random")
+    add("seed", type=int, default=0, help="names the draw")
+    add("output", type=Path, metavar="DIR", help="default: outputs/evaluation/MODEL/DATA-SPLIT")
+    add("metrics_only", action="store_true", help="score the predictions that are there, and make none")
+    add("worst", type=int, default=20, metavar="N", help="cases on the page of the worst; default: 20")
+    add("json", action="store_true", help="print what scores.json holds, and no table")
+    add("device", default="auto", help="cpu, cuda, mps...; auto (default) is an accelerator if there is one")
+    add("dtype", default="auto", choices=DTYPES, help="auto (default): float32 on a CPU, else the checkpoint's")
+    add("num_frames", type=int, metavar="N", help="frames of a video the language model sees (released: 5)")
+    add("frame_sampling", type=frame_sampling, metavar="first|uniform|I,J,K", help="which frames (released: first)")
+    add("max_new_tokens", type=int, metavar="N", help="longest answer; default: 2048")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace, state: PartialState) -> dict[str, Any] | None:
+    """Does what the command line says.
+
+    Returns:
+        In the first process what `scores.json` holds, else None.
+
+    Raises:
+        ValueError, OSError: data, model or output can't be used.
+    """
+    protocol = protocol_of(arguments.data, arguments.metric)
+    dataset = open_dataset(arguments.data, arguments.root, arguments.split)
+    indices = subset(len(dataset), arguments.limit, arguments.seed)
+    output = arguments.output or OUTPUTS / Path(arguments.model).name / f"{arguments.data}-{arguments.split}"
+    if not arguments.metrics_only:
+        _predict(arguments, {"dialogue": protocol.dialogue}, dataset, indices, output, state)
+    return _score(arguments, protocol, dataset, indices, output) if state.is_main_process else None
+
+
+# ---------- predictions
+
+
+def _predict(
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
+    dataset: Dataset,
+    indices: Sequence[int],
+    output: Path,
+    state: PartialState,
+) -> None:
+    """Adds what is missing to the predictions, shared among the processes."""
+    names = ("num_frames", "frame_sampling", "max_new_tokens")
+    options |= {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    asked = {name: getattr(arguments, name) for name in ("model", "data", "split", "dtype")} | options
+    _check_settings(asked, output)
+    todo = missing(dataset, indices, output / PREDICTIONS)
+    state.wait_for_everyone()  # all have read the same before anyone writes
+    if todo:
+        device = str(state.device) if arguments.device == "auto" else arguments.device
+        with state.main_process_first():  # which downloads the checkpoint for all
+            model = load_model(arguments.model, device, arguments.dtype)
+        if state.is_main_process:
+            ran = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+            _write(output / SETTINGS, {"settings": asked, "made_with": ran | _versions()})
+        share = todo[state.process_index :: state.num_processes]
+        place = {"process": state.process_index, "progress": state.is_main_process}
+        predict_dataset(model, model.load_processor(), dataset, share, output / PREDICTIONS, **place, **options)
+    state.wait_for_everyone()
+
+
+def _check_settings(asked: dict[str, Any], output: Path) -> None:
+    """Predictions made in different ways must not be mixed."""
+    before = _saved(output)["settings"] if (output / SETTINGS).is_file() else asked
+    if differing := [name for name in asked | before if asked.get(name) != before.get(name)]:
+        told = ", ".join(f"{name} {before.get(name)!r} and not {asked.get(name)!r}" for name in differing)
+        raise ValueError(f"{str(output)!r} holds predictions with {told}. Give another --output, or remove it.")
+
+
+def _versions() -> dict[str, Any]:
+    return {"code": code_version(), "libraries": library_versions()}
+
+
+def _saved(output: Path) -> dict[str, Any]:
+    if not (output / SETTINGS).is_file():
+        raise FileNotFoundError(f"There are no predictions in {str(output)!r}. Run without --metrics_only.")
+    return json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# ---------- scores
+
+
+def _score(
+    arguments: argparse.Namespace, protocol: Protocol, dataset: Dataset, indices: Sequence[int], output: Path
+) -> dict[str, Any]:
+    """Measures the predictions that are there and writes all that is told about them."""
+    saved = _saved(output)
+    predictions = Predictions(output / PREDICTIONS)
+    there = {sample.id: index for index, sample in ((i, dataset[i]) for i in indices) if sample.id in predictions}
+    measurements: list[Measurement] = []
+    for name, index in tqdm(there.items(), desc="scores", file=sys.stderr):
+        measurements += measure_sample(protocol, dataset[index], predictions[name], arguments.merge)
+    options = {"text_encoder": arguments.text_encoder} if protocol.summarize is summarize_grounding else {}
+    names = ("merge", "limit", "seed", *options)
+    result = {
+        "scores": percent(protocol.summarize(measurements, **options)) if measurements else {},
+        "samples": {"data_set": len(dataset), "drawn": len(indices), "predicted": len(there)},
+        "turns": len(measurements),
+        "metric": arguments.metric or PROTOCOL_OF[arguments.data],
+        "settings": saved["settings"] | {name: getattr(arguments, name) for name in names},
+        "predictions_made_with": saved["made_with"],
+        "scored_with": _versions(),
+    }
+    _write(output / "scores.json", result)
+    cases = [(item, dataset[there[item.sample_id]]) for item in worst(measurements, arguments.worst)]
+    page = worst_page(f"{output.name}: the worst", [(*case, predictions[case[1].id]) for case in cases])
+    with replacing(output / "worst.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    if arguments.data in FOLDERS and len(there) == len(dataset) and not measurements:
+        samples = (dataset[index] for index in indices)
+        write_submission(output / "submission.zip", arguments.data, samples, predictions, arguments.merge)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 after an error that the user can mend."""
+    arguments = parse_arguments(argv)
+    on_cpu = arguments.device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    try:
+        result = run(arguments, state)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    if result and arguments.json:
+        print(json.dumps(result))
+    elif result:
+        count = result["samples"]
+        print(format_table(result["scores"]) if result["scores"] else NO_TRUTH)
+        print(f"{count['predicted']} of {count['data_set']} samples")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

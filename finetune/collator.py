@@ -1,0 +1,222 @@
+"""From samples of any data set to the arguments of `forward`, for every family of Sa2VA.
+
+What is seen of a long clip, and which of many expressions are asked for, is drawn anew each time a sample comes, but
+by nothing else than the seed and the sample's place in the stream (`Numbered`): training can stop and go on anywhere,
+on any number of processes and workers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sa2va import Sa2VAProcessor
+from sa2va.data import templates
+from sa2va.data.registry import Dataset
+from sa2va.data.samples import Media, ObjectMasks, Sample, Turn
+from sa2va.modeling_sa2va import IGNORE_INDEX
+from sa2va.processing_sa2va import Sa2VAInputs
+
+SEG = "[SEG]"
+
+
+class Numbered:
+    """A data set whose samples come with their place in it, from which `SampleCollator` draws its numbers."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Sample]:
+        return index, self.dataset[index]
+
+
+class SampleCollator:
+    """Turns samples into the arguments of `Sa2VAChatModel.forward`.
+
+    A batch may hold pictures, clips, regions and chat without a picture, in any order. Questions are written as
+    `predict_forward` writes them; labels cover the answers and their end marks only. A turn without an answer of its
+    own gets one: "Sure, it is [SEG]." as in the released models' training, or that nothing fits.
+
+    Args:
+        processor: of the model that is trained.
+        seed: names what is drawn.
+        num_frames: frames of a clip, in order of time; a shorter clip is seen whole. Only those beyond the model's
+            number of key frames are tracked.
+        max_objects: independent questions beyond so many objects are left out.
+        max_length: tokens after which a conversation is cut.
+
+    Raises:
+        ValueError: a sample that can't be learned from, by its id: a file can't be read, its `[SEG]` are not as many as
+            its objects, or `processor.prepare` refuses it.
+    """
+
+    def __init__(
+        self,
+        processor: Sa2VAProcessor,
+        seed: int = 0,
+        num_frames: int = 5,
+        max_objects: int = 5,
+        max_length: int = 8192,
+    ):
+        self.processor = processor
+        self.seed, self.num_frames, self.max_objects, self.max_length = seed, num_frames, max_objects, max_length
+
+    def __call__(self, samples: Sequence[tuple[int, Sample]]) -> dict[str, Any]:
+        rows = [self._named_row(index, sample) for index, sample in samples]
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
+        batch = {
+            "input_ids": _padded(ids, pad),
+            "labels": _padded(labels, IGNORE_INDEX),
+            "attention_mask": _padded([torch.ones_like(row) for row in ids], 0),
+            "grounding_pixel_values": [row["grounding_pixel_values"] for row in rows],
+            "mask_labels": [row["mask_labels"] for row in rows],
+        }
+        for name in ("pixel_values", "image_grid_thw", "prompt_masks"):
+            if found := [row[name] for row in rows if row[name] is not None]:
+                batch[name] = torch.cat(found)
+        if "prompt_masks" in batch:
+            batch["prompt_mask_tiles"] = _region_tiles(rows)
+        return batch
+
+    def _named_row(self, index: int, sample: Sample) -> dict[str, Any]:
+        try:
+            return self._row(sample, np.random.default_rng([self.seed, index]))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"Sample {sample.id!r} can't be learned from: {error}") from error
+
+    def _row(self, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
+        """What one sample adds to a batch."""
+        turns = choose_turns(sample.turns, self.max_objects, rng)
+        objects = [thing for turn in turns for thing in turn.objects]
+        frames, pictures = [], []
+        if sample.media:
+            frames = choose_frames(sample.media, objects, self.num_frames, rng, with_first=bool(sample.regions))
+            pictures = sample.media.read(frames)
+        picture = self._picture(sample, pictures)
+        input_ids, labels, first = self._conversation(turns, picture)
+        kept = labels.count(self.processor.tokenizer.convert_tokens_to_ids(SEG))  # fewer in a conversation cut short
+        row = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "pixel_values": first.pixel_values,
+            "image_grid_thw": first.image_grid_thw,
+            "prompt_masks": first.prompt_masks,
+            "is_video": first.is_video,
+            "grounding_pixel_values": None,
+            "mask_labels": None,
+        }
+        if kept:
+            size = (pictures[0].height, pictures[0].width)
+            masks = np.stack([thing.read(frames, size) for thing in objects[:kept]])
+            row["mask_labels"] = torch.from_numpy(masks)
+            row["grounding_pixel_values"] = self.processor.grounding_pixel_values(pictures, is_video=first.is_video)
+        return row
+
+    def _picture(self, sample: Sample, pictures: list[Image.Image]) -> dict[str, Any]:
+        """What is seen, as arguments of `processor.prepare`."""
+        if not pictures:
+            return {}
+        if not sample.media.is_video:
+            arguments: dict[str, Any] = {"image": pictures[0]}
+        else:
+            arguments = {"video": pictures, "frame_sampling": "first"}
+        if sample.regions:
+            size = (pictures[0].height, pictures[0].width)
+            arguments["mask_prompts"] = np.concatenate([region.read([0], size) for region in sample.regions])
+        return arguments
+
+    def _conversation(self, turns: Sequence[Turn], picture: dict[str, Any]) -> tuple[list[int], list[int], Sa2VAInputs]:
+        """Token ids and labels of all turns, at most `max_length`, and the first question as prepared."""
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        first, past_text, input_ids, labels = None, "", [], []
+        for turn in turns:
+            if first is None:
+                first = processor.prepare(text=turn.question, **picture)
+                prompt, asked = first.prompt, first.input_ids[0].tolist()
+            else:  # the picture is in the text already: that it is there is all that is still asked
+                shown = [1] if picture else None
+                prompt = processor.build_prompt(turn.question, image_tokens=shown, past_text=past_text)
+                asked = tokenizer(prompt[len(past_text) :], add_special_tokens=False).input_ids
+            answer = answer_of(turn, first.is_video) + processor.stop_words[0]
+            answered, newline = (tokenizer(text, add_special_tokens=False).input_ids for text in (answer, "\n"))
+            input_ids += asked + answered + newline
+            labels += [IGNORE_INDEX] * len(asked) + answered + [IGNORE_INDEX] * len(newline)
+            past_text = f"{prompt}{answer}\n"
+        return input_ids[: self.max_length], labels[: self.max_length], first
+
+
+def answer_of(turn: Turn, is_video: bool) -> str:
+    """What is to be answered: the turn's own answer, or one that points at its objects.
+
+    Raises:
+        ValueError: the answer's `[SEG]` are not as many as the objects.
+    """
+    if turn.answer is None:
+        if not turn.objects:
+            return templates.REFUSALS[0].format(medium=templates.medium(is_video))
+        return templates.ANSWERS[0].replace(SEG, ", ".join([SEG] * len(turn.objects)))
+    if turn.answer.count(SEG) != len(turn.objects):
+        raise ValueError(
+            f"the answer {turn.answer!r} has {turn.answer.count(SEG)} {SEG}, but there are masks of "
+            f"{len(turn.objects)} objects. There must be one {SEG} for each, in their order."
+        )
+    return turn.answer
+
+
+def choose_turns(turns: Sequence[Turn], max_objects: int, rng: np.random.Generator) -> list[Turn]:
+    """As many turns as have at most `max_objects` objects together, at least one, in their order.
+
+    Turns that all point at objects are expressions that don't depend on each other, so that any of them may stay; of
+    other conversations the beginning does.
+    """
+    if sum(len(turn.objects) for turn in turns) <= max_objects:
+        return list(turns)
+    independent = all(turn.objects for turn in turns)
+    order = rng.permutation(len(turns)) if independent else np.arange(len(turns))
+    counts = np.cumsum([len(turns[i].objects) for i in order])
+    return [turns[i] for i in sorted(order[: max(1, int((counts <= max_objects).sum()))])]
+
+
+def choose_frames(
+    media: Media, objects: Sequence[ObjectMasks], num_frames: int, rng: np.random.Generator, with_first: bool = False
+) -> list[int]:
+    """Numbers of `num_frames` frames of a clip in order, drawn from those where all objects are annotated; [0] of a
+    picture. `with_first` makes frame 0, on which regions are marked, one of them.
+
+    Raises:
+        ValueError: there is no frame in which all are annotated.
+    """
+    if not media.is_video:
+        return [0]
+    known = set(range(len(media)))
+    for thing in objects:
+        known &= known if thing.annotated is None else thing.annotated
+    if not known:
+        raise ValueError("A clip has no frame in which all objects of its conversation are annotated.")
+    first = [0] if with_first else []
+    known = sorted(known - set(first))
+    drawn = rng.choice(known, min(num_frames - len(first), len(known)), replace=False) if known else []
+    return first + sorted(int(frame) for frame in drawn)
+
+
+def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def _region_tiles(rows: Sequence[dict[str, Any]]) -> Tensor:
+    """For each visual prompt of a batch the tile it lies on: an image's last (thumbnail), a clip's first."""
+    tiles, start = [], 0
+    for row in rows:
+        count = 0 if row["pixel_values"] is None else len(row["pixel_values"])
+        regions = 0 if row["prompt_masks"] is None else len(row["prompt_masks"])
+        tiles += [start if row["is_video"] else start + count - 1] * regions
+        start += count
+    return torch.tensor(tiles)

@@ -1,0 +1,164 @@
+"""What was learned, in the layout of the released checkpoints: an adapter for PEFT, or the whole model.
+
+    python finetune/merge.py runs/mine/checkpoint-500 --output runs/mine/merged                # the whole model
+    python finetune/merge.py runs/mine/checkpoint-500 --output runs/mine/adapter --adapter     # the adapter alone
+
+The first is what `from_pretrained`, `hub_upload.py` and the official code take. The second names modules as the
+official code does, so that `peft.PeftModel.from_pretrained` works there, and `model.load_adapter` here. Both take what
+`finetune/train.py` saved with an adapter: a checkpoint, or OUTPUT_DIR/adapter. Nothing needs a GPU.
+"""
+
+import argparse
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sa2va import Sa2VAChatModel
+from sa2va.modeling_sa2va import ModuleNames, native_adapter_weights
+
+PREFIX = "base_model.model."
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def name_pattern(names: Iterable[str]) -> str:
+    """A regular expression of whole names in which any number stands for every number: one for all layers."""
+    return "|".join(sorted({re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)) for name in names}))
+
+
+def merge_adapter(folder: str | Path, output: str | Path, base: str | None = None) -> None:
+    """Writes the model with the adapter's changes made, every key, shape and dtype as in the base.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors, modules named as here or in the official code.
+        output: folder for weights, config, tokenizer and processor.
+        base: the checkpoint that was trained; default the one that the adapter names.
+
+    Raises:
+        ValueError: the adapter doesn't fit the base.
+        OSError: no such folder or checkpoint.
+    """
+    config, weights = read_adapter(folder)
+    model = Sa2VAChatModel.from_pretrained(base or config.base_model_name_or_path, dtype="auto")
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    merged = load_adapter(model, config, weights).merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])  # modules trained in full were float32
+    merged.save_pretrained(output)
+    merged.load_processor().save_pretrained(output)
+
+
+def release_adapter(folder: str | Path, base: str | None = None, output: str | Path | None = None) -> None:
+    """Writes an adapter with its modules named, and fused, as in the official code.
+
+    Args:
+        folder, base: as for `merge_adapter`.
+        output: folder for the two files; default `folder` itself.
+
+    Raises:
+        ValueError, OSError: as for `merge_adapter`.
+    """
+    from safetensors.torch import save_file
+
+    output = Path(output or folder)
+    config, weights = read_adapter(folder)
+    with torch.device("meta"):  # only names and sizes are asked for
+        model = Sa2VAChatModel(Sa2VAChatModel.config_class.from_pretrained(base or config.base_model_name_or_path))
+    weights = native_adapter_weights(model, weights)
+    config, weights = _released(model, model.adapter_config(config), weights)
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / f".{WEIGHTS}"
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, metadata={"format": "pt"})
+    temporary.replace(output / WEIGHTS)
+    config.save_pretrained(output)
+
+
+def read_adapter(folder: str | Path):
+    """The `peft.LoraConfig` of a folder and its weights by name, on the CPU."""
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    return config, peft.utils.load_peft_weights(str(folder), device="cpu")
+
+
+def load_adapter(model: Sa2VAChatModel, config, weights: dict[str, Tensor]):
+    """The model as a `peft.PeftModel` with this adapter.
+
+    Raises:
+        ValueError: weights are missing, or belong to no module.
+    """
+    import peft
+
+    weights = native_adapter_weights(model, weights)
+    wrapped = peft.get_peft_model(model, model.adapter_config(config))
+    report = peft.set_peft_model_state_dict(wrapped, weights)
+    learned = {name for name, _ in wrapped.named_parameters() if "lora_" in name or ".modules_to_save." in name}
+    if wrong := [*report.unexpected_keys, *sorted(learned & set(report.missing_keys))]:
+        raise ValueError(f"The adapter does not fit {model.name_or_path}: {len(wrong)} keys such as {wrong[0]}.")
+    return wrapped
+
+
+def _released(model: Sa2VAChatModel, config, weights: dict[str, Tensor]):
+    """Config and weights by released names; adapters of parts of one tensor become one, of their joint rank."""
+    names = ModuleNames(model)
+    output: dict[str, Tensor] = {}
+    adapted: dict[str, list[str]] = defaultdict(list)
+    for key, tensor in weights.items():
+        name = key.removeprefix(PREFIX)
+        if name.endswith(LORA_A):
+            adapted[names.released[name.removesuffix(LORA_A)]].append(name.removesuffix(LORA_A))
+        elif not name.endswith(LORA_B):
+            output[PREFIX + names.released.get(name, name)] = tensor
+    ranks = {}
+    for released, modules in adapted.items():
+        pairs = {m: (weights[PREFIX + m + LORA_A], weights[PREFIX + m + LORA_B]) for m in modules}
+        a, b = _joined(model, names, released, pairs)
+        output |= {PREFIX + released + LORA_A: a, PREFIX + released + LORA_B: b}
+        ranks[released] = len(a)
+    joint = {re.split(r"\.\d+\.", name)[-1]: rank for name, rank in ranks.items() if rank != config.r}
+    config.target_modules = name_pattern(ranks)
+    config.rank_pattern = joint
+    config.alpha_pattern = {name: config.lora_alpha * rank // config.r for name, rank in joint.items()}
+    config.modules_to_save = [names.released[name] for name in config.modules_to_save or ()] or None
+    return config, output
+
+
+def _joined(
+    model: Sa2VAChatModel, names: ModuleNames, released: str, pairs: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """LoRA's A and B of a released module from those of its parts: A stacked, B in blocks, fused as the weight is."""
+    if released not in names.splits:
+        ((a, b),) = pairs.values()
+        return a, b
+    parts = [name for name, other in names.released.items() if other == released]
+    rank, start, blocks = sum(len(a) for a, _ in pairs.values()), 0, {}
+    for part in parts:
+        rows = model.get_submodule(part).out_features
+        a, b = pairs.get(part, (torch.zeros(0, 0), torch.zeros(rows, 0)))
+        blocks[part] = torch.zeros(rows, rank, dtype=b.dtype)
+        blocks[part][:, start : start + len(a)] = b
+        start += len(a)
+    a = torch.cat([pairs[part][0] for part in parts if part in pairs])
+    fuse = names.splits[released].reverse_op
+    return a, fuse.convert(blocks, parts, [released], config=model.config)[released]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--model", help="the checkpoint that was trained; default: the one that the adapter names")
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone, by released names")
+    options = parser.parse_args(argv)
+    write = release_adapter if options.adapter else merge_adapter
+    write(options.folder, output=options.output, base=options.model)
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,453 @@
+"""Trains a Sa2VA checkpoint on one's own data, by the recipe of the paper, with `transformers.Trainer`.
+
+    python finetune/train.py --model ByteDance/Sa2VA-4B --data finetune:my_data --output_dir runs/mine
+    accelerate launch --config_file finetune/accelerate/ddp.yaml finetune/train.py --model ... --data ... --resume
+
+`--data` names data sets of `data/registry.py` as NAME:FOLDER[:WEIGHT], or a YAML or JSON file that lists them under
+"datasets" with their options; it may be repeated. Every argument of `transformers.TrainingArguments` works and wins
+over the recipe. In OUTPUT_DIR land checkpoints, previews/ (pictures of what the model answers), adapter/ (what was
+learned, for PEFT) and final/ (the whole model in the released layout).
+
+By default a step sees 256 samples, by gradient accumulation. It is the same step however they are spread over
+processes and accumulated: each loss is summed over tokens, or over objects and frames, and divided by how many there
+are in all of the step.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from sa2va import Sa2VAChatModel, Sa2VAProcessor
+from sa2va.data.mixture import Mixture
+from sa2va.data.registry import Dataset, open_dataset
+from sa2va.finetune.collator import Numbered, SampleCollator
+from sa2va.finetune.merge import merge_adapter, name_pattern, release_adapter
+from sa2va.finetune.previews import Previews
+
+GLOBAL_BATCH = 256
+LOSS_PARTS = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss")
+LOSS_SETTINGS = ("mask_loss_weight", "dice_loss_weight", "num_points")
+SCORE_HEADS = {"iou_loss_weight": "iou_prediction_head", "object_score_loss_weight": "pred_obj_score_head"}
+ALL_LINEAR = "all-linear"
+# Optimizer of the paper's recipe; betas .9 and .999, one epoch.
+TRAINING_DEFAULTS = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 4e-5,
+    "warmup_steps": 0.05,  # of all steps
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.05,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "dataloader_num_workers": 2,
+    "ddp_find_unused_parameters": False,  # `run_idle_parts` leaves none
+    "remove_unused_columns": False,
+    "label_names": "labels",
+    "report_to": "none",
+    "prediction_loss_only": True,
+}
+
+
+@dataclass
+class RecipeArguments:
+    """What learns, and how samples are cut; the defaults are the recipe of arXiv 2501.04001 and its code."""
+
+    model: str = field(metadata={"help": "checkpoint to start from: a folder, or a name on the Hub"})
+    split: str = field(default="train", metadata={"help": "split of the data sets that don't name their own"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in OUTPUT_DIR, if any"})
+    lora_rank: int = field(default=256, metadata={"help": "of the language model's adapter; 0 trains it in full"})
+    lora_alpha: int = 512
+    lora_dropout: float = 0.05
+    lora_targets: list[str] = field(
+        default_factory=lambda: [ALL_LINEAR],
+        metadata={"help": "names of modules, as here or in the released code; all-linear: of the language model"},
+    )
+    train_modules: list[str] = field(
+        default_factory=lambda: ["embed_tokens", "lm_head", "mlp1", "text_hidden_fcs", "mask_decoder"],
+        metadata={"help": "trained in full beside the adapter; all else is frozen"},
+    )
+    mask_loss_weight: float | None = field(default=None, metadata={"help": "default: the checkpoint's (2.0)"})
+    dice_loss_weight: float | None = field(default=None, metadata={"help": "default: the checkpoint's (0.5)"})
+    num_points: int | None = field(
+        default=None, metadata={"help": "points a mask that losses are taken at, 0: everywhere; default 12544"}
+    )
+    frames: int = field(default=5, metadata={"help": "frames of a clip"})
+    objects: int = field(default=5, metadata={"help": "objects of a sample, of those that can be left out"})
+    max_length: int = field(default=8192, metadata={"help": "tokens of a conversation"})
+    preview_steps: int = field(default=500, metadata={"help": "steps between previews; 0: none"})
+    previews: int = field(default=4, metadata={"help": "samples that previews show"})
+    dtype: str = field(
+        default="auto", metadata={"help": "of frozen weights; auto: bfloat16 with --bf16 where nothing is sharded"}
+    )
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+) -> tuple[RecipeArguments, TrainingArguments, list[str]]:
+    """The recipe's arguments, those of `TrainingArguments` on top of the recipe's, and the `--data` given.
+
+    Raises:
+        ValueError: a number out of range, or several GPUs without a launcher.
+    """
+    parser = HfArgumentParser((RecipeArguments, TrainingArguments), description=__doc__)
+    parser.add_argument("--data", action="extend", nargs="+", required=True, metavar="NAME:FOLDER[:WEIGHT]|FILE")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    defaults = dict(TRAINING_DEFAULTS)
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        defaults["bf16"] = True
+    words = [word for name, value in defaults.items() for word in (f"--{name}", str(value))]  # later ones win
+    batch = parser.parse_known_args(words + argv)[0].per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    words += ["--gradient_accumulation_steps", str(max(1, GLOBAL_BATCH // batch))]
+    recipe, training, options = parser.parse_args_into_dataclasses(words + argv)
+    _check(recipe, training)
+    return recipe, training, options.data
+
+
+def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
+    for name in ("frames", "objects", "max_length"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"--{name} {getattr(recipe, name)} must be at least 1.")
+    if recipe.lora_rank < 0:
+        raise ValueError(f"--lora_rank {recipe.lora_rank} must be at least 0 (0 trains the language model in full).")
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"There are {training.n_gpu} GPUs, but one process. Use a launcher, such as accelerate launch "
+            "--config_file finetune/accelerate/ddp.yaml finetune/train.py ..., or set CUDA_VISIBLE_DEVICES to one."
+        )
+
+
+# ---------- data
+
+
+def open_datasets(data: Sequence[str], split: str) -> tuple[dict[str, Dataset], dict[str, float] | None]:
+    """Opens what `--data` names.
+
+    Args:
+        data: NAME:FOLDER[:WEIGHT], or a path to a YAML or JSON file: `datasets`, a list of mappings with "name", "root"
+            and if need be "weight", "split" and options of the reader.
+        split: for those that name none.
+
+    Returns:
+        The data sets by a name of their own, and their weights: None if none was given (each weighs as many samples as
+        it has), else 1 where none was given.
+
+    Raises:
+        ValueError, OSError: see `open_dataset`; a data set that is written otherwise.
+    """
+    datasets: dict[str, Dataset] = {}
+    weights: dict[str, float | None] = {}
+    for entry in (entry for word in data for entry in _entries(word)):
+        entry = {"split": split, **entry}
+        weight = entry.pop("weight", None)
+        key = f"{entry['name']}:{entry['root']}"
+        key = key if key not in datasets else f"{key}#{len(datasets)}"
+        datasets[key], weights[key] = open_dataset(**entry), weight
+    if all(weight is None for weight in weights.values()):
+        return datasets, None
+    return datasets, {key: 1.0 if weight is None else float(weight) for key, weight in weights.items()}
+
+
+def _entries(word: str) -> list[dict[str, Any]]:
+    """The data sets that one word of `--data` stands for."""
+    if word.endswith((".yaml", ".yml", ".json")):
+        import yaml
+
+        listed = yaml.safe_load(Path(word).read_text())  # JSON is YAML
+        entries = listed.get("datasets") if isinstance(listed, Mapping) else None
+        if not (
+            isinstance(entries, list) and all(isinstance(e, Mapping) and {"name", "root"} <= set(e) for e in entries)
+        ):
+            raise ValueError(f'{word} must hold "datasets": a list of mappings with "name" and "root".')
+        return [dict(entry) for entry in entries]
+    name, colon, rest = word.partition(":")
+    root, _, weight = rest.rpartition(":")
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight) or not root:
+        root, weight = rest, ""
+    if not (name and colon and root):
+        raise ValueError(f"--data {word!r} must be NAME:FOLDER, NAME:FOLDER:WEIGHT, or a .yaml or .json file.")
+    return [{"name": name, "root": root, **({"weight": float(weight)} if weight else {})}]
+
+
+def plan_mixture(
+    datasets: Mapping[str, Dataset], weights: Mapping[str, float] | None, training: TrainingArguments
+) -> Mixture:
+    """The samples of all steps as one sequence; sets `max_steps` where only epochs were given.
+
+    An epoch is as many samples as the data sets have together, whatever their weights.
+    """
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    if training.max_steps <= 0:
+        samples = training.num_train_epochs * sum(len(dataset) for dataset in datasets.values())
+        training.max_steps = max(1, math.ceil(samples / batch))
+    return Mixture(datasets, weights, training.max_steps * batch, training.seed)
+
+
+# ---------- the model
+
+
+def load_model(recipe: RecipeArguments, training: TrainingArguments) -> tuple[nn.Module, Sa2VAProcessor]:
+    """The checkpoint, with an adapter or without, in which only what the recipe names learns."""
+    half = training.bf16 and recipe.lora_rank and not _is_sharded(training)
+    dtype = ("bfloat16" if half else "float32") if recipe.dtype == "auto" else recipe.dtype
+    model = Sa2VAChatModel.from_pretrained(recipe.model, dtype=getattr(torch, dtype))
+    for name in LOSS_SETTINGS:
+        if getattr(recipe, name) is not None:
+            setattr(model.config, name, getattr(recipe, name))
+    processor = model.load_processor()
+    run_idle_parts(model)
+    return prepare_model(model, recipe), processor
+
+
+def prepare_model(model: Sa2VAChatModel, recipe: RecipeArguments) -> nn.Module:
+    """Freezes what does not learn, and adds the adapter.
+
+    Trained weights are float32 whatever the rest is: steps of 4e-5 vanish in bfloat16. Heads that no loss reaches stay
+    frozen, too.
+
+    Raises:
+        ValueError: a module that is not there.
+    """
+    set_modules = _full_modules(model, recipe.train_modules)
+    model.requires_grad_(False)
+    if recipe.lora_rank:
+        model = _with_adapter(model, recipe, set_modules)
+    else:
+        decoder = [name for name, module in model.named_modules() if module is model.get_decoder()]
+        for name in (*set_modules, *decoder):
+            model.get_submodule(name).requires_grad_(True)
+    config = model.config
+    unreached = [head for weight, head in SCORE_HEADS.items() if not getattr(config, weight)]
+    for name, parameter in model.named_parameters():
+        if any(f".{head}." in name for head in unreached):
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _full_modules(model: Sa2VAChatModel, names: Sequence[str]) -> list[str]:
+    """Whole names of the modules that are trained in full. "mask_decoder" is the one that prompts reach."""
+    prompted = "sam_mask_decoder" + "_modified" * model.config.grounding_config.separate_prompt_decoder
+    ends = [prompted if name == "mask_decoder" else name for name in names]
+    found = {end: [name for name, _ in model.named_modules() if f".{name}".endswith(f".{end}")] for end in ends}
+    if missing := [end for end in ends if not found[end] and end != "mlp1"]:  # which only the InternVL family has
+        raise ValueError(f"--train_modules: the model has no {', '.join(missing)}. See model.named_modules().")
+    return sorted({name for matches in found.values() for name in matches})
+
+
+def _with_adapter(model: Sa2VAChatModel, recipe: RecipeArguments, modules_to_save: list[str]) -> nn.Module:
+    import peft
+
+    targets: str | list[str] = list(recipe.lora_targets)
+    if targets == [ALL_LINEAR]:
+        inside = {id(module) for module in model.get_decoder().modules() if isinstance(module, nn.Linear)}
+        targets = name_pattern(name for name, module in model.named_modules() if id(module) in inside)
+    config = peft.LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets,
+        modules_to_save=modules_to_save,
+        base_model_name_or_path=recipe.model,
+    )
+    return peft.get_peft_model(model, model.adapter_config(config))
+
+
+def _is_sharded(training: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed spread the weights, which want them all in one dtype."""
+    launched = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(training.fsdp or training.deepspeed or any(os.environ.get(name) == "true" for name in launched))
+
+
+def run_idle_parts(model: Sa2VAChatModel) -> None:
+    """Makes `forward` give every part that learns a gradient, if only of zero, whatever is in the batch.
+
+    A process that has no picture, or no object, runs those parts on nothing, at no weight in the loss, and where the
+    others run them: else processes that train together would wait for it for ever, or mistake one part for another.
+    Clips of different lengths are segmented in turn, so the number of turns must be equal, too. One process alone does
+    as they do, without the work.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def forward_with_idle_parts(**inputs: Any) -> Any:
+        if not model.training or inputs.get("labels") is None:
+            return forward(**inputs)
+        is_blind, device = inputs.get("pixel_values") is None, inputs["input_ids"].device
+        idle = [_see_nothing(model, device)] if is_blind and dist.is_initialized() else []
+        output = forward(**inputs)
+        lengths = {masks.shape[1] for masks in output.pred_masks or () if len(masks)}
+        if dist.is_initialized():
+            turns = torch.tensor(max(1, len(lengths)), device=device)
+            dist.all_reduce(turns, dist.ReduceOp.MAX)
+            idle += [_segment_nothing(model, device) for _ in range(int(turns) - len(lengths))]
+        elif is_blind or not lengths:
+            idle = [parameter.sum() for parameter in model.parameters() if parameter.requires_grad]
+        if idle:
+            output.loss = output.loss + 0.0 * sum(idle)
+        return output
+
+    model.forward = forward_with_idle_parts
+
+
+def _segment_nothing(model: Sa2VAChatModel, device: torch.device) -> Tensor:
+    side = model.config.grounding_config.image_size
+    prompts = model.text_hidden_fcs(torch.zeros(1, model.config.get_text_config().hidden_size, device=device))
+    clip, where = prompts.new_zeros(1, 1, 3, side, side), torch.zeros(1, dtype=torch.long, device=device)
+    (seen,) = model.grounding_encoder.segment_clips(clip, prompts, where, 1)
+    return seen.multimask_logits.mean() + seen.multimask_iou_scores.mean() + seen.object_scores.mean()
+
+
+def _see_nothing(model: Sa2VAChatModel, device: torch.device) -> Tensor:
+    vision = model.config.vision_config
+    if not model.config.is_qwen_vl:
+        side = model.config.force_image_size or vision.image_size
+        return model.get_image_features(torch.zeros(1, 3, side, side, device=device)).mean()
+    grid = torch.tensor([[1, vision.spatial_merge_size, vision.spatial_merge_size]], device=device)
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    seen = model.causal_model.model.visual(torch.zeros(int(grid.prod()), width, device=device), grid_thw=grid)
+    return (seen if isinstance(seen, Tensor) else seen[0]).mean()
+
+
+# ---------- training
+
+
+class RecipeTrainer(Trainer):
+    """`Trainer` that keeps the order of the mixture, weighs every mask of a step alike, and logs each loss."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._parts_since = 0
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step, each with the number of masks in all of them, of all processes."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(m.shape[0] * m.shape[1] for batch in batches for m in batch["mask_labels"] if m is not None)
+        count = self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
+        for batch in batches:
+            batch["num_masks_in_batch"] = max(1, int(count))
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in `Trainer`, which undoes that gradients are averaged over processes; notes the parts for the log."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        for name in LOSS_PARTS:
+            if outputs.get(name) is not None:
+                self._parts[name] += outputs[name].detach().float()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        """Adds the parts: the mean, over the steps since the last time, of their sums over processes and batches."""
+        if "loss" in logs:
+            steps = max(1, self.state.global_step - self._parts_since)
+            for name in LOSS_PARTS:  # all processes must ask for the same ones
+                total = self.accelerator.reduce(self._parts[name], reduction="sum").item()
+                if total:
+                    logs[name] = round(total / steps, 6)
+            self._parts.clear()
+            self._parts_since = self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Checkpoints of a model without adapter keep its own layout, which is what resuming reads."""
+        if isinstance(self.model, Sa2VAChatModel) and Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
+            self.model.save_pretrained(
+                output_dir, state_dict=state_dict, is_main_process=self.args.should_save, save_original_format=False
+            )
+        else:
+            super()._save(output_dir, state_dict)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; a kill may leave another one behind.
+
+    Its state is what `Trainer` writes last.
+    """
+    numbered = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for checkpoint in reversed(numbered):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return checkpoint
+    return None
+
+
+def _find_start(output: Path, resume: bool) -> str | None:
+    checkpoint = newest_checkpoint(output)
+    if checkpoint and not resume:
+        raise ValueError(f"{output} holds {checkpoint.name}. Add --resume to go on from there, or name a new folder.")
+    return str(checkpoint) if checkpoint else None
+
+
+def save_result(trainer: RecipeTrainer, base: str, output: Path) -> Path:
+    """Writes what was learned: the whole model in the released layout, and the adapter if there is one.
+
+    Args:
+        trainer: after training; every process has to come here.
+        base: the checkpoint that training began with.
+        output: folder in which "final" and "adapter" are made.
+
+    Returns:
+        The folder "final".
+    """
+    final, has_adapter = (
+        output / "final",
+        not isinstance(trainer.accelerator.unwrap_model(trainer.model), Sa2VAChatModel),
+    )
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    saved = output / "adapter" if has_adapter else final
+    trainer.save_model(str(saved))
+    if trainer.is_world_process_zero():
+        (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to others
+        if has_adapter:
+            release_adapter(saved, base)
+            merge_adapter(saved, final, base)
+    trainer.accelerator.wait_for_everyone()
+    return final
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Trains, or goes on training, and returns the folder with the result."""
+    recipe, training, data = parse_arguments(argv)
+    output = Path(training.output_dir)
+    start = training.resume_from_checkpoint or _find_start(output, recipe.resume)
+    set_seed(training.seed)
+    model, processor = load_model(recipe, training)
+    mixture = plan_mixture(*open_datasets(data, recipe.split), training)
+    trainer = RecipeTrainer(
+        model=model,
+        args=training,
+        train_dataset=Numbered(mixture),
+        data_collator=SampleCollator(processor, training.seed, recipe.frames, recipe.objects, recipe.max_length),
+        processing_class=processor,
+    )
+    if recipe.preview_steps and not _is_sharded(training):
+        samples = [mixture[index] for index in range(min(recipe.previews, len(mixture)))]
+        trainer.add_callback(
+            Previews(samples, processor, output / "previews", recipe.preview_steps, trainer.accelerator)
+        )
+    trainer.train(resume_from_checkpoint=start)
+    return save_result(trainer, recipe.model, output)

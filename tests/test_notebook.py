@@ -1,0 +1,55 @@
+"""The notebook: clean in git, true to docs/checkpoints.md, and every cell runs on a CPU."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from hub_server import running_hub
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "demo" / "sa2va_colab.ipynb"
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def rows_of(text):
+    """The cells of the tables in Markdown."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def test_it_is_valid_and_holds_no_outputs(notebook):
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and not any(cell.outputs or cell.execution_count for cell in code)
+
+
+def test_memory_is_computed_from_the_numbers_of_parameters(notebook):
+    known = {row[0]: row[1] for row in rows_of((ROOT / "docs" / "checkpoints.md").read_text()) if len(row) > 2}
+    (table,) = [cell.source for cell in notebook.cells if "16 bits" in cell.source and cell.cell_type == "markdown"]
+    rows = [row for row in rows_of(table) if row[0].startswith("ByteDance/")]
+    assert len(rows) == 10
+    for name, parameters, half, full, _ in rows:
+        assert parameters == known[name]
+        billions = float(re.sub("[~ B]", "", parameters))
+        assert (half, full) == (f"{2 * billions:.1f} GB", f"{4 * billions:.1f} GB"), name
+
+
+@pytest.mark.slow
+def test_every_cell_runs_on_a_cpu(notebook, tmp_path, monkeypatch):
+    with running_hub() as hub:
+        for name, value in {"CUDA_VISIBLE_DEVICES": "", "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_me"}.items():
+            monkeypatch.setenv(name, value)
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    kinds = [kind for output in shown for kind in output.get("data", ())]
+    words = "".join(output.get("text", "") for output in shown)
+    assert "it is the red star [SEG]" in words and "Region1 is a red star" in words
+    assert kinds.count("image/png") >= 5
+    assert any("<video" in output.get("data", {}).get("text/html", "") for output in shown)
+    assert (tmp_path / "taught" / "final" / "config.json").is_file()
+    assert "model.safetensors" in words and hub.log and not hub.count("(?!GET)")  # it asked the Hub, and sent nothing

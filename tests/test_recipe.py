@@ -1,0 +1,364 @@
+"""Training on one's own data: what a batch holds, what learns, and that a step is a step however it is computed."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from sa2va import Sa2VAChatModel, Sa2VAProcessor
+from sa2va.data.export_scenes import export_scenes
+from sa2va.data.registry import open_dataset
+from sa2va.data.samples import Media, ObjectMasks, Polygons, Sample, Turn
+from sa2va.finetune import merge, one_shot, recipe, train
+from sa2va.finetune.collator import SampleCollator, choose_frames, choose_turns
+from sa2va.hub_upload import check_checkpoint
+
+peft = pytest.importorskip("peft")
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "sa2va-tiny")
+FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
+SAME_CURVE = 1e-4  # relative difference of losses that may come from the order of sums
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Scenes as JSONL: pictures, clips, regions and refusals; and chat without a picture."""
+    folder = tmp_path_factory.mktemp("data")
+    file = export_scenes(0, 2, folder, split="train", tasks=("multi", "absent", "region", "video_refer"), num_frames=7)
+    turns = [{"question": "How are you?", "answer": "Fine."}, {"question": "Really?", "answer": "Yes."}]
+    file.write_text(file.read_text() + json.dumps({"id": "chat", "turns": turns}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(data) -> list[Sample]:
+    """The same, opened."""
+    dataset = open_dataset("jsonl", data, "train")
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def command(data, output, **options) -> list[str]:
+    """A short run of the recipe on the small checkpoint, without chance."""
+    options = {
+        "model": TINY,
+        "data": f"jsonl:{data}",
+        "output_dir": output,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 9,
+        "preview_steps": STEPS,
+        "previews": 1,
+        "dataloader_num_workers": 0,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **options,
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def curve(output: Path, step: int = STEPS) -> list[dict]:
+    """What was logged up to a checkpoint."""
+    state = json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def losses(output: Path) -> list[float]:
+    """Losses of all steps."""
+    return [entry["loss"] for entry in curve(output)]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """A run that nothing interrupted, in one process."""
+    output = tmp_path_factory.mktemp("whole")
+    train.main(command(data, output))
+    return output
+
+
+# ---------- batches
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_are_the_answers_and_prompts_those_of_prediction(family, samples):
+    processor = Sa2VAProcessor.from_pretrained(GOLDEN / family)
+    sample = next(s for s in samples if s.id.startswith("multi"))
+    batch = SampleCollator(processor)([(0, sample)])
+    kept = batch["input_ids"][0][batch["labels"][0] != -100]
+    answers = [turn.answer + processor.stop_words[0] for turn in sample.turns]
+    wanted = [i for text in answers for i in processor.tokenizer(text, add_special_tokens=False).input_ids]
+    assert kept.tolist() == wanted
+    asked = processor.prepare(image=sample.media.read([0])[0], text=sample.turns[0].question).input_ids[0]
+    assert torch.equal(batch["input_ids"][0, : len(asked)], asked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("ivl_internlm2", "qwen25vl", "qwen3vl"))
+def test_every_family_learns_from_pictures_clips_and_chat_in_one_batch(family, samples):
+    model = AutoModel.from_pretrained(GOLDEN / family, dtype=torch.float32)
+    chosen = [s for s in samples if s.id in ("multi_00000", "video_refer_00000", "chat")]
+    batch = SampleCollator(model.load_processor())(list(enumerate(chosen)))
+    output = model(**batch)
+    output.loss.backward()
+    assert torch.isfinite(output.loss) and output.mask_loss > 0
+    assert [len(masks) for masks in output.pred_masks] == [sum(len(t.objects) for t in s.turns) for s in chosen]
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_what_is_drawn_follows_from_the_place_in_the_stream(samples):
+    processor = Sa2VAProcessor.from_pretrained(TINY)
+    clip = next(s for s in samples if s.media.is_video)
+
+    def frames(seed, index):
+        return SampleCollator(processor, seed, num_frames=3)([(index, clip)])["pixel_values"]
+
+    assert torch.equal(frames(0, 5), frames(0, 5)) and frames(0, 5).shape[0] == 3
+    assert len({frames(seed, index).sum().item() for seed in range(2) for index in range(4)}) > 2
+
+
+def test_frames_are_drawn_where_all_objects_are_annotated_and_regions_are_marked():
+    clip, rng = Media(tuple(Path(f"{i}.png") for i in range(9)), is_video=True), np.random.default_rng(0)
+    labelled = [ObjectMasks({}, frozenset({0, 2, 4, 6, 8})), ObjectMasks({}, frozenset({2, 4, 6}))]
+    assert choose_frames(clip, labelled, 5, rng) == [2, 4, 6]
+    drawn = choose_frames(clip, [], 5, rng, with_first=True)
+    assert drawn[0] == 0 and drawn == sorted(set(drawn)) and len(drawn) == 5
+    with pytest.raises(ValueError, match="no frame"):
+        choose_frames(clip, [ObjectMasks({}, frozenset())], 5, rng)
+
+
+def test_independent_expressions_beyond_five_objects_are_left_out():
+    rng = np.random.default_rng(0)
+    turns = [Turn(f"{i}", None, (ObjectMasks({}),) * 2) for i in range(4)]
+    drawn = [[turn.question for turn in choose_turns(turns, 5, rng)] for _ in range(20)]
+    assert all(len(d) == 2 and d == sorted(d) for d in drawn) and len({tuple(d) for d in drawn}) > 2
+    talk = [*turns, Turn("What is it?", "A thing.")]  # its turns may depend on each other
+    assert choose_turns(talk, 5, rng) == talk[:2]
+    assert choose_turns([Turn("All?", None, (ObjectMasks({}),) * 7)], 5, rng)
+
+
+def test_a_sample_that_can_not_be_learned_from_is_named(samples):
+    collate = SampleCollator(Sa2VAProcessor.from_pretrained(TINY))
+    picture = next(s for s in samples if not s.media.is_video).media
+    box = ObjectMasks({0: Polygons.box(0, 0, 9, 9)})
+    with pytest.raises(ValueError, match=r"'odd'.*2 \[SEG\].*1 objects"):
+        collate([(0, Sample("odd", picture, (Turn("Where?", "[SEG] [SEG]", (box,)),)))])
+    with pytest.raises(ValueError, match="'gone'"):
+        collate([(0, Sample("gone", Media((Path("gone.png"),)), (Turn("Where?", None, (box,)),)))])
+
+
+# ---------- the recipe
+
+
+def test_defaults_are_those_of_the_paper(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    ours, theirs, data = recipe.parse_arguments(["--model", "M", "--data", "a:b", "c:d", "--data", "e:f"])
+    assert data == ["a:b", "c:d", "e:f"]
+    assert (ours.lora_rank, ours.lora_alpha, ours.frames, ours.objects) == (256, 512, 5, 5)
+    assert (theirs.learning_rate, theirs.weight_decay, theirs.max_grad_norm) == (4e-5, 0.05, 1.0)
+    assert (theirs.adam_beta1, theirs.adam_beta2, theirs.lr_scheduler_type) == (0.9, 0.999, "cosine")
+    assert theirs.get_warmup_steps(1000) == 50
+    assert theirs.per_device_train_batch_size * theirs.gradient_accumulation_steps * 4 == 256
+
+
+def test_data_is_named_in_words_or_in_a_file(data, tmp_path):
+    entry = {"name": "jsonl", "root": str(data), "weight": 3, "split": "train"}
+    (tmp_path / "mixture.json").write_text(json.dumps({"datasets": [entry]}))
+    plain = [f"jsonl:{data}"]
+    datasets, weights = recipe.open_datasets(plain, "train")
+    assert [len(d) for d in datasets.values()] == [9] and weights is None
+    datasets, weights = recipe.open_datasets([*plain, f"jsonl:{data}:0.5", str(tmp_path / "mixture.json")], "train")
+    assert list(weights.values()) == [1.0, 0.5, 3.0] and len(datasets) == 3
+    for wrong in ("jsonl", ":x", "jsonl:"):
+        with pytest.raises(ValueError, match="NAME:FOLDER"):
+            recipe.open_datasets([wrong], "train")
+
+
+@pytest.mark.parametrize(
+    ("family", "decoder", "kept"),
+    [
+        ("ivl_internlm2", "sam_mask_decoder.", 5),
+        ("sa2vai_qwen2", "sam_mask_decoder_modified.", 5),
+        ("qwen3vl", "sam_mask_decoder.", 4),
+    ],
+)
+def test_what_learns(family, decoder, kept):
+    model = AutoModel.from_pretrained(GOLDEN / family, dtype=torch.bfloat16)
+    model.config.iou_loss_weight, model.config.object_score_loss_weight = 0.0, 1.0
+    wrapped = recipe.prepare_model(model, recipe.RecipeArguments(model="M", lora_rank=2))
+    learned = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    adapted = {name for name in learned if "lora_" in name}
+    assert all(".layers." in name and "language_model." in name for name in adapted)
+    assert {name.split(".")[-4] for name in adapted} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    assert len({name.partition(".modules_to_save")[0] for name in learned.keys() - adapted}) == kept
+    assert any(decoder in name for name in learned)
+    assert any("pred_obj_score_head" in name for name in learned)
+    assert not any("iou_prediction_head" in name or "image_encoder" in name for name in learned)
+    assert all(p.dtype == torch.float32 for p in learned.values())
+
+
+def test_without_an_adapter_the_language_model_learns_in_full():
+    model = AutoModel.from_pretrained(TINY)
+    same = recipe.prepare_model(model, recipe.RecipeArguments(model="M", lora_rank=0, train_modules=["mask_decoder"]))
+    learned = {name for name, p in same.named_parameters() if p.requires_grad}
+    assert same is model and {name.split(".")[0] for name in learned} == {"language_model", "grounding_encoder"}
+    with pytest.raises(ValueError, match="no nonsense"):
+        recipe.prepare_model(model, recipe.RecipeArguments(model="M", train_modules=["nonsense"]))
+
+
+def test_a_run_logs_every_loss_and_shows_what_is_answered(whole):
+    first = curve(whole)[0]
+    config = AutoModel.from_pretrained(TINY).config
+    weights = {name: getattr(config, f"{name}_weight", 1.0) for name in recipe.LOSS_PARTS}
+    assert first["loss"] == pytest.approx(sum(weight * first[name] for name, weight in weights.items()), rel=1e-4)
+    assert [file.name for file in (whole / "previews").iterdir()] == [f"step-{STEPS:06d}-0.png"]
+
+
+def test_a_step_is_the_same_in_one_batch_and_in_several(data, whole, tmp_path):
+    train.main(command(data, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, preview_steps=0))
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_does(data, whole, tmp_path):
+    arguments = command(data, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, preview_steps=0)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launcher, str(ROOT / "finetune" / "train.py"), *arguments], check=True, timeout=600)
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
+    for ours, theirs in zip(curve(tmp_path), curve(whole), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=SAME_CURVE)
+        parts = [{name: entry[name] for name in recipe.LOSS_PARTS if name in entry} for entry in (ours, theirs)]
+        assert parts[0] == pytest.approx(parts[1], rel=SAME_CURVE, abs=2e-6)  # as they are rounded
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, whole, tmp_path):
+    arguments = [*command(data, tmp_path, preview_steps=0), "--resume"]
+    run = subprocess.Popen([sys.executable, str(ROOT / "finetune" / "train.py"), *arguments])
+    begun = time.monotonic()
+    while recipe.newest_checkpoint(tmp_path) is None and run.poll() is None and time.monotonic() < begun + 300:
+        time.sleep(0.02)
+    time.sleep(np.random.default_rng().uniform(0, 0.5))  # anywhere in the steps that follow, or in saving one
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert recipe.newest_checkpoint(tmp_path)
+    train.main(arguments)
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
+
+
+@pytest.mark.slow
+def test_a_run_without_adapter_is_resumed_with_its_random_numbers(data, tmp_path):
+    options = {"lora_rank": 0, "num_points": 64, "preview_steps": 0, "max_steps": 3}
+    train.main(command(data, tmp_path / "whole", **options))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "again" / "checkpoint-1")
+    final = train.main([*command(data, tmp_path / "again", **options), "--resume"])
+    ours, theirs = ([e["loss"] for e in curve(tmp_path / name, 3)] for name in ("again", "whole"))
+    assert ours == pytest.approx(theirs, rel=SAME_CURVE)
+    assert check_checkpoint(final).ok and check_checkpoint(final).layout == "released"
+
+
+def test_half_a_checkpoint_is_passed_over_and_a_whole_one_is_not_overwritten(whole, data, tmp_path):
+    shutil.copytree(whole / "checkpoint-1", tmp_path / "checkpoint-1")
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epoch"')
+    assert recipe.newest_checkpoint(tmp_path).name == "checkpoint-1"
+    with pytest.raises(ValueError, match="--resume"):
+        train.main(command(data, tmp_path))
+
+
+# ---------- what comes out
+
+
+def test_the_result_is_a_released_checkpoint(whole):
+    report = check_checkpoint(whole / "final")
+    assert report.ok and report.layout == "released"
+    before, after = (load_file(folder / "model.safetensors") for folder in (Path(TINY), whole / "final"))
+    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(".q_proj." in name for name in changed) and any("sam_mask_decoder" in name for name in changed)
+    assert not any("image_encoder" in name or "vision_model" in name for name in changed)
+    assert AutoModel.from_pretrained(whole / "final").load_processor().image_size == 56
+    assert not list((whole / "final").glob("*.bin"))
+
+
+def test_the_adapter_alone_makes_the_same_model(whole, tmp_path):
+    merge.main([str(whole / f"checkpoint-{STEPS}"), "--output", str(tmp_path)])
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, whole / "final"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    config, weights = merge.read_adapter(whole / "adapter")
+    with pytest.raises(ValueError, match="does not fit"):
+        weights.pop(next(name for name in weights if "lora_B" in name))
+        merge.load_adapter(Sa2VAChatModel.from_pretrained(TINY), config, weights)
+
+
+def test_an_adapter_of_internlm2_is_fused_as_the_official_code_has_it(tmp_path):
+    base = str(GOLDEN / "ivl_internlm2")
+    torch.manual_seed(0)
+    arguments = recipe.RecipeArguments(model=base, lora_rank=2, lora_alpha=6)
+    wrapped = recipe.prepare_model(AutoModel.from_pretrained(base, dtype=torch.float32), arguments)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    wrapped.save_pretrained(tmp_path / "native")
+    merge.release_adapter(tmp_path / "native", output=tmp_path / "released")
+    names = load_file(tmp_path / "released" / "adapter_model.safetensors")
+    layer = "base_model.model.language_model.model.layers.0"
+    assert names[f"{layer}.attention.wqkv.lora_A.weight"].shape[0] == 6  # ranks of three
+    assert f"{layer}.feed_forward.w1.lora_B.weight" in names
+    assert "base_model.model.language_model.output.weight" in names
+    for kind in ("native", "released"):
+        merge.merge_adapter(tmp_path / kind, tmp_path / f"{kind}_merged", base)
+    ours, theirs = (load_file(tmp_path / f"{kind}_merged" / "model.safetensors") for kind in ("native", "released"))
+    assert ours.keys() == theirs.keys() == load_file(f"{base}/model.safetensors").keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+# ---------- many GPUs, and one shot
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "finetune" / "accelerate").glob("*.yaml")), ids=lambda f: f.stem)
+def test_accelerate_reads_its_configs(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(file))  # refuses what it does not know
+    kind = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}[file.stem.split("_")[0]]
+    assert config.distributed_type.value == kind
+    assert config.num_machines == (2 if file.stem.endswith("_two_machines") else 1)
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert all(name in known for name in (*config.fsdp_config, *config.deepspeed_config))
+
+
+def test_new_shapes_are_annotated_as_they_are_drawn(tmp_path):
+    one_shot.write_new_pictures(tmp_path, seed=3, count=2)
+    dataset = open_dataset("finetune", tmp_path, "train")
+    for index in range(2):
+        scene, sample = one_shot.new_scene(3, index), dataset[index]
+        (turn,) = sample.turns
+        assert np.array_equal(turn.objects[0].read([0], one_shot.SIZE), scene.turns[0].masks[0])
+        assert "crescent" in turn.question and np.array_equal(np.array(sample.media.read()[0]), scene.frames[0])
+        target = scene.objects[scene.turns[0].targets[0]]
+        assert sum(thing.color == target.color for thing in scene.objects) > 1
+    assert not np.array_equal(one_shot.new_scene(3, 0, "test").frames, one_shot.new_scene(3, 0).frames)
+    assert "| b | 1.0 | 2.0 |" in one_shot.format_scores({"b": 1}, {"b": 2})
