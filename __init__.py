@@ -7,7 +7,7 @@ Importing this package registers `model_type: sa2va_chat` with transformers' Aut
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAGroundingConfig, Sa2VAVisionConfig
-from .modeling_sa2va import Sa2VAChatModel, Sa2VAChatModelQwen, Sa2VAFrame, Sa2VAOutput
+from .modeling_sa2va import Sa2VAChatModel, Sa2VAChatModelQwen, Sa2VAFrame, Sa2VAOutput, Sa2VAStream
 from .processing_sa2va import Sa2VAProcessor, Sa2VAProcessorQwen
 from .sam2_decoder import Sam2Decoder
 
@@ -31,6 +31,7 @@ __all__ = [
     "Sa2VAOutput",
     "Sa2VAProcessor",
     "Sa2VAProcessorQwen",
+    "Sa2VAStream",
     "Sa2VAVisionConfig",
     "Sam2Decoder",
 ]

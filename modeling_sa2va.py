@@ -3,7 +3,7 @@
 * backbones      InternViT (transformers' InternVL) + projector, any causal language model, SAM 2 (`sam2_decoder`)
 * `forward`      losses: text, and masks of every `[SEG]` (`Sa2VATrainingOutput`)
 * `generate`     tokens from pictures and words
-* `predict_forward`, `predict_stream`   from a user's image or video and question to text and masks
+* `predict_forward`, `predict_batch`, `predict_stream`   from a user's image or video and question to text and masks
 
 The language model writes text; the state of every `[SEG]` it writes goes through `text_hidden_fcs` and prompts SAM 2.
 Checkpoints keep the released module and key names; the fused layouts of InternViT and InternLM2 are converted when
@@ -12,10 +12,13 @@ loading and saving.
 
 import copy
 import inspect
+import itertools
+import json
 import os
 import shlex
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -66,8 +70,15 @@ from .configuration_sa2va import (
     blaming_config,
     reading_weights,
 )
-from .processing_sa2va import Sa2VAInputs, Sa2VAProcessor, masks_to_rle, replacing_files
-from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model
+from .processing_sa2va import (
+    Sa2VAInputs,
+    Sa2VAProcessor,
+    masks_to_rle,
+    open_video,
+    read_ahead,
+    replacing_files,
+)
+from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
@@ -76,6 +87,8 @@ OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 # transformers 5.24 gave the key-value cache of every model a new name.
 _CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+_ENCODING_MEMORY = 3 * 2**30  # bytes of activations that encoding a frame of 1024 x 1024 is reckoned to take
+_MOST_ENCODED = 8
 _PROCESSOR_LOADING = threading.Lock()
 _ADAPTER_PREFIX = "base_model.model."
 _FULL_PRECISION = (  # modules that no quantization touches, of both families
@@ -84,6 +97,12 @@ _FULL_PRECISION = (  # modules that no quantization touches, of both families
     *("text_hidden_fcs", "grounding_encoder"),
 )
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # as the backends' configs name them
+_BLIND_TO_PADDING = {  # settings of `generate` that look neither at the tokens of a prompt nor at other rows
+    *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("num_beams", "length_penalty", "early_stopping", "num_return_sequences", "use_cache", "stop_strings"),
+    *("eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate", "output_scores", "output_logits"),
+    *("output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
+}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -101,6 +120,7 @@ class Sa2VAOutput(ModelOutput):
             mask, and "object", the probability that the object is in the frame.
         mask_logits: float32 [frames, h, w] for each `[SEG]`; only with `return_mask_logits`.
         sample_idx: numbers of the key frames that the language model saw; [0] for an image, [] for text alone.
+        problems: what could not be read of a damaged video file, in words; [] for a whole one, None without a video.
     """
 
     prediction: str | None = None
@@ -110,6 +130,7 @@ class Sa2VAOutput(ModelOutput):
     mask_scores: list[dict[str, Any]] | None = None
     mask_logits: list | None = None
     sample_idx: list[int] | None = None
+    problems: list[str] | None = None
 
 
 @dataclass
@@ -194,6 +215,72 @@ class Answer(NamedTuple):
     past_text: str
     phrases: list[str]
     prompts: Tensor
+
+
+@dataclass
+class _Progress:
+    """How far a stream is: the answer, once it is written, and what the frames to come depend on."""
+
+    tracking: TrackingState
+    problems: list[str]
+    size: tuple[int, int] | None = None
+    answer: Answer | None = None
+
+    @classmethod
+    def none(cls) -> "_Progress":
+        """That of a stream before its first frame."""
+        return cls(TrackingState(), [])
+
+
+class Sa2VAStream(Generator):
+    """What `predict_stream` returns: a generator of `Sa2VAFrame`, which can be stopped and gone on with.
+
+    `close()` frees all it holds; so does leaving it.
+    """
+
+    def __init__(self, frames: Generator[Sa2VAFrame, None, None], progress: _Progress, grounding: dict[str, int]):
+        self._frames = frames
+        self._progress = progress
+        self._grounding = grounding
+
+    def send(self, value: None) -> Sa2VAFrame:
+        """Part of a generator's protocol; use `next` or a loop."""
+        return self._frames.send(value)
+
+    def throw(self, *error) -> Sa2VAFrame:
+        """Part of a generator's protocol."""
+        return self._frames.throw(*error)
+
+    def close(self) -> None:
+        """Stops reading and frees the memory of the video, of which no state can be taken any more."""
+        self._frames.close()
+        self._progress = _Progress.none()
+
+    @property
+    def problems(self) -> list[str]:
+        """What could not be read of a damaged video file so far, in words."""
+        return list(self._progress.problems)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything the frames after the last one depend on, for `predict_stream(video=..., resume=state)`.
+
+        Returns:
+            Tensors on the CPU by name, which `torch.save` and safetensors' `save_file` write as they are. Their size
+            does not depend on how much was read.
+
+        Raises:
+            ValueError: no frame has come yet, or the stream was closed.
+        """
+        progress = self._progress
+        if progress.answer is None or not progress.tracking.next_frame:
+            raise ValueError("There is no state before the first frame and after close(). Take it in between.")
+        words = {name: getattr(progress.answer, name) for name in ("prediction", "past_text", "phrases")}
+        description = json.dumps({"size": progress.size, "model": self._grounding, **words}).encode()
+        return {
+            "description": torch.frombuffer(bytearray(description), dtype=torch.uint8),
+            "prompts": progress.answer.prompts.clone().cpu(),
+            **progress.tracking.to_tensors(),
+        }
 
 
 class Sa2VAVisionModel(InternVLVisionModel):
@@ -810,6 +897,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return_mask_logits: bool = False,
         output_format: str = "numpy",
         mask_sizes: str = "first",
+        encode_batch_size: int | None = None,
         **generate_kwargs,
     ) -> Sa2VAOutput:
         """Answers a question about an image, a video or neither, with a mask in every frame for every `[SEG]`.
@@ -830,6 +918,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             output_format: "numpy", "torch" (tensors on the CPU) or "rle" (COCO, one dict per frame).
             mask_sizes: "first": all masks at the size of frame 0, as released; "own": each frame at its own size, and
                 a list instead of a stacked array.
+            encode_batch_size: how many frames of a video SAM 2 encodes together; default 1 on a CPU, on a GPU as many
+                as its free memory is reckoned to hold, up to 8. Take 1 for a live source, whose frames come slowly.
             **generate_kwargs: anything transformers' `generate` takes: `max_new_tokens`, `num_beams`, `streamer`...
                 `sample_num_frames` is Sa2VA-i's name of `num_frames`.
 
@@ -840,19 +930,90 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             ValueError, TypeError: an input is unusable; the message says what is accepted.
             OSError: a file can't be read.
         """
-        options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes)
+        options = _MaskOptions(
+            mask_threshold, return_raw_masks, output_format, mask_sizes, return_mask_logits, encode_batch_size
+        )
         processor = self._resolve_processor(tokenizer, processor)
         num_frames = generate_kwargs.pop("sample_num_frames", num_frames)
         inputs = processor.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
-        answer = self._answer(inputs, processor, generate_kwargs)
+        (answer,) = self._answers([inputs], processor, generate_kwargs)
+        return self._output(inputs, processor, answer, options)
+
+    @torch.no_grad()
+    def predict_batch(
+        self,
+        samples: Iterable[Mapping[str, Any]],
+        tokenizer=None,
+        processor=None,
+        *,
+        batch_size: int = 8,
+        num_frames: int | None = None,
+        frame_sampling: str | Sequence[int] | None = None,
+        mask_threshold: float = 0.5,
+        return_raw_masks: bool = False,
+        return_mask_logits: bool = False,
+        output_format: str = "numpy",
+        mask_sizes: str = "first",
+        encode_batch_size: int | None = None,
+        **generate_kwargs,
+    ) -> list[Sa2VAOutput]:
+        """`predict_forward` for many samples: their answers are written together, their images encoded together.
+
+        What a sample gets does not depend on its neighbours. Where it would (settings of `generate` that look at the
+        prompt or at the whole batch, such as a streamer; a text that outgrows its model's rotary positions) samples are
+        answered one after the other. Draws of `do_sample` are those of a batch. Clips are tracked one by one.
+
+        Args:
+            samples: dictionaries of `predict_forward`'s `image` or `video`, `text`, `past_text`, `mask_prompts`,
+                `num_frames`, `frame_sampling`; in any mixture. An iterator is read a batch at a time.
+            batch_size: how many samples are answered together. When memory runs out it is halved for the rest, with a
+                warning.
+            **generate_kwargs, and the rest: as for `predict_forward`, for all samples.
+
+        Returns:
+            An output for each sample, in order.
+
+        Raises:
+            ValueError, TypeError, OSError: as `predict_forward`, with the number of the sample.
+            RuntimeError: out of memory with a single sample.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is too small: at least 1 sample is answered at a time.")
+        options = _MaskOptions(
+            mask_threshold, return_raw_masks, output_format, mask_sizes, return_mask_logits, encode_batch_size
+        )
+        processor = self._resolve_processor(tokenizer, processor)
+        num_frames = generate_kwargs.pop("sample_num_frames", num_frames)
+        prepared = _prepare_samples(processor, samples, num_frames=num_frames, frame_sampling=frame_sampling)
+
+        def look(batch: Sequence[Sa2VAInputs]) -> list[tuple[Sa2VAInputs, Answer, MaskPrediction | None]]:
+            answers = self._answers(batch, processor, generate_kwargs)
+            return list(zip(batch, answers, self._segment_images(batch, processor, answers), strict=True))
+
+        return [
+            self._output(inputs, processor, answer, options, prediction)
+            for batch in _in_batches(look, prepared, batch_size)
+            for inputs, answer, prediction in batch
+        ]
+
+    def _output(
+        self,
+        inputs: Sa2VAInputs,
+        processor: Sa2VAProcessor,
+        answer: Answer,
+        options: "_MaskOptions",
+        prediction: MaskPrediction | None = None,
+    ) -> Sa2VAOutput:
+        """Collects the masks of all frames; `prediction` is that of an image which was looked at already."""
         masks, logits, scores = [], [], []
         if len(answer.prompts):  # else not even the frames need be read
-            for frame_logits, prediction in self._segment(inputs, processor, answer.prompts, options):
-                masks.append(options.finish(frame_logits, processor))
-                scores.append(_scores(prediction))
-                if return_mask_logits:
-                    logits.append(frame_logits.cpu())
-        plain = replace(options, output_format="torch" if output_format == "torch" else "numpy")
+            for frame_logits, predicted in self._segment(inputs, processor, answer.prompts, options, prediction):
+                masks.append(options.keep(frame_logits, processor))
+                scores.append(_scores(predicted))
+                if options.logits:
+                    logits.append(_to_host(frame_logits))
+            _wait_for_host(frame_logits.device)
+        plain = replace(options, output_format="torch" if options.output_format == "torch" else "numpy")
         objects = range(len(answer.prompts))
         return Sa2VAOutput(
             prediction=answer.prediction,
@@ -860,13 +1021,14 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             past_text=answer.past_text,
             phrases=answer.phrases,
             mask_scores=[
-                {k: torch.stack([s[k][i] for s in scores]).numpy() for k in ("iou", "object")} for i in objects
+                {name: torch.stack([score[name][i] for score in scores]).numpy() for name in ("iou", "object")}
+                for i in objects
             ],
-            mask_logits=[plain.pack([frame[i] for frame in logits]) for i in objects] if return_mask_logits else None,
+            mask_logits=[plain.pack([frame[i] for frame in logits]) for i in objects] if options.logits else None,
             sample_idx=list(inputs.key_frames),
+            problems=list(inputs.frames.problems) if inputs.is_video else None,
         )
 
-    @torch.no_grad()
     def predict_stream(
         self,
         image=None,
@@ -883,31 +1045,90 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return_raw_masks: bool = False,
         output_format: str = "numpy",
         mask_sizes: str = "first",
+        encode_batch_size: int | None = None,
+        resume: Mapping[str, Tensor] | None = None,
         **generate_kwargs,
-    ) -> Iterator[Sa2VAFrame]:
+    ) -> "Sa2VAStream":
         """`predict_forward` frame by frame: memory does not grow with the length of the video.
 
         Arguments and errors are those of `predict_forward`. The answer is written before the first frame comes; an
-        answer without `[SEG]` gives frames with no objects.
+        answer without `[SEG]` gives frames with no objects. With `output_format="rle"` masks are encoded as they come.
 
-        Yields:
-            `Sa2VAFrame` for frame 0, 1, 2...
+        Args:
+            resume: `stream.state()` of a stream that was stopped. Give the same video, from its first frame, and no
+                words: frames that were seen are passed over.
+
+        Returns:
+            A generator of `Sa2VAFrame` for frame 0, 1, 2... (`Sa2VAStream`). Nothing is done before the first is asked
+            for.
         """
-        options = _MaskOptions(mask_threshold, return_raw_masks, output_format, mask_sizes)
+        options = _MaskOptions(
+            mask_threshold, return_raw_masks, output_format, mask_sizes, encode_batch_size=encode_batch_size
+        )
         processor = self._resolve_processor(tokenizer, processor)
-        inputs = processor.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
-        if inputs.frames is None:
-            raise ValueError("predict_stream needs an image or a video; use predict_forward for text alone.")
-        answer = self._answer(inputs, processor, generate_kwargs)
-        for index, (logits, prediction) in enumerate(self._segment(inputs, processor, answer.prompts, options)):
-            yield Sa2VAFrame(
-                frame_index=index,
-                prediction=answer.prediction,
-                past_text=answer.past_text,
-                phrases=answer.phrases,
-                masks=options.convert(options.finish(logits, processor)),
-                mask_scores={name: score.numpy() for name, score in _scores(prediction).items()},
-            )
+        progress, config = _Progress.none(), self.config.grounding_config
+        grounding = {"image_size": config.image_size, "d_model": config.d_model}
+
+        def start() -> Sa2VAInputs:
+            if resume is not None:
+                if image is not None or video is None or text is not None or past_text or mask_prompts is not None:
+                    raise ValueError("resume goes on with an answer that is written: give it with video= alone.")
+                return self._resume(resume, video, progress, grounding)
+            count = generate_kwargs.pop("sample_num_frames", num_frames)
+            inputs = processor.prepare(image, video, text, past_text, mask_prompts, count, frame_sampling)
+            if inputs.frames is None:
+                raise ValueError("predict_stream needs an image or a video; use predict_forward for text alone.")
+            (progress.answer,) = self._answers([inputs], processor, generate_kwargs)
+            progress.size = inputs.size
+            return inputs
+
+        return Sa2VAStream(self._stream(start, processor, options, progress), progress, grounding)
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        start: Callable[[], Sa2VAInputs],
+        processor: Sa2VAProcessor,
+        options: "_MaskOptions",
+        progress: _Progress,
+    ) -> Generator[Sa2VAFrame, None, None]:
+        inputs = start()
+        progress.problems = inputs.frames.problems
+        answer = progress.answer
+        frames = self._segment(inputs, processor, answer.prompts, options, tracking=progress.tracking)
+        with closing(frames):
+            for index, (logits, prediction) in enumerate(frames, start=progress.tracking.next_frame):
+                masks, scores = options.finish(logits, processor), _scores(prediction)
+                _wait_for_host(logits.device)
+                yield Sa2VAFrame(
+                    frame_index=index,
+                    prediction=answer.prediction,
+                    past_text=answer.past_text,
+                    phrases=answer.phrases,
+                    masks=options.convert(masks),
+                    mask_scores={name: score.numpy() for name, score in scores.items()},
+                )
+
+    def _resume(
+        self, state: Mapping[str, Tensor], video: Any, progress: _Progress, grounding: dict[str, int]
+    ) -> Sa2VAInputs:
+        """Fills `progress` from what `Sa2VAStream.state` gave, and opens the video."""
+        device = next(self.text_hidden_fcs.parameters()).device
+        try:
+            tensors = dict(state)
+            words = json.loads(bytes(tensors.pop("description").tolist()))
+            prompts = tensors.pop("prompts").to(device)
+            progress.tracking = TrackingState.from_tensors(tensors, self.config.grounding_config, device)
+            progress.answer = Answer(words["prediction"], words["past_text"], words["phrases"], prompts)
+            progress.size, model = tuple(words["size"]), words["model"]
+            if len(prompts) and not progress.tracking.banks:
+                raise ValueError("There is nothing to track: it comes from an image.")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError("resume is no state of a stream. Give what stream.state() returned, unchanged.") from error
+        if model != grounding:
+            raise ValueError(f"resume comes from a model with {model}, this one has {grounding}. Use the same model.")
+        nothing = torch.zeros(1, 0, dtype=torch.long)
+        return Sa2VAInputs("", nothing, nothing, frames=open_video(video), is_video=True, size=progress.size)
 
     def _resolve_processor(self, tokenizer, processor) -> Sa2VAProcessor:
         """The processor of a call; users pass processors as `tokenizer` and the other way round."""
@@ -925,24 +1146,54 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             raise TypeError(f"processor= and tokenizer= take such objects, got {given!r}. Leave them out, or load one.")
         return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given))
 
-    def _answer(self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]) -> Answer:
-        """Lets the language model answer, and reads the `[SEG]` states of its answer."""
-        tokenizer = processor.tokenizer
-        token_ids = self.special_token_ids(tokenizer)
-        self._check_vocabulary(inputs.input_ids, token_ids)
+    def _answers(
+        self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]
+    ) -> list[Answer]:
+        """Lets the language model answer questions, together where that changes none of the answers."""
+        arguments = self._generation_arguments(processor, generate_kwargs)
+        answers: dict[int, Answer] = {}
+        for group in self._groups([question.input_ids.shape[1] for question in inputs], arguments):
+            written = self._answer_together([inputs[i] for i in group], processor, arguments)
+            answers |= zip(group, written, strict=True)
+        return [answers[i] for i in range(len(inputs))]
+
+    def _groups(self, lengths: Sequence[int], arguments: dict[str, Any]) -> list[list[int]]:
+        """Which questions, of these numbers of tokens, can share a padded batch; others stay alone.
+
+        Padding must not be seen: not by a setting of `generate`, nor by positions that depend on the longest text.
+        """
+        config, limit = arguments["generation_config"], self._fixed_rope_length()
+        settings = {**self.causal_model.generation_config.to_diff_dict(), **config.to_diff_dict()}.keys()
+        if settings - _BLIND_TO_PADDING or arguments.keys() - {"generation_config", "tokenizer"}:
+            return [[i] for i in range(len(lengths))]
+        longest = float("inf") if limit is None else limit - (config.max_new_tokens or limit)
+        together = [i for i, length in enumerate(lengths) if length <= longest]
+        alone = [[i] for i, length in enumerate(lengths) if length > longest]
+        return [together, *alone] if together else alone
+
+    def _fixed_rope_length(self) -> int | None:
+        """Longest text whose rotary positions don't depend on its length; None if there is no such limit."""
+        config = self.config.get_text_config()
+        rope = config.rope_parameters or {}
+        if rope.get("rope_type") == "longrope":  # short factors up to there, long ones beyond
+            return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        return config.max_position_embeddings if rope.get("rope_type") == "dynamic" else None
+
+    def _answer_together(
+        self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, arguments: dict[str, Any]
+    ) -> list[Answer]:
+        """Answers in one `generate`, and the `[SEG]` states of each."""
+        token_ids = self.special_token_ids(processor.tokenizer)
+        for question in inputs:
+            self._check_vocabulary(question.input_ids, token_ids)
         prompt = self._prompt(token_ids, inputs)
-        generated = self.causal_model.generate(**prompt, **self._generation_arguments(processor, generate_kwargs))
+        generated = self.causal_model.generate(**prompt, **arguments)
         given = prompt["input_ids"].shape[1] if "input_ids" in prompt else 0  # embeddings are not given back
-        new_ids = generated.sequences[0, given:]
-        prediction = tokenizer.decode(new_ids, skip_special_tokens=False).strip()
-        states = self._seg_states(prompt, new_ids, token_ids.seg, generated[_CACHE])
-        end = "" if prediction.endswith(tuple(processor.stop_words)) else processor.stop_words[0]
-        return Answer(
-            prediction=prediction,
-            past_text=f"{inputs.prompt}{processor.decode_continuation(inputs.input_ids, new_ids)}{end}\n",
-            phrases=processor.phrases(prediction) if inputs.frames is not None else [],
-            prompts=self.text_hidden_fcs(states if inputs.frames is not None else states[:0]),
-        )
+        answers = _without_padding(generated.sequences[:, given:], arguments["generation_config"])
+        states = self._seg_states(prompt, answers, token_ids.seg, generated[_CACHE])
+        states = [s if question.frames is not None else s[:0] for question, s in zip(inputs, states, strict=True)]
+        prompts = self.text_hidden_fcs(torch.cat(states)).split([len(s) for s in states])
+        return list(map(partial(_as_answer, processor), inputs, answers, prompts))
 
     def _check_vocabulary(self, input_ids: Tensor, token_ids: SpecialTokenIds) -> None:
         known = self.config.get_text_config().vocab_size
@@ -980,36 +1231,51 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         config.return_dict_in_generate = True
         return {"generation_config": config, **arguments}
 
-    def _prompt(self, token_ids: SpecialTokenIds, inputs: Sa2VAInputs) -> dict[str, Tensor]:
-        """The question as arguments of `causal_model.generate`."""
-        embeds = self._prompt_embeds(
-            token_ids, inputs.input_ids, inputs.pixel_values, inputs.prompt_masks, _region_tile(inputs)
-        )
-        return {"inputs_embeds": embeds, "attention_mask": inputs.attention_mask.to(embeds.device)}
+    def _prompt(self, token_ids: SpecialTokenIds, inputs: Sequence[Sa2VAInputs]) -> dict[str, Tensor]:
+        """Questions as arguments of `causal_model.generate`, padded in front."""
+        input_ids, mask = _padded_in_front(inputs)
+        pixels, regions = (_joined([getattr(x, name) for x in inputs]) for name in ("pixel_values", "prompt_masks"))
+        embeds = self._prompt_embeds(token_ids, input_ids, pixels, regions, _region_tiles(inputs))
+        return {"inputs_embeds": embeds, "attention_mask": mask.to(embeds.device)}
 
-    def _seg_states(self, prompt: dict[str, Tensor], new_ids: Tensor, seg_id: int, cache) -> Tensor:
-        """States [N, hidden] of the `[SEG]` tokens of an answer, each taken where the model reads the token.
+    def _seg_states(
+        self, prompt: dict[str, Tensor], answers: Sequence[Tensor], seg_id: int, cache: Any
+    ) -> list[Tensor]:
+        """For each answer, int64 [n], the states [N, hidden] of its `[SEG]`, taken where the model reads the token.
 
-        One pass over the finished answer, on the prompt's keys and values: no states are kept while generating, a
+        One pass over the finished answers, on the prompts' keys and values: no states are kept while generating, a
         `[SEG]` that ends a truncated answer counts too, and beams and assistants need no care.
         """
-        positions = (new_ids == seg_id).nonzero().flatten()
-        if not len(positions):
+        positions = [(ids == seg_id).nonzero().flatten() for ids in answers]
+        read = [ids[: int(found[-1]) + 1 if len(found) else 0] for ids, found in zip(answers, positions, strict=True)]
+        read = _padded(read)  # nothing before looks at what is put behind
+        if not read.shape[1]:
             size = (0, self.config.get_text_config().hidden_size)
-            return torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=new_ids.device)
-        answer = new_ids[None, : positions[-1] + 1]
-        states = self._answer_states(prompt, answer, _prompt_cache(cache, prompt["attention_mask"].shape[1]))[0]
-        return states[positions.to(states.device) - (positions[-1] + 1).to(states.device)]
+            return [torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=read.device)] * len(answers)
+        states = self._answer_states(prompt, read, _prompt_cache(cache, *prompt["attention_mask"].shape))
+        states = states[:, -read.shape[1] :]
+        return [row[found.to(row.device)] for row, found in zip(states, positions, strict=True)]
 
-    def _answer_states(self, prompt: dict[str, Tensor], answer: Tensor, cache: DynamicCache | None) -> Tensor:
-        """States [1, .., hidden] that end with those of `answer` int64 [1, n]; `cache` holds the prompt, or nothing."""
-        embeds = self.get_input_embeddings()(answer).to(prompt["inputs_embeds"])
+    def _answer_states(self, prompt: dict[str, Tensor], answers: Tensor, cache: DynamicCache | None) -> Tensor:
+        """States [B, .., hidden] that end with those of `answers` int64 [B, n]; a `cache` holds the prompts."""
+        embeds = self.get_input_embeddings()(answers).to(prompt["inputs_embeds"])
         if cache is None:
             embeds = torch.cat([prompt["inputs_embeds"], embeds], dim=1)
-        alone = cache is not None and self._base_grows(prompt["attention_mask"].shape[1] + answer.shape[1])
+        mask = _mask_with(prompt, answers)
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        length, step = mask.shape[1], embeds.shape[1]
+        first = length - step
+        if cache is not None and self._base_grows(length):
+            step = 1
         outputs = [
-            self.get_decoder()(inputs_embeds=step, use_cache=cache is not None, **{_CACHE: cache})
-            for step in embeds.split(1 if alone else embeds.shape[1], dim=1)
+            self.get_decoder()(
+                inputs_embeds=embeds[:, start - first : start - first + step],
+                attention_mask=mask[:, : start + step],
+                position_ids=positions[:, start : start + step],
+                use_cache=cache is not None,
+                **{_CACHE: cache},
+            )
+            for start in range(first, length, step)
         ]
         return torch.cat([output.last_hidden_state for output in outputs], dim=1)
 
@@ -1020,42 +1286,84 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return rope_type == "dynamic" and length > config.max_position_embeddings
 
     def _segment(
-        self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, prompts: Tensor, options: "_MaskOptions"
-    ) -> Iterator[tuple[Tensor, MaskPrediction]]:
-        """Yields logits float32 [N, h, w] at the user's size and the prediction they come from, for every frame."""
+        self,
+        inputs: Sa2VAInputs,
+        processor: Sa2VAProcessor,
+        prompts: Tensor,
+        options: "_MaskOptions",
+        prediction: MaskPrediction | None = None,
+        tracking: TrackingState | None = None,
+    ) -> Generator[tuple[Tensor, MaskPrediction], None, None]:
+        """Yields logits float32 [N, h, w] at the user's size and the prediction they come from, for every frame.
+
+        `prediction` is that of an image which was looked at already; `tracking` is moved along, from where it stands.
+        """
         if inputs.frames is None:
             return
         is_sa2va_i = self.config.grounding_config.separate_prompt_decoder
         sizes = _FrameSizes(inputs.size, options.mask_sizes == "own")
-        frames = sizes.watch(inputs.frames)
-        if len(prompts):
-            predictions = self._track(inputs, processor, prompts, frames)
-        else:
-            predictions = ((i, _no_objects(prompts)) for i, _ in enumerate(frames))
-        for index, prediction in predictions:
-            size = sizes.pop(index)
-            if len(prompts):
-                logits = processor.resize_logits(prediction.logits, size, two_steps=inputs.is_video or not is_sa2va_i)
+        tracking = TrackingState() if tracking is None else tracking
+        with closing(_ready_frames(inputs, processor, tracking, len(prompts) > 0)) as ready:
+            frames = sizes.watch(ready, tracking.next_frame)
+            if not len(prompts):
+                prediction = _no_objects(prompts)
+            if prediction is None:
+                predictions = self._track(inputs, processor, prompts, frames, tracking, options.encode_batch_size)
             else:
-                logits = prompts.new_zeros(0, *size)
-            yield logits, prediction
+                predictions = _same_for_all(prediction, frames, tracking)
+            for index, prediction in predictions:
+                size = sizes.pop(index)
+                if len(prompts):
+                    two_steps = inputs.is_video or not is_sa2va_i
+                    logits = processor.resize_logits(prediction.logits, size, two_steps=two_steps)
+                else:
+                    logits = prompts.new_zeros(0, *size)
+                yield logits, prediction
+
+    def _segment_images(
+        self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, answers: Sequence[Answer]
+    ) -> list[MaskPrediction | None]:
+        """The predictions of all images with objects, encoded together; None for other samples."""
+        asked = [i for i, x in enumerate(inputs) if x.frames is not None and not x.is_video and len(answers[i].prompts)]
+        predictions: list[MaskPrediction | None] = [None] * len(inputs)
+        if asked:
+            frames = [frame for i in asked for frame in inputs[i].frames]
+            like = answers[asked[0]].prompts
+            pixels = processor.grounding_pixel_values(frames, dtype=like.dtype, device=like.device)
+            features = self.grounding_encoder.encode(pixels)
+            for row, i in enumerate(asked):
+                one = features.rows(slice(row, row + 1))
+                predictions[i] = self.grounding_encoder.decode(one, answers[i].prompts)
+        return predictions
 
     def _track(
-        self, inputs: Sa2VAInputs, processor: Sa2VAProcessor, prompts: Tensor, frames: Iterator
+        self,
+        inputs: Sa2VAInputs,
+        processor: Sa2VAProcessor,
+        prompts: Tensor,
+        frames: Iterator,
+        tracking: TrackingState | None = None,
+        encode_batch_size: int | None = None,
     ) -> Iterator[tuple[int, MaskPrediction]]:
-        def pixel_values(frame) -> Tensor:
+        def pixel_values(frames: Sequence[Any]) -> Tensor:
             return processor.grounding_pixel_values(
-                [frame], dtype=prompts.dtype, device=prompts.device, is_video=inputs.is_video
+                frames, dtype=prompts.dtype, device=prompts.device, is_video=inputs.is_video
             )
 
         decoder = self.grounding_encoder
-        keys = zip(inputs.key_frames, inputs.frames.select(inputs.key_frames), strict=True)
+        tracking = TrackingState() if tracking is None else tracking
         if not inputs.is_video:  # nothing will be tracked, so nothing need be remembered
             for index, frame in enumerate(frames):
-                yield index, decoder.decode(decoder.encode(pixel_values(frame)), prompts)
+                tracking.next_frame = index + 1
+                yield index, decoder.decode(decoder.encode(pixel_values([frame])), prompts)
             return
-        state = decoder.condition(((index, pixel_values(frame)) for index, frame in keys), prompts, inputs.size)
-        yield from decoder.propagate(state, frames, pixel_values)
+        count = encode_batch_size or _encode_batch_size(prompts.device, self.config.grounding_config.image_size)
+        if not tracking.banks:
+            keys = zip(inputs.key_frames, inputs.frames.select(inputs.key_frames), strict=True)
+            keys = ((index, pixel_values([frame])) for index, frame in keys)
+            conditioned = decoder.condition(keys, prompts, inputs.size, count)
+            tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
+        yield from decoder.propagate(tracking, frames, pixel_values, count)
 
 
 class Sa2VAChatModelQwen(Sa2VAChatModel):
@@ -1129,41 +1437,43 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
     def _seg_source(self, output, noted: list[Tensor]) -> Tensor:
         return noted[-1] if self.config.qwen_vl_type == "qwen3_vl" else output.last_hidden_state
 
-    def _prompt(self, token_ids: SpecialTokenIds, inputs: Sa2VAInputs) -> dict[str, Tensor]:
+    def _prompt(self, token_ids: SpecialTokenIds, inputs: Sequence[Sa2VAInputs]) -> dict[str, Tensor]:
+        input_ids, mask = _padded_in_front(inputs)
         prompt = {
-            "input_ids": inputs.input_ids,
-            "attention_mask": inputs.attention_mask,
-            "mm_token_type_ids": self._token_types(inputs.input_ids),
-            "pixel_values": inputs.pixel_values,
-            "image_grid_thw": inputs.image_grid_thw,
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "mm_token_type_ids": self._token_types(input_ids),
+            "pixel_values": _joined([question.pixel_values for question in inputs]),
+            "image_grid_thw": _joined([question.image_grid_thw for question in inputs]),
         }
         return {name: value.to(self.execution_device) for name, value in prompt.items() if value is not None}
 
-    def _answer_states(self, prompt: dict[str, Tensor], answer: Tensor, cache: DynamicCache | None) -> Tensor:
+    def _answer_states(self, prompt: dict[str, Tensor], answers: Tensor, cache: DynamicCache | None) -> Tensor:
         with _LastLayer() as noted:
             if cache is None:
-                output = self.model.model(**self._prompt_with(prompt, answer), use_cache=False)
+                output = self.model.model(**self._prompt_with(prompt, answers), use_cache=False)
             else:
                 output = self.get_decoder()(
-                    inputs_embeds=self.get_input_embeddings()(answer),
-                    position_ids=self._answer_positions(prompt, answer.shape[1]),
+                    inputs_embeds=self.get_input_embeddings()(answers),
+                    attention_mask=_mask_with(prompt, answers),
+                    position_ids=self._answer_positions(prompt, answers.shape[1]),
                     use_cache=True,
                     **{_CACHE: cache},
                 )
         return self._seg_source(output, noted)
 
-    def _prompt_with(self, prompt: dict[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
-        ends = {"input_ids": answer, "attention_mask": torch.ones_like(answer), "mm_token_type_ids": answer * 0}
+    def _prompt_with(self, prompt: dict[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
+        ends = {"input_ids": answers, "attention_mask": torch.ones_like(answers), "mm_token_type_ids": answers * 0}
         return {**prompt, **{name: torch.cat([prompt[name], end], dim=1) for name, end in ends.items()}}
 
     def _answer_positions(self, prompt: dict[str, Tensor], length: int) -> Tensor:
-        """Rotary positions [3, 1, length] of an answer: a picture takes fewer positions than it has tokens."""
+        """Rotary positions [3, B, length] of answers: a picture takes fewer positions than it has tokens."""
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        start = prompt["input_ids"].shape[1]
+        start = prompt["attention_mask"].sum(dim=1, keepdim=True)
         if "image_grid_thw" in prompt:
             _, shift = self.model.model.get_rope_index(**{name: prompt[name] for name in names})
-            start += int(shift)
-        return torch.arange(start, start + length, device=prompt["input_ids"].device).expand(3, 1, -1)
+            start = start + shift
+        return (start + torch.arange(length, device=start.device)).expand(3, -1, -1)
 
     def _resolve_processor(self, tokenizer, processor) -> Sa2VAProcessor:
         given = processor if processor is not None else tokenizer
@@ -1201,6 +1511,8 @@ class _MaskOptions:
     raw: bool
     output_format: str
     mask_sizes: str
+    logits: bool = False
+    encode_batch_size: int | None = None
 
     def __post_init__(self):
         if self.output_format not in OUTPUT_FORMATS:
@@ -1209,20 +1521,31 @@ class _MaskOptions:
             raise ValueError(f"mask_sizes={self.mask_sizes!r} is unknown. Use one of {MASK_SIZES}.")
         if not isinstance(self.threshold, Real):
             raise TypeError(f"mask_threshold={self.threshold!r} is not a number. Give a probability between 0 and 1.")
+        if self.encode_batch_size is not None and self.encode_batch_size < 1:
+            raise ValueError(f"encode_batch_size={self.encode_batch_size} is too small: at least 1 frame is encoded.")
         if not 0 < self.threshold < 1:
             raise ValueError(f"mask_threshold={self.threshold} is not a probability between 0 and 1.")
         if self.raw and self.output_format == "rle":
             raise ValueError("return_raw_masks gives probabilities, which run-length encoding can't hold. Drop one.")
 
     def finish(self, logits: Tensor, processor: Sa2VAProcessor) -> Tensor:
-        """Logits [N, h, w] of a frame -> bool or float32 probabilities on the CPU."""
-        masks = logits.sigmoid() if self.raw else processor.binarize(logits, self.threshold)
-        return masks.cpu()
+        """Logits [N, h, w] of a frame -> bool or float32 probabilities, as `_to_host` gives them."""
+        return _to_host(logits.sigmoid() if self.raw else processor.binarize(logits, self.threshold))
 
-    def pack(self, frames: Sequence[Tensor]) -> Any:
-        """[h, w] of every frame -> what the caller asked for; frames of their own sizes stay a list."""
+    def keep(self, logits: Tensor, processor: Sa2VAProcessor) -> Any:
+        """What `pack` wants of a frame: its N masks, run-length encoded at once if that is asked for."""
+        masks = self.finish(logits, processor)
+        if self.output_format != "rle":
+            return masks
+        _wait_for_host(logits.device)
+        return self.convert(masks)
+
+    def pack(self, frames: Sequence[Any]) -> Any:
+        """One object's mask of every frame -> what the caller asked for; frames of their own sizes stay a list."""
+        if self.output_format == "rle":
+            return list(frames)
         if self.mask_sizes == "own":
-            return [rle for frame in frames for rle in self.convert(frame[None])]
+            return [mask for frame in frames for mask in self.convert(frame[None])]
         return self.convert(torch.stack(tuple(frames)))
 
     def convert(self, masks: Tensor) -> Any:
@@ -1239,10 +1562,11 @@ class _FrameSizes:
         self._first = first
         self._own: dict[int, tuple[int, int]] | None = {} if own else None
 
-    def watch(self, frames: Iterator) -> Iterator:
-        for index, frame in enumerate(frames):
+    def watch(self, frames: Iterator[tuple[tuple[int, int], Any]], start: int) -> Iterator:
+        """Passes frames on, from number `start`, without the sizes they come with."""
+        for index, (size, frame) in enumerate(frames, start):
             if self._own is not None:
-                self._own[index] = (frame.height, frame.width)
+                self._own[index] = size
             yield frame
 
     def pop(self, index: int) -> tuple[int, int]:
@@ -1261,6 +1585,46 @@ def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **k
             f"The weights of {name_or_path} have other shapes than its config.json asks for. `python hub_upload.py "
             f"check {name_or_path}` names each; ignore_mismatched_sizes=True draws those anew."
         ) from error
+
+
+def _ready_frames(
+    inputs: Sa2VAInputs, processor: Sa2VAProcessor, tracking: TrackingState, wanted: bool
+) -> Generator[tuple[tuple[int, int], Any], None, None]:
+    """Sizes (h, w) of the frames that come next, and the frames, if they are wanted at SAM 2's size.
+
+    Those of a video are read and resized ahead, in a thread.
+    """
+    side = (processor.grounding_image_size,) * 2
+    start, encoded = tracking.next_frame, set(inputs.key_frames)
+
+    def ready() -> Generator[tuple[tuple[int, int], Any], None, None]:
+        with closing(inputs.frames.read(start)) as frames:
+            for index, frame in enumerate(frames, start):
+                resized = frame.resize(side, Image.Resampling.BICUBIC) if wanted and index not in encoded else None
+                yield (frame.height, frame.width), resized
+
+    if inputs.is_video:
+        return read_ahead(ready())
+    return (((frame.height, frame.width), frame) for frame in inputs.frames)
+
+
+def _same_for_all(
+    prediction: MaskPrediction, frames: Iterator, tracking: TrackingState
+) -> Iterator[tuple[int, MaskPrediction]]:
+    for index, _ in enumerate(frames, tracking.next_frame):
+        tracking.next_frame = index + 1
+        yield index, prediction
+
+
+def _encode_batch_size(device: torch.device, image_size: int) -> int:
+    """How many frames of a video the image encoder takes together where nobody says: one on a CPU.
+
+    An accelerator has room for more, but how much a frame takes is an estimate: a third of free memory is used.
+    """
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(_MOST_ENCODED, int(free / 3 / (_ENCODING_MEMORY * (image_size / 1024) ** 2))))
 
 
 def _as_sa2va_i(config: Sa2VAChatConfig) -> Sa2VAChatConfig:
@@ -1417,21 +1781,119 @@ def _region_features(image_features: Tensor, masks: Tensor, tiles: Tensor | None
     return image_features[tiles.to(image_features.device)][masks.flatten(1).to(image_features.device)]
 
 
-def _region_tile(inputs: Sa2VAInputs) -> Tensor | None:
-    """Regions lie on the thumbnail of an image, its last tile, and on the first key frame of a video."""
-    if inputs.prompt_masks is None:
-        return None
-    tile = 0 if inputs.is_video else len(inputs.pixel_values) - 1
-    return torch.full((len(inputs.prompt_masks),), tile)
+def _region_tiles(inputs: Sequence[Sa2VAInputs]) -> Tensor | None:
+    """The tile of each region, int64 [R], counted through all samples.
+
+    Regions lie on the thumbnail of an image, its last tile, and on the first key frame of a video.
+    """
+    tiles, before = [], 0
+    for question in inputs:
+        count = 0 if question.pixel_values is None else len(question.pixel_values)
+        if question.prompt_masks is not None:
+            tile = before if question.is_video else before + count - 1
+            tiles.append(torch.full((len(question.prompt_masks),), tile))
+        before += count
+    return _joined(tiles)
 
 
-def _prompt_cache(cache: Any, length: int) -> DynamicCache | None:
-    """The prompt's part of a cache that `generate` filled, for one sequence; None if it can't be cut out."""
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Those that are there, one after the other."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(given) if given else None
+
+
+def _padded(rows: Sequence[Tensor], in_front: bool = False) -> Tensor:
+    """Rows of different lengths [n] -> [B, longest], zeros behind them or in front."""
+    missing = [max(map(len, rows)) - len(row) for row in rows]
+    return torch.stack([F.pad(row, (n, 0) if in_front else (0, n)) for row, n in zip(rows, missing, strict=True)])
+
+
+def _padded_in_front(inputs: Sequence[Sa2VAInputs]) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, int64 [B, L], of questions that end together. Masked tokens may be any, here 0."""
+    columns = ([getattr(x, name)[0] for x in inputs] for name in ("input_ids", "attention_mask"))
+    input_ids, mask = (_padded(rows, in_front=True) for rows in columns)
+    return input_ids, mask
+
+
+def _mask_with(prompt: dict[str, Tensor], answers: Tensor) -> Tensor:
+    """Attention mask of prompts and what follows them, int64 [B, L + n]."""
+    return torch.cat([prompt["attention_mask"], torch.ones_like(answers)], dim=1)
+
+
+def _without_padding(sequences: Tensor, config: GenerationConfig) -> list[Tensor]:
+    """Each answer [n] of a batch, up to its end; `generate` fills those that end early up to the longest."""
+    if len(sequences) == 1:
+        return [sequences[0]]
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    answers = []
+    for row in sequences:
+        found = torch.isin(row, row.new_tensor([i for i in ends if i is not None])).nonzero()
+        if not len(found):  # cut off, or ended by a stop string
+            found = (row != config.pad_token_id).nonzero()[-1:]
+        answers.append(row[: int(found[0]) + 1] if len(found) else row)
+    return answers
+
+
+def _as_answer(processor: Sa2VAProcessor, question: Sa2VAInputs, new_ids: Tensor, prompts: Tensor) -> Answer:
+    """Words of an answer, and what goes with them."""
+    prediction = processor.tokenizer.decode(new_ids, skip_special_tokens=False).strip()
+    end = "" if prediction.endswith(tuple(processor.stop_words)) else processor.stop_words[0]
+    return Answer(
+        prediction=prediction,
+        past_text=f"{question.prompt}{processor.decode_continuation(question.input_ids, new_ids)}{end}\n",
+        phrases=processor.phrases(prediction) if question.frames is not None else [],
+        prompts=prompts,
+    )
+
+
+def _prepare_samples(
+    processor: Sa2VAProcessor, samples: Iterable[Mapping[str, Any]], **defaults: Any
+) -> Iterator[Sa2VAInputs]:
+    """Samples of `predict_batch`, one at a time; errors name the sample."""
+    accepted = inspect.signature(processor.prepare).parameters.keys()
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Mapping) or sample.keys() - accepted:
+            given = sorted(sample.keys() - accepted) if isinstance(sample, Mapping) else type(sample).__name__
+            raise TypeError(f"samples[{number}] can't hold {given}. Give dictionaries with some of {[*accepted]}.")
+        try:
+            inputs = processor.prepare(**{**defaults, **sample})
+        except (TypeError, ValueError, OSError) as error:
+            if len(error.args) == 1:
+                error.args = (f"samples[{number}]: {error}",)
+            raise
+        yield inputs
+
+
+def _in_batches(work: Callable[[Sequence[Any]], Any], items: Iterator[Any], size: int) -> Iterator[Any]:
+    """Yields `work(batch)` for all items in order, in batches of at most `size`, which out of memory halves."""
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    waiting: list[Any] = []
+    while waiting := waiting + list(itertools.islice(items, max(0, size - len(waiting)))):
+        batch = waiting[:size]
+        try:
+            result = work(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not should_reduce_batch_size(error):
+                raise
+            result = None
+        if result is None:  # only here the error lets go of what it held
+            size = len(batch) // 2
+            logger.warning(f"Out of memory with {len(batch)} samples at once. Going on with {size}.")
+            clear_device_cache(garbage_collection=True)
+        else:
+            waiting = waiting[len(batch) :]
+            yield result
+
+
+def _prompt_cache(cache: Any, num_prompts: int, length: int) -> DynamicCache | None:
+    """The prompts' part of a cache that `generate` filled; None if it can't be cut out."""
     if not isinstance(cache, DynamicCache) or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
         return None
     if surplus := cache.get_seq_length() - length:
         cache.crop(-surplus)
-    cache.batch_select_indices(torch.zeros(1, dtype=torch.long))  # beams share their prompt
+    rows = len(cache.layers[0].keys)
+    cache.batch_select_indices(torch.arange(0, rows, rows // num_prompts))  # beams share their prompt
     return cache
 
 
@@ -1441,7 +1903,20 @@ def _no_objects(prompts: Tensor) -> MaskPrediction:
 
 
 def _scores(prediction: MaskPrediction) -> dict[str, Tensor]:
-    return {"iou": prediction.iou_scores.cpu(), "object": prediction.object_scores.sigmoid().cpu()}
+    return {"iou": _to_host(prediction.iou_scores), "object": _to_host(prediction.object_scores.sigmoid())}
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU; off a GPU it is copied while the GPU works on, and complete after `_wait_for_host`."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _wait_for_host(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _mask_target(masks: Tensor, num_objects: int, num_frames: int) -> Tensor:
@@ -1748,6 +2223,7 @@ __all__ = [
     "Sa2VAFrame",
     "Sa2VAInternLM2ForCausalLM",
     "Sa2VAOutput",
+    "Sa2VAStream",
     "Sa2VATrainingOutput",
     "Sa2VAVisionModel",
 ]

@@ -2,6 +2,7 @@
 
 * `load_image`     a picture of any kind -> RGB
 * `open_video`     a video of any kind -> `VideoFrames`, decoded one at a time; `select_key_frames` picks some
+* `read_ahead`     the next frames are read while a model looks at this one
 * `Sa2VAProcessor` picture + words -> `Sa2VAInputs`; frames -> SAM 2's input; logits -> masks; answer -> phrases
 * `InternLM2Tokenizer` the tokenizer that Sa2VA-8B and -26B ship as a SentencePiece model
 * `masks_to_rle`, `rle_to_masks`, `draw_overlay`: masks for files and for eyes
@@ -20,7 +21,9 @@ import re
 import secrets
 import struct
 import tempfile
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,9 +39,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config, copy_code
+
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow stops too: a guard against decompression bombs
 MAX_FRAME_NUMBER, MAX_KEY_FRAMES = 2**31, 10**6
@@ -56,6 +61,7 @@ _EXIF_ORIENTATION = 0x0112
 _CORRUPT_FILE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow's decoders raise
 _FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 _ANIMATION_SUFFIXES = frozenset({".gif", ".webp", ".apng"})
+_BROKEN_IN_A_ROW = 64  # frames that can't be decoded, after which a file counts as cut off
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
@@ -227,18 +233,30 @@ class VideoFrames:
         source: starts a new pass: a generator of one callable a frame, which decodes the frame. It releases what it
             holds when it is closed. Its argument says whether the frames drawn in this pass will be wanted again.
         length: number of frames, if known.
+        problems: a list into which the source writes what it can't read.
+
+    Attributes:
+        problems: what could not be read of a damaged file, in words; complete once it was read to its end.
     """
 
-    def __init__(self, source: Callable[[bool], _Decoders], length: int | None = None):
+    def __init__(
+        self, source: Callable[[bool], _Decoders], length: int | None = None, problems: list[str] | None = None
+    ):
         self._source = source
         self._length = length
+        self.problems: list[str] = [] if problems is None else problems
 
     def __iter__(self) -> Iterator[Image.Image]:
         """Yields every frame from the first on and keeps none."""
+        return self.read()
+
+    def read(self, start: int = 0) -> Iterator[Image.Image]:
+        """Yields every frame from number `start` on and keeps none; those before are passed over, not converted."""
         seen = 0
         with closing(self._source(False)) as decoders:
             for decode in decoders:
-                yield decode()
+                if seen >= start:
+                    yield decode()
                 seen += 1
         self._length = seen
 
@@ -279,6 +297,25 @@ class VideoFrames:
         return [found[index] for index in indices]
 
 
+def read_ahead(items: Iterable[Any], depth: int = 2) -> Iterator[Any]:
+    """Draws items in a thread of its own, at most `depth` of them before they are asked for.
+
+    What the thread raises is raised here, behind the items before it. Closing waits for the item that is being drawn,
+    stops the thread and closes `items`.
+    """
+    end, items = object(), iter(items)
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
+    try:
+        ahead = deque(reader.submit(next, items, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(reader.submit(next, items, end))
+            yield item
+    finally:
+        reader.shutdown(cancel_futures=True)
+        if hasattr(items, "close"):
+            items.close()
+
+
 class _OneShotSource:
     """Source of an iterable that can be read once: frames wanted again are kept, as 8-bit images, and replayed."""
 
@@ -308,7 +345,9 @@ def open_video(video: Any) -> VideoFrames:
     Args:
         video: list of images (see `load_image`; sizes may differ), [T, H, W, C] or [T, C, H, W] array or tensor, path
             to a video file (whatever OpenCV reads: mp4, avi, webm, ...; animated gif, webp), path to a folder of frame
-            images (in natural order: 2 before 10), any iterable of images, or `VideoFrames`.
+            images (in natural order: 2 before 10), any iterable of images, or `VideoFrames`. Of a damaged file all
+            frames that can be decoded are used, numbered without gaps; `problems` and a warning tell of the others. A
+            file of variable rate gives every frame that it stores once; one that is marked as rotated, upright frames.
 
     Raises:
         TypeError: something else.
@@ -347,7 +386,15 @@ def _frames_of_path(path: Path) -> VideoFrames:
         files = [file for file in path.iterdir() if file.suffix.lower() in _FRAME_SUFFIXES and file.name[0] != "."]
         return _frames_of_sequence(sorted(files, key=_natural_order))
     read = _read_animation if path.suffix.lower() in _ANIMATION_SUFFIXES else _read_video_file
-    return VideoFrames(lambda _: read(path))
+    problems: list[str] = []
+    return VideoFrames(lambda _: read(path, problems), problems=problems)
+
+
+def _report(problems: list[str], problem: str) -> None:
+    """Notes and warns of something that can't be read, once for all passes over a file."""
+    if problem not in problems:
+        problems.append(problem)
+        logger.warning(problem)
 
 
 def _natural_order(file: Path) -> tuple[list[int | str], str]:
@@ -356,7 +403,7 @@ def _natural_order(file: Path) -> tuple[list[int | str], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], file.name
 
 
-def _read_animation(path: Path) -> _Decoders:
+def _read_animation(path: Path, problems: list[str]) -> _Decoders:
     """Frames of an animated gif or webp, up to its end or to the first damaged frame."""
     try:
         clip = Image.open(path)
@@ -368,23 +415,34 @@ def _read_animation(path: Path) -> _Decoders:
             try:
                 clip.seek(index)
                 clip.load()
-            except _CORRUPT_FILE_ERRORS:
+            except EOFError:
+                return
+            except _CORRUPT_FILE_ERRORS as error:
+                _report(problems, f"{str(path)!r} is damaged at frame {index} ({error}); {index} frames are used.")
                 return
             yield partial(_to_rgb, clip)
 
 
-def _read_video_file(path: Path) -> _Decoders:
-    """Frames of a video file, upright, up to its end or to where it can't be decoded any further."""
+def _read_video_file(path: Path, problems: list[str]) -> _Decoders:
+    """Frames of a video file, upright, without those that can't be decoded."""
     import cv2
 
     capture = cv2.VideoCapture(str(path))
     try:
         if not capture.isOpened():
-            raise ValueError(f"{str(path)!r} is no video that OpenCV can read. Convert it, for instance to mp4.")
+            raise ValueError(
+                f"{str(path)!r} is no video that OpenCV can read, or one whose index was cut off. Convert it, for "
+                "instance to mp4."
+            )
         sides = (int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         _check_area(*(max(side, 1) for side in sides), MAX_IMAGE_PIXELS)  # 0 stands for unknown
-        while capture.grab():
+        announced, seen = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0
+        # Past a damaged frame the next call may succeed again, so a failure alone doesn't mean the end.
+        while capture.grab() or (seen < announced and any(capture.grab() for _ in range(_BROKEN_IN_A_ROW))):
             yield partial(_retrieve, capture, path)
+            seen += 1
+        if seen < announced:
+            _report(problems, f"{str(path)!r} announces {announced} frames, {seen} could be read and are used.")
     finally:
         capture.release()
 
@@ -1667,6 +1725,7 @@ __all__ = [
     "masks_to_rle",
     "object_color",
     "open_video",
+    "read_ahead",
     "replacing_files",
     "rle_to_masks",
     "select_key_frames",

@@ -14,7 +14,8 @@ Sa2VA-i (`separate_prompt_decoder`) prompts a mask decoder of its own, cuts its 
 gives them to SAM 2 as a user's masks; from there on it is plain SAM 2, blanking included.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -316,15 +317,62 @@ class MemoryBank:
 
 @dataclass
 class TrackingState:
-    """Objects prompted on their key frames, ready to be tracked.
+    """Objects prompted on their key frames, and how far they were tracked: all that later frames depend on.
 
     Attributes:
         banks: one `MemoryBank` per group of at most `max_objects_per_batch` objects.
-        predictions: key frame -> its prediction, until it is handed out.
+        predictions: frame -> its prediction, until it is handed out: key frames, and what was tracked ahead.
+        next_frame: the frame that comes next.
     """
 
-    banks: list[MemoryBank]
-    predictions: dict[int, MaskPrediction]
+    banks: list[MemoryBank] = field(default_factory=list)
+    predictions: dict[int, MaskPrediction] = field(default_factory=dict)
+    next_frame: int = 0
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """A copy by name on the CPU, contiguous, for `torch.save` or safetensors."""
+        named: dict[str, Any] = {"next_frame": torch.tensor(self.next_frame)}
+        for number, bank in enumerate(self.banks):
+            named[f"banks.{number}.position"] = bank.position
+            for kind in ("conditioning", "recent"):
+                for frame, memory in getattr(bank, kind).items():
+                    name = f"banks.{number}.{kind}.{frame}"
+                    named |= {f"{name}.features": memory.features, f"{name}.object_pointers": memory.object_pointers}
+        for frame, prediction in self.predictions.items():
+            named |= {f"predictions.{frame}.{f.name}": getattr(prediction, f.name) for f in fields(prediction)}
+        given = {name: tensor for name, tensor in named.items() if tensor is not None}
+        return {name: torch.clone(t, memory_format=torch.contiguous_format).cpu() for name, t in given.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], config: Sa2VAGroundingConfig, device) -> "TrackingState":
+        """The inverse of `to_tensors`.
+
+        Raises:
+            KeyError, TypeError, ValueError: these are no such tensors.
+        """
+        tree: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            *path, leaf = name.split(".")
+            node = tree
+            for step in path:
+                node = node.setdefault(step, {})
+            node[leaf] = tensor.to(device)
+
+        def memories(found: dict[str, Any]) -> dict[int, FrameMemory]:
+            return {int(t): FrameMemory(m.get("features"), m["object_pointers"]) for t, m in found.items()}
+
+        banks = [
+            MemoryBank(
+                config.num_maskmem,
+                config.max_object_pointers,
+                bank["position"],
+                memories(bank["conditioning"]),
+                memories(bank.get("recent", {})),
+            )
+            for _, bank in sorted(tree.get("banks", {}).items(), key=lambda item: int(item[0]))
+        ]
+        predictions = {int(t): MaskPrediction(**parts) for t, parts in tree.get("predictions", {}).items()}
+        return cls(banks, predictions, int(tree["next_frame"]))
 
 
 class Sam2Decoder(nn.Module):
@@ -379,24 +427,32 @@ class Sam2Decoder(nn.Module):
         key_frames: Iterable[tuple[int, Tensor]],
         prompts: Tensor,
         frame_size: tuple[int, int] | None = None,
+        encode_batch_size: int = 1,
     ) -> TrackingState:
         """Prompts N objects on every key frame, without memory, and remembers the result.
 
         Args:
-            key_frames: (frame index, normalised frame [1, 3, S, S]), read one at a time; each is encoded once.
+            key_frames: (frame index, normalised frame [1, 3, S, S]), read as they are needed; each is encoded once.
             prompts: [N, D].
             frame_size: (h, w) of the video, at which Sa2VA-i cuts masks out before it tracks them; None takes S x S.
+            encode_batch_size: how many frames go through the image encoder together.
         """
         groups = self._groups(len(prompts))
-        banks = [MemoryBank(self.config.num_maskmem, self.config.max_object_pointers) for _ in groups]
-        predictions = {}
-        for index, pixel_values in key_frames:
-            groups_of_prompts = [prompts[g] for g in groups]
-            predictions[index] = self("condition_frame", index, pixel_values, groups_of_prompts, banks, frame_size)
-        return TrackingState(banks, predictions)
+        state = TrackingState([MemoryBank(self.config.num_maskmem, self.config.max_object_pointers) for _ in groups])
+        for chunk in _chunks(key_frames, encode_batch_size):
+            indices, pixel_values = zip(*chunk, strict=True)
+            of_groups = [prompts[g] for g in groups]
+            state.predictions |= self(
+                "condition_frames", indices, torch.cat(pixel_values), of_groups, state.banks, frame_size
+            )
+        return state
 
     def propagate(
-        self, state: TrackingState, frames: Iterable[Any], preprocess: Callable[[Any], Tensor]
+        self,
+        state: TrackingState,
+        frames: Iterable[Any],
+        preprocess: Callable[[Sequence[Any]], Tensor],
+        encode_batch_size: int = 1,
     ) -> Iterator[tuple[int, MaskPrediction]]:
         """Tracks conditioned objects through a video and yields every frame in order.
 
@@ -404,19 +460,49 @@ class Sam2Decoder(nn.Module):
         Memory does not grow with the length of the video.
 
         Args:
-            state: from `condition`. Key-frame predictions are handed out and dropped.
-            frames: all frames from frame 0, in any form; read lazily, once.
-            preprocess: turns a frame into [1, 3, S, S]; not called for key frames, which are encoded already.
+            state: from `condition`. It moves along: when a frame is yielded, it is what the frames after it need.
+            frames: all frames from `state.next_frame` on, in any form; read lazily, once.
+            preprocess: turns T frames into [T, 3, S, S]; gets no key frames, which are encoded already.
+            encode_batch_size: how many frames are read and go through the image encoder together.
         """
-        first = min(state.predictions)
         frames = iter(frames)
-        yield from self._propagate_backwards(state, [next(frames) for _ in range(first)], preprocess)
-        banks = [bank.restart() for bank in state.banks]
-        for index, frame in enumerate(frames, start=first):
-            if index in state.predictions:
+        if state.next_frame not in state.predictions and state.next_frame < (first := min(state.banks[0].conditioning)):
+            before = list(itertools.islice(frames, first - state.next_frame))
+            self._look_back(state, before, preprocess, encode_batch_size)
+            frames = itertools.chain(before, frames)
+            del before  # the chain lets go of it
+        for chunk in _chunks(frames, encode_batch_size):
+            numbered = list(enumerate(chunk, start=state.next_frame))
+            new = [(index, frame) for index, frame in numbered if index not in state.predictions]
+            self._track(state, new, preprocess, state.banks, reverse=False)
+            for index, _ in numbered:
+                state.next_frame = index + 1
                 yield index, state.predictions.pop(index)
-            else:
-                yield index, self("track_frame", index, preprocess(frame), banks, False)
+
+    def _look_back(
+        self,
+        state: TrackingState,
+        frames: list[Any],
+        preprocess: Callable[[Sequence[Any]], Tensor],
+        encode_batch_size: int,
+    ) -> None:
+        banks = [bank.restart() for bank in state.banks]
+        numbered = list(enumerate(frames, start=state.next_frame))
+        for chunk in _chunks(reversed(numbered), encode_batch_size):
+            self._track(state, chunk, preprocess, banks, reverse=True)
+
+    def _track(
+        self,
+        state: TrackingState,
+        numbered: Sequence[tuple[int, Any]],
+        preprocess: Callable[[Sequence[Any]], Tensor],
+        banks: list[MemoryBank],
+        reverse: bool,
+    ) -> None:
+        """Adds the predictions of these frames to the state."""
+        if numbered:
+            indices, frames = zip(*numbered, strict=True)
+            state.predictions |= self("track_frames", indices, preprocess(frames), banks, reverse)
 
     def segment_clips(
         self, frames: Tensor, prompts: Tensor, clip_index: Tensor, num_key_frames: int
@@ -437,16 +523,6 @@ class Sam2Decoder(nn.Module):
         size = self.config.max_objects_per_batch
         return [slice(start, start + size) for start in range(0, num_objects, size)]
 
-    def _propagate_backwards(
-        self, state: TrackingState, frames: list[Any], preprocess: Callable[[Any], Tensor]
-    ) -> Iterator[tuple[int, MaskPrediction]]:
-        banks = [bank.restart() for bank in state.banks]
-        predictions = {}
-        for index in reversed(range(len(frames))):
-            predictions[index] = self("track_frame", index, preprocess(frames[index]), banks, True)
-        for index in range(len(frames)):
-            yield index, predictions.pop(index)
-
     def _encode(self, frames: Tensor) -> FrameFeatures:
         output = self.sam2_model.image_encoder(frames)
         # The neck sums its top-down level in float32 whatever the model's dtype.
@@ -460,20 +536,27 @@ class Sam2Decoder(nn.Module):
         no_memory = self.sam2_model.no_mem_embed.reshape(1, -1, 1, 1)
         return self._predict_masks(features, features.vision_features + no_memory, prompts, output_all_masks)
 
-    def _condition_frame(
+    def _condition_frames(
         self,
-        index: int,
+        indices: Sequence[int],
         pixel_values: Tensor,
         prompts: list[Tensor],
         banks: list[MemoryBank],
         frame_size: tuple[int, int] | None,
-    ) -> MaskPrediction:
+    ) -> dict[int, MaskPrediction]:
+        predictions = {}
+        for index, features in zip(indices, self._encode_each(pixel_values), strict=True):
+            parts = []
+            for group, bank in zip(prompts, banks, strict=True):
+                parts.append(self._to_track(features, self._decode(features, group), frame_size))
+                bank.conditioning[index] = self._remember(features, parts[-1], bank)
+            predictions[index] = MaskPrediction.cat(parts)
+        return predictions
+
+    def _encode_each(self, pixel_values: Tensor) -> Iterator[FrameFeatures]:
+        """The features of each of T frames, which are encoded together."""
         features = self._encode(pixel_values)
-        parts = []
-        for group, bank in zip(prompts, banks, strict=True):
-            parts.append(self._to_track(features, self._decode(features, group), frame_size))
-            bank.conditioning[index] = self._remember(features, parts[-1], bank)
-        return MaskPrediction.cat(parts)
+        return (features.rows(slice(row, row + 1)) for row in range(len(pixel_values)))
 
     def _to_track(
         self, features: FrameFeatures, prediction: MaskPrediction, frame_size: tuple[int, int] | None = None
@@ -515,14 +598,18 @@ class Sam2Decoder(nn.Module):
         )
         return self._object_pointers(tokens[:, 0], object_scores)
 
-    def _track_frame(self, index: int, pixel_values: Tensor, banks: list[MemoryBank], reverse: bool) -> MaskPrediction:
-        features = self._encode(pixel_values)
-        parts = []
-        for bank in banks:
-            conditioned = self._attend(features, bank, index, reverse)
-            parts.append(self._predict_masks(features, conditioned))
-            bank.add(index, self._remember(features, parts[-1], bank))
-        return MaskPrediction.cat(parts)
+    def _track_frames(
+        self, indices: Sequence[int], pixel_values: Tensor, banks: list[MemoryBank], reverse: bool
+    ) -> dict[int, MaskPrediction]:
+        predictions = {}
+        for index, features in zip(indices, self._encode_each(pixel_values), strict=True):
+            parts = []
+            for bank in banks:
+                conditioned = self._attend(features, bank, index, reverse)
+                parts.append(self._predict_masks(features, conditioned))
+                bank.add(index, self._remember(features, parts[-1], bank))
+            predictions[index] = MaskPrediction.cat(parts)
+        return predictions
 
     def _segment_clips(
         self, frames: Tensor, prompts: Tensor, clip_index: Tensor, num_key_frames: int
@@ -634,6 +721,13 @@ class Sam2Decoder(nn.Module):
             return like.new_zeros(0, num_objects, like.shape[-1])
         stacked = torch.stack(pointers).unflatten(-1, (-1, like.shape[-1]))
         return stacked.permute(0, 2, 1, 3).flatten(0, 1)
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Neighbours in lists of `size`, the last of what is left; drawn as they are asked for."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
 
 
 def _rows(features: FrameFeatures, group: slice) -> FrameFeatures:

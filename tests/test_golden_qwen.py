@@ -111,7 +111,7 @@ def test_states_without_the_prompts_cache_are_the_same(models, runs, family):
     new_ids = tokenizer(output.prediction, return_tensors="pt").input_ids[0]
     ids = model.special_token_ids()
     with torch.no_grad():
-        again = model._seg_states(model._prompt(ids, inputs), new_ids, ids.seg, None)
+        (again,) = model._seg_states(model._prompt(ids, [inputs]), [new_ids], ids.seg, None)
     torch.testing.assert_close(again, states, atol=TOLERANCE, rtol=RELATIVE)
 
 

@@ -325,14 +325,14 @@ def test_seg_states_beyond_the_context_are_those_of_writing_the_answer(internlm2
     processor = Sa2VAProcessor.from_pretrained(GOLDEN / "ivl_internlm2")
     inputs, seg = processor.prepare(text="Hello there"), processor.tokenizer.convert_tokens_to_ids("[SEG]")
     assert inputs.input_ids.shape[1] > 16
-    prompt = model._prompt(model.special_token_ids(processor.tokenizer), inputs)
+    prompt = model._prompt(model.special_token_ids(processor.tokenizer), [inputs])
     script = [Scripted(processor, ANSWER)]
     answer = model.language_model.generate(
         **prompt, max_new_tokens=20, logits_processor=script, return_dict_in_generate=True
     )
     new_ids = answer.sequences[0]
     with torch.no_grad():
-        ours = model._seg_states(prompt, new_ids, seg, answer.past_key_values)
+        (ours,) = model._seg_states(prompt, [new_ids], seg, answer.past_key_values)
     reference, embed = InternLM2(weights, model.config.llm_config), weights["model.tok_embeddings.weight"]
     reference.read(embed[inputs.input_ids[0]])
     wanted = torch.cat([reference.read(embed[token]) for token in new_ids.split(1)])[new_ids == seg]

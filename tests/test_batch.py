@@ -1,0 +1,166 @@
+"""`predict_batch`: what samples get together is what each gets alone."""
+
+import pytest
+import torch
+from conftest import GOLDEN, GoldenFamily
+from transformers import AutoModel
+
+from sa2va.modeling_sa2va import _in_batches
+
+FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
+LONG = ("vid20", "vid8")  # clips are tracked one by one anyway
+
+
+def cases_of(family):
+    """The recorded calls of a family but the long ones, in an order that mixes pictures, clips and words."""
+    recorded = GoldenFamily(family)
+    return [recorded.case(name) for name in recorded.cases if not name.startswith(LONG)]
+
+
+def arguments_of(case):
+    past = {"past_text": case.meta["past_text"]} if case.name == "text_past" else {}
+    return {**case.arguments, **past}
+
+
+@pytest.fixture(scope="module")
+def loaded(golden_model):
+    """Loads the checkpoint of a family, once."""
+    models = {"ivl_qwen2": golden_model}
+
+    def load(family):
+        if family not in models:
+            models[family] = AutoModel.from_pretrained(GOLDEN / family, dtype=torch.float32).eval()
+        return models[family]
+
+    return load
+
+
+def iou(a, b):
+    return (a & b).sum() / max((a | b).sum(), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_recorded_calls_of_a_family_in_one_batch_give_the_recorded_text_and_masks(loaded, family):
+    model, cases = loaded(family), cases_of(family)
+    calls = []
+    hook = model.causal_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    outputs = model.predict_batch([arguments_of(case) for case in cases], batch_size=len(cases))
+    hook.remove()
+    assert len({model.load_processor().prepare(**arguments_of(case)).input_ids.shape for case in cases}) > 2
+    assert len(calls) <= max(len(case.arrays["gen_ids"]) for case in cases if "gen_ids" in case.arrays) + 1
+    for case, output in zip(cases, outputs, strict=True):
+        assert output.prediction == case.meta["prediction"], case.name
+        recorded = [case.mask(i) for i in range(case.meta["n_masks"])]
+        recorded = recorded[len(recorded) - len(output.prediction_masks) :]  # a [SEG] of the question gives none
+        assert len(output.prediction_masks) == output.prediction.count("[SEG]") * bool(output.sample_idx)
+        for mask, wanted in zip(output.prediction_masks, recorded, strict=True):
+            assert mask.shape == wanted.shape and iou(mask, wanted) >= 0.999, case.name
+
+
+# Words alone are enough to see whether rows disturb each other: an untrained model writes something else at once.
+QUESTIONS = ["Hi", "What can you do, and why would anyone want it?", "Tell me a story about a red star. " * 3]
+SETTINGS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "stop strings": {"stop_strings": ["e", "o"]},
+    "looks at the prompt": {"repetition_penalty": 1.7},
+}
+
+
+def words_of(outputs):
+    return [(output.prediction, output.past_text) for output in outputs]
+
+
+def one_by_one(model, **options):
+    return [model.predict_forward(text=question, **options) for question in QUESTIONS]
+
+
+def together(model, **options):
+    return model.predict_batch([{"text": question} for question in QUESTIONS], **options)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_settings_of_generate_mean_the_same_for_every_row(loaded, family, name):
+    model, options = loaded(family), {"max_new_tokens": 10, **SETTINGS[name]}
+    assert words_of(together(model, **options)) == words_of(one_by_one(model, **options))
+
+
+@pytest.fixture
+def outgrown(loaded, monkeypatch):
+    """InternLM2 whose rotary base grows from the second question on."""
+    model = loaded("ivl_internlm2")
+    config = model.language_model.model.rotary_emb.config
+    monkeypatch.setattr(config, "max_position_embeddings", 40)
+    monkeypatch.setattr(config, "rope_parameters", {**config.rope_parameters, "rope_type": "dynamic", "factor": 3.0})
+    monkeypatch.setattr(model.language_model.model.rotary_emb, "rope_type", "dynamic")
+    assert model.config.get_text_config() is config
+    return model
+
+
+def test_a_long_text_does_not_change_the_answers_beside_it(outgrown):
+    assert words_of(together(outgrown, max_new_tokens=10)) == words_of(one_by_one(outgrown, max_new_tokens=10))
+
+
+def test_without_that_care_it_would(outgrown, monkeypatch):
+    monkeypatch.setattr(type(outgrown), "_fixed_rope_length", lambda self: None)
+    assert words_of(together(outgrown, max_new_tokens=10)) != words_of(one_by_one(outgrown, max_new_tokens=10))
+
+
+def test_texts_that_cross_the_switch_of_long_rope_stay_alone(golden_model, monkeypatch):
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+    monkeypatch.setattr(golden_model.config.get_text_config(), "rope_parameters", rope)
+    arguments = golden_model._generation_arguments(golden_model.load_processor(), {"max_new_tokens": 96})
+    assert golden_model._groups([10, 4001, 4000, 9000, 20], arguments) == [[0, 2, 4], [1], [3]]
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(monkeypatch):
+    said, sizes = [], []
+    monkeypatch.setattr("sa2va.modeling_sa2va.logger.warning", said.append)
+
+    def work(batch):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            torch.empty(2**50)  # a petabyte
+        return list(batch)
+
+    assert list(_in_batches(work, iter(range(9)), 8)) == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+    assert sizes == [8, 4, 2, 2, 2, 2, 1]
+    assert said == [f"Out of memory with {n} samples at once. Going on with {n // 2}." for n in (8, 4)]
+
+
+def test_out_of_memory_with_one_sample_is_an_error():
+    with pytest.raises(RuntimeError, match="allocate"):
+        list(_in_batches(lambda batch: torch.empty(2**50), iter(range(4)), 4))
+
+
+def test_other_errors_are_not_taken_for_it():
+    with pytest.raises(RuntimeError, match="shape"):
+        list(_in_batches(lambda batch: torch.zeros(2).view(3), iter(range(4)), 4))
+
+
+BAD_SAMPLES = {
+    "no dictionary": (["Hi"], TypeError, r"samples\[0\] can't hold str"),
+    "unknown word": ([{"text": "Hi", "img": 3}], TypeError, r"samples\[0\] can't hold \['img'\]"),
+    "bad sample": ([{"text": "Hi"}, {"text": ""}], ValueError, r"samples\[1\]: text='' says nothing"),
+    "missing file": ([{"image": "none.png", "text": "Hi"}], FileNotFoundError, r"samples\[0\]: There is no image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+def test_a_bad_sample_is_named(golden_model, name):
+    samples, error, words = BAD_SAMPLES[name]
+    with pytest.raises(error, match=words):
+        golden_model.predict_batch(samples)
+
+
+def test_sizes_below_one_are_refused(golden_model):
+    with pytest.raises(ValueError, match="batch_size=0"):
+        golden_model.predict_batch([], batch_size=0)
+    with pytest.raises(ValueError, match="encode_batch_size=0"):
+        golden_model.predict_batch([], encode_batch_size=0)
+
+
+def test_no_samples_give_no_outputs(golden_model):
+    assert golden_model.predict_batch([]) == []

@@ -1,0 +1,258 @@
+"""Long videos: streams that are stopped, saved and gone on with, reading ahead, and damaged files."""
+
+import gc
+import struct
+import threading
+import weakref
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import LogitsProcessor
+
+from sa2va.processing_sa2va import open_video, read_ahead, rle_to_masks
+
+# ---------------------------------------------------------------------------------------------------------- streams
+
+
+class Scripted(LogitsProcessor):
+    """Makes generation write fixed tokens, whatever the picture."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -1e4)
+        forced[:, self.ids[min(input_ids.shape[1], len(self.ids) - 1)]] = 0
+        return forced
+
+
+@pytest.fixture(scope="module")
+def small(clip):
+    """Seven small frames."""
+    return [frame.resize((40, 30)) for frame in clip[:7]]
+
+
+@pytest.fixture(scope="module")
+def arguments(golden_processor, small):
+    """A call with two objects, and key frames 2 and 4: two frames are tracked backwards, three forwards."""
+    ids = golden_processor.tokenizer("[SEG] and [SEG]<|im_end|>").input_ids
+    return {"video": small, "text": "all", "frame_sampling": [2, 4], "logits_processor": [Scripted(ids)]}
+
+
+@pytest.fixture(scope="module")
+def whole(golden_model, arguments):
+    """All frames of a stream that is not stopped, and the state behind each."""
+    stream = golden_model.predict_stream(**arguments, return_raw_masks=True)
+    return [(frame, stream.state()) for frame in stream]
+
+
+def through_torch(state, folder):
+    torch.save(state, folder / "state.pt")
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
+def through_safetensors(state, folder):
+    save_file(state, folder / "state.safetensors")
+    return load_file(folder / "state.safetensors")
+
+
+@pytest.mark.parametrize(("seen", "write"), [(1, through_torch), (4, through_safetensors), (6, through_torch)])
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(golden_model, whole, small, tmp_path, seen, write):
+    state = write(whole[seen - 1][1], tmp_path)
+    rest = list(golden_model.predict_stream(video=small, resume=state, return_raw_masks=True))
+    assert [frame.frame_index for frame in rest] == list(range(seen, 7))
+    for frame, (wanted, _) in zip(rest, whole[seen:], strict=True):
+        assert (frame.prediction, frame.past_text, frame.phrases) == (
+            wanted.prediction,
+            wanted.past_text,
+            wanted.phrases,
+        )
+        np.testing.assert_allclose(frame.masks, wanted.masks, atol=1e-4)
+        np.testing.assert_allclose(frame.mask_scores["iou"], wanted.mask_scores["iou"], atol=1e-4)
+
+
+def test_several_frames_encoded_together_give_the_same_masks_as_rle_too(golden_model, arguments, whole):
+    counts = []
+    encoder = golden_model.grounding_encoder.sam2_model.image_encoder
+    hook = encoder.register_forward_hook(lambda module, args, output: counts.append(len(args[0])))
+    frames = list(golden_model.predict_stream(**arguments, encode_batch_size=3, output_format="rle"))
+    hook.remove()
+    assert sum(counts) == 7 and max(counts) == 2  # key frames, those before them, those between and behind
+    for frame, (wanted, _) in zip(frames, whole, strict=True):
+        assert (rle_to_masks(frame.masks) != (wanted.masks > 0.5)).mean() < 1e-3
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
+
+
+def test_closing_in_the_middle_frees_everything(golden_model, arguments):
+    alive = weakref.WeakValueDictionary()
+
+    def frames():
+        while True:
+            frame = Image.new("RGB", (40, 30))
+            alive[id(frame)] = frame
+            yield frame
+
+    stream = golden_model.predict_stream(**{**arguments, "video": frames(), "frame_sampling": "first"}, num_frames=1)
+    next(stream), next(stream)
+    tracking = weakref.ref(stream._progress.tracking)
+    assert len(readers()) == 1 and len(alive) < 8
+    stream.close()
+    gc.collect()
+    assert not readers() and not alive and tracking() is None
+    with pytest.raises(StopIteration):
+        next(stream)
+    with pytest.raises(ValueError, match="before the first frame and after close"):
+        stream.state()
+
+
+def test_a_stream_of_no_objects_can_be_gone_on_with(golden_model, golden_processor, small):
+    ids = golden_processor.tokenizer("None.<|im_end|>").input_ids
+    stream = golden_model.predict_stream(video=small, text="?", logits_processor=[Scripted(ids)])
+    next(stream)
+    rest = list(golden_model.predict_stream(video=small, resume=stream.state()))
+    assert [frame.frame_index for frame in rest] == [1, 2, 3, 4, 5, 6] and rest[0].prediction == "None.<|im_end|>"
+
+
+BAD_RESUMES = {
+    "words too": (lambda state: state, {"text": "And?"}, "video= alone"),
+    "no state": (lambda state: {"a": torch.zeros(1)}, {}, "no state of a stream"),
+    "a part": (lambda state: {k: v for k, v in state.items() if "pointers" not in k}, {}, "no state of a stream"),
+    "another model": (
+        lambda state: {
+            **state,
+            "description": torch.tensor(list(bytes(state["description"]).replace(b'"d_model": ', b'"d_model": 1'))),
+        },
+        {},
+        "Use the same model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RESUMES)
+def test_a_state_that_does_not_fit_is_explained(golden_model, whole, small, name):
+    change, more, words = BAD_RESUMES[name]
+    with pytest.raises(ValueError, match=words):
+        next(golden_model.predict_stream(video=small, resume=change(whole[3][1]), **more))
+
+
+# ---------------------------------------------------------------------------------------------------- reading ahead
+
+
+def test_reading_ahead_is_bounded_and_keeps_the_order():
+    drawn = []
+    items = read_ahead((drawn.append(i) or i for i in range(100)), depth=3)
+    assert [next(items) for _ in range(4)] == [0, 1, 2, 3]
+    items.close()
+    assert len(drawn) <= 4 + 3 and not readers()
+
+
+def test_what_the_reading_thread_raises_comes_after_the_frames_before_it():
+    def broken():
+        yield 1
+        raise OSError("cable pulled")
+
+    items = read_ahead(broken())
+    assert next(items) == 1
+    with pytest.raises(OSError, match="cable pulled"):
+        next(items)
+    assert not readers()
+
+
+def test_a_broken_frame_surfaces_in_the_caller(golden_model, arguments, small):
+    stream = golden_model.predict_stream(**{**arguments, "video": [*small[:5], "no-such-file.png"]})
+    with pytest.raises(FileNotFoundError, match="no-such-file"):
+        list(stream)
+
+
+# ---------------------------------------------------------------------------------------------------- damaged files
+
+
+def video_file(path, codec, count=40):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 10, (64, 48))
+    noise = np.random.default_rng(0)
+    for number in range(count):
+        frame = np.full((48, 64, 3), 5 * number + 20, np.uint8)
+        frame[10:30, 10:30] = noise.integers(0, 255, (20, 20, 3))
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def grey_levels(frames):
+    return [int(np.asarray(frame)[2, 2].mean()) for frame in frames]
+
+
+def damaged(path, keep=1.0, hole=0):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + hole] = bytes(hole)
+    path.write_bytes(data[: int(len(data) * keep)])
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.webm"])
+def test_frames_behind_a_broken_one_are_used_and_the_loss_is_reported(tmp_path, name, caplog):
+    codec = {"mp4": "mp4v", "avi": "MJPG", "webm": "VP80"}[name[2:]]
+    frames = open_video(damaged(video_file(tmp_path / name, codec), hole=600))
+    read = grey_levels(iter(frames))
+    assert 30 <= len(read) < 40 and len(frames) == len(read)
+    assert read[0] < 30 and read[-1] > 205 and read == sorted(read)
+    assert frames.problems == [f"'{tmp_path / name}' announces 40 frames, {len(read)} could be read and are used."]
+
+
+def test_a_file_that_was_cut_off_gives_what_it_has_with_one_warning(golden_model, arguments, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("sa2va.processing_sa2va.logger.warning", said.append)
+    path = damaged(video_file(tmp_path / "a.avi", "MJPG", count=8), keep=0.6)
+    output = golden_model.predict_forward(**{**arguments, "video": path, "frame_sampling": "uniform"}, num_frames=1)
+    count = len(output.prediction_masks[0])
+    assert 1 <= count < 8
+    assert output.problems == said == [f"'{path}' announces 8 frames, {count} could be read and are used."]
+
+
+def test_a_whole_file_has_no_problems(tmp_path):
+    frames = open_video(video_file(tmp_path / "a.mp4", "mp4v", count=5))
+    assert len(list(iter(frames))) == 5 and frames.problems == []
+
+
+def test_a_damaged_animation_says_where(tmp_path):
+    noise = [Image.effect_noise((64, 64), 90) for _ in range(6)]
+    path = tmp_path / "clip.gif"
+    noise[0].save(path, save_all=True, append_images=noise[1:])
+    frames = open_video(damaged(path, keep=0.5))
+    count = len(frames)
+    assert 1 <= count < 6 and f"damaged at frame {count}" in frames.problems[0]
+
+
+def test_a_file_that_is_marked_as_rotated_gives_upright_frames(tmp_path):
+    path = video_file(tmp_path / "a.mp4", "mp4v", count=3)
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44  # which will turn by 90 degrees
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    path.write_bytes(data)
+    (frame,) = open_video(path).take(1)
+    assert frame.size == (48, 64)
+    deviation = np.asarray(frame).std(axis=-1)  # the coloured patch was left and above
+    assert deviation[12:28, 20:36].mean() > 3 * deviation[40:].mean()
+
+
+def test_a_file_of_variable_rate_gives_every_stored_frame_once(tmp_path):
+    path = video_file(tmp_path / "a.mp4", "mp4v", count=12)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"moov")
+    for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stts"):  # each holds the next, which grows by 8 bytes
+        at = data.index(box, start) - 4
+        data[at : at + 4] = struct.pack(">I", struct.unpack(">I", data[at : at + 4])[0] + 8)
+    durations = data.index(b"stts", start) + 8
+    _, count, ticks = struct.unpack(">3I", data[durations : durations + 12])
+    data[durations : durations + 12] = struct.pack(">5I", 2, 5, ticks, count - 5, ticks // 4)
+    path.write_bytes(data)
+    frames = open_video(path)
+    levels = grey_levels(iter(frames))
+    assert len(levels) == 12 and levels == sorted(set(levels)) and frames.problems == []
