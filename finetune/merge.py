@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sa2va import Sa2VAChatModel
-from sa2va.modeling_sa2va import ModuleNames, native_adapter_weights
+from sa2va.modeling_sa2va import ModuleNames, merged_with_adapter, native_adapter_weights
 
 PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -42,10 +42,10 @@ def merge_adapter(folder: str | Path, output: str | Path, base: str | None = Non
         ValueError: the adapter doesn't fit the base.
         OSError: no such folder or checkpoint.
     """
-    config, weights = read_adapter(folder)
-    model = Sa2VAChatModel.from_pretrained(base or config.base_model_name_or_path, dtype="auto")
+    base = base or read_adapter(folder)[0].base_model_name_or_path
+    model = Sa2VAChatModel.from_pretrained(base, dtype="auto")
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    merged = load_adapter(model, config, weights).merge_and_unload()
+    merged = merged_with_adapter(model, folder)
     for name, parameter in merged.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])  # modules trained in full were float32
     merged.save_pretrained(output)
@@ -83,23 +83,6 @@ def read_adapter(folder: str | Path):
 
     config = peft.PeftConfig.from_pretrained(str(folder))
     return config, peft.utils.load_peft_weights(str(folder), device="cpu")
-
-
-def load_adapter(model: Sa2VAChatModel, config, weights: dict[str, Tensor]):
-    """The model as a `peft.PeftModel` with this adapter.
-
-    Raises:
-        ValueError: weights are missing, or belong to no module.
-    """
-    import peft
-
-    weights = native_adapter_weights(model, weights)
-    wrapped = peft.get_peft_model(model, model.adapter_config(config))
-    report = peft.set_peft_model_state_dict(wrapped, weights)
-    learned = {name for name, _ in wrapped.named_parameters() if "lora_" in name or ".modules_to_save." in name}
-    if wrong := [*report.unexpected_keys, *sorted(learned & set(report.missing_keys))]:
-        raise ValueError(f"The adapter does not fit {model.name_or_path}: {len(wrong)} keys such as {wrong[0]}.")
-    return wrapped
 
 
 def _released(model: Sa2VAChatModel, config, weights: dict[str, Tensor]):
