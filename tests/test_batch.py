@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GOLDEN, GoldenFamily
+from conftest import GOLDEN, RESIZES_AS_RECORDED, GoldenFamily
 from transformers import AutoModel
 
 from sa2va.modeling_sa2va import _in_batches
@@ -54,8 +54,9 @@ def test_all_recorded_calls_of_a_family_in_one_batch_give_the_recorded_text_and_
         recorded = [case.mask(i) for i in range(case.meta["n_masks"])]
         recorded = recorded[len(recorded) - len(output.prediction_masks) :]  # a [SEG] of the question gives none
         assert len(output.prediction_masks) == output.prediction.count("[SEG]") * bool(output.sample_idx)
+        same_pixels = RESIZES_AS_RECORDED or not family.startswith("qwen") or case.name != "img2seg"
         for mask, wanted in zip(output.prediction_masks, recorded, strict=True):
-            assert mask.shape == wanted.shape and iou(mask, wanted) >= 0.999, case.name
+            assert mask.shape == wanted.shape and iou(mask, wanted) >= (0.999 if same_pixels else 0.97), case.name
 
 
 # Words alone are enough to see whether rows disturb each other: an untrained model writes something else at once.

@@ -10,8 +10,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, GoldenFamily
-from packaging.version import Version
+from conftest import GOLDEN, RESIZES_AS_RECORDED, GoldenFamily
 from PIL import Image
 from transformers import AutoModel
 
@@ -22,8 +21,6 @@ FAMILIES = ("qwen25vl", "qwen3vl")
 CASES = [(family, name) for family in FAMILIES for name in GoldenFamily(family).cases]
 # A memory feature that lies between two bfloat16 values may be rounded the other way: up to 7e-3 on tracked frames.
 TOLERANCE, TRACKED_TOLERANCE, RELATIVE = 2e-4, 3e-3, 2e-4
-# Recorded with torch 2.14. Older ones round some pixels of a large picture's resize to the next of 256 levels.
-RESIZES_AS_RECORDED = Version(torch.__version__) >= Version("2.14")
 ONE_LEVEL = 0.015  # in normalised units
 
 
