@@ -13,6 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from torch import Tensor
@@ -109,22 +110,23 @@ def draw_curve(history: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     logs = [entry for entry in history if "loss" in entry]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    for name in ("lm_loss", *HEAD_WEIGHTS):
-        left.plot(*_series(logs, name), label=name)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
+    styles = cycle(("-", "--"))
+    for i, name in enumerate(("lm_loss", *HEAD_WEIGHTS)):
+        left.plot(*_series(logs, name), next(styles), label=name, color=f"C{i // 2}")
     for name in ("mask_loss", "dice_loss", "iou_loss", "object_score_loss"):
         right.plot(*_series(logs, name), label=name)
     for axis, title in ((left, "words"), (right, "masks")):
         axis.set(title=title, xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def _series(logs: list[dict], name: str) -> tuple[list[int], list[float]]:
     points = [(entry["step"], float(entry[name])) for entry in logs if name in entry]
-    points = [(step, value) for step, value in points if math.isfinite(value)]
+    points = [(step, value) for step, value in points if math.isfinite(value) and value > 0]  # the axis is logarithmic
     return [step for step, _ in points], [value for _, value in points]
 
 
