@@ -14,34 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-from sa2va import Sa2VAChatConfig, Sa2VAChatModel
+from sa2va import Sa2VAChatConfig
+from sa2va.benchmarks.stages import Prescribed, Stages, peak_memory
 
 ANSWER = "Sure, it is [SEG].<|im_end|>"
 TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "ivl_qwen2"
 PICTURE_SIZE = (448, 448)  # one tile
-
-
-class Prescribed:
-    """Logits processor that makes generation write fixed tokens."""
-
-    def __init__(self, token_ids: Sequence[int]):
-        self.token_ids = list(token_ids)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, vocab] that leave only the next token."""
-        forced = torch.full_like(scores, torch.finfo(scores.dtype).min)
-        forced[:, self.token_ids[min(input_ids.shape[1], len(self.token_ids) - 1)]] = 0
-        return forced
 
 
 def write_random_checkpoint(config: dict, folder: Path) -> int:
@@ -52,63 +37,21 @@ def write_random_checkpoint(config: dict, folder: Path) -> int:
     return model.num_parameters()
 
 
-@contextmanager
-def stage_times(model: Sa2VAChatModel) -> Iterator[dict[str, float]]:
-    """Seconds spent in each part of a model while the block runs; the first pass of the language model is "prefill"."""
-    seconds: dict[str, float] = defaultdict(float)
-    started: dict[str, float] = {}
-    decoder = model.get_decoder()
-
-    def begin(name: str):
-        def note(*_) -> None:
-            _synchronize(model.device)
-            started[name] = time.perf_counter()
-
-        return note
-
-    def end(name: str):
-        def note(*_) -> None:
-            _synchronize(model.device)
-            passed = time.perf_counter() - started[name]
-            stage = "decode" if name == "prefill" and seconds["prefill"] else name
-            seconds[stage] += passed
-
-        return note
-
-    parts: dict[str, nn.Module] = {
-        "vision_tower": model.vision_model,
-        "prefill": decoder,
-        "sam2_encode": model.grounding_encoder.sam2_model.image_encoder,
-        "sam2_decode": model.grounding_encoder.sam2_model.sam_mask_decoder,
-    }
-    handles = [part.register_forward_pre_hook(begin(name)) for name, part in parts.items()]
-    handles += [part.register_forward_hook(end(name)) for name, part in parts.items()]
-    try:
-        yield seconds
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def measure(folder: str, dtype: str, device: str) -> dict:
     """Loads a checkpoint and answers about one picture.
 
     Returns:
-        "load_seconds", "peak_load_gb" and "peak_gb" (of this process, 10^9 bytes), "threads", "total_seconds" of the
+        "load_seconds", "peak_load_gb" and "peak_gb" (`peak_memory`, 10^9 bytes), "threads", "total_seconds" of the
         answer, "stage_seconds" by stage, "mask_shape".
     """
     begun = time.perf_counter()
     model = AutoModel.from_pretrained(folder, dtype=dtype, device_map=device).eval()
-    loaded = {"load_seconds": time.perf_counter() - begun, "peak_load_gb": _peak_gb()}
-    tokens = model.load_processor().tokenizer(ANSWER).input_ids
+    loaded = {"load_seconds": time.perf_counter() - begun, "peak_load_gb": peak_memory(model.device) / 1e3}
+    processor = model.load_processor()
+    tokens = processor.tokenizer(ANSWER).input_ids
     picture = Image.radial_gradient("L").resize(PICTURE_SIZE)
     begun = time.perf_counter()
-    with stage_times(model) as seconds:
+    with Stages(model, processor) as stages:
         output = model.predict_forward(
             image=picture, text="Please segment the disk.", logits_processor=[Prescribed(tokens)]
         )
@@ -117,18 +60,11 @@ def measure(folder: str, dtype: str, device: str) -> dict:
     return {
         **loaded,
         "threads": torch.get_num_threads(),
-        "peak_gb": _peak_gb(),
+        "peak_gb": peak_memory(model.device) / 1e3,
         "total_seconds": total,
-        "stage_seconds": {**seconds, "other": total - sum(seconds.values())},
+        "stage_seconds": {**stages.seconds, "other": total - sum(stages.seconds.values())},
         "mask_shape": list(mask.shape),
     }
-
-
-def _peak_gb() -> float:
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def run(config_json: Path, dtype: str = "float32", device: str = "cpu", threads: int | None = None) -> dict:

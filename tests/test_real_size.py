@@ -15,7 +15,7 @@ def test_sa2va_1b_loads_under_8_gb_and_masks_a_picture():
     assert 1.15e9 < result["parameters"] < 1.17e9
     assert result["peak_load_gb"] < 8
     assert result["mask_shape"] == [1, 448, 448]
-    stages = ("vision_tower", "prefill", "decode", "sam2_encode", "sam2_decode", "other")
+    stages = ("vision_tower", "prefill", "decode", "sam2_encode", "mask_decoder", "other")
     assert all(result["stage_seconds"][stage] > 0 for stage in stages)
     assert sum(result["stage_seconds"].values()) == pytest.approx(result["total_seconds"])
     assert "sam2_encode" in format_table(result)

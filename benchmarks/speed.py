@@ -1,0 +1,272 @@
+"""How fast answers with masks are, beside what no implementation can avoid and beside the official way of working.
+
+    python benchmarks/speed.py --json speed.json             # image and 8, 64, 256 frames; 1, 3, 8 objects; small SAM 2
+    python benchmarks/speed.py --sam2 real --frames 1 8 --objects 1 3                    # SAM 2 Hiera-L at 1024 pixels
+
+The language side is that of `sa2va-tiny`; SAM 2 is its own or one of true size with random weights. The words of the
+answer are prescribed: one [SEG] for each object. Videos are files. Each case has a process of its own, in which are
+timed, in turn and several times over:
+
+* ours      `predict_forward`
+* floor     the network calls of that answer, recorded and run by themselves: vision tower, prefill, decode, SAM 2's
+            image encoder, mask decoder, memory attention and memory encoder
+* official  the same networks driven as the official code drives them: states of all layers are kept while generating;
+            every object has a pass over the whole video of its own, and encodes each key frame twice (13 encodes for
+            8 frames and 1 object, 39 for 3 objects)
+
+Printed are medians. "memory" is the peak of a `predict_stream` over the video, before anything else has run.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAGroundingConfig, Sa2VAProcessor
+from sa2va.benchmarks.stages import STEPS, Prescribed, Stages, peak_memory, replay, synchronize
+
+TINY = Path(__file__).parents[1] / "sa2va-tiny"
+FRAME_SIZES = {"small": (128, 128), "real": (480, 854)}  # (h, w): that of the small one's scenes, that of DAVIS
+LENGTHS = (1, 8, 64, 256)
+LONGEST_ON_CPU = {"small": 256, "real": 8}
+OBJECTS = (1, 3, 8)
+QUESTION = "Please segment the disk."
+
+
+def build_model(sam2: str, device: str, dtype: str) -> Sa2VAChatModel:
+    """`sa2va-tiny`, as it is or around a SAM 2 Hiera-L with random weights."""
+    config = Sa2VAChatConfig.from_pretrained(TINY)
+    if sam2 == "small":
+        return AutoModel.from_pretrained(TINY, dtype=dtype, device_map=device).eval()
+    config.grounding_config = Sa2VAGroundingConfig()
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, dtype=getattr(torch, dtype)).to(device).eval()
+    words = {k: v for k, v in AutoModel.from_pretrained(TINY, dtype=dtype).state_dict().items() if "grounding" not in k}
+    own = model.state_dict()  # the projection of [SEG] has another width
+    model.load_state_dict({k: v for k, v in words.items() if v.shape == own[k].shape}, strict=False)
+    model.set_processor(Sa2VAProcessor.from_config(config, Sa2VAProcessor.from_pretrained(TINY).tokenizer))
+    return model
+
+
+def draw_frames(num_frames: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Frames uint8 [h, w, 3], BGR: a disk moves over noise."""
+    height, width = size
+    ground = np.random.default_rng(0).integers(0, 160, (height, width, 3), dtype=np.uint8)
+    for index in range(num_frames):
+        place = (int(width * (0.2 + 0.6 * index / num_frames)), height // 2)
+        yield cv2.circle(ground.copy(), place, height // 6, (40, 60, 250), -1)
+
+
+def write_media(folder: Path, num_frames: int, size: tuple[int, int]) -> Path:
+    """Writes one frame as a PNG, several as a video."""
+    if num_frames == 1:
+        path = folder / "picture.png"
+        cv2.imwrite(str(path), next(draw_frames(1, size)))
+        return path
+    path = folder / "clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 24, size[::-1])
+    for frame in draw_frames(num_frames, size):
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+class Answering:
+    """One question about one medium, answered in our way and in the official way."""
+
+    def __init__(self, model: Sa2VAChatModel, media: Path, is_video: bool, num_objects: int):
+        self.model, self.processor = model, model.load_processor()
+        self.media = {"video" if is_video else "image": media}
+        self.is_video = is_video
+        words = self.processor.tokenizer("[SEG]" * num_objects + "<|im_end|>").input_ids
+        self.generation = {"logits_processor": [Prescribed(words)], "max_new_tokens": len(words)}
+
+    def ours(self) -> list[np.ndarray]:
+        """Masks bool [frames, h, w] of each object."""
+        return self.model.predict_forward(**self.media, text=QUESTION, **self.generation).prediction_masks
+
+    def stream(self) -> None:
+        """Goes through the video, holding one frame at a time."""
+        for _ in self.model.predict_stream(**self.media, text=QUESTION, **self.generation):
+            pass
+
+    @torch.no_grad()
+    def official(self) -> list[np.ndarray]:
+        """The same masks, with the calls of the official code."""
+        inputs = self.processor.prepare(text=QUESTION, **self.media)
+        prompts = self._prompts_from_all_layers(inputs)
+        frames = [self._pixel_values(frame) for frame in inputs.frames.read()]
+        follow = self._follow_alone if self.is_video else self._segment_alone
+        return [self._finish(follow(inputs, frames, prompts[i : i + 1]), inputs.size) for i in range(len(prompts))]
+
+    def _prompts_from_all_layers(self, inputs: Any) -> Tensor:
+        model, tokenizer = self.model, self.processor.tokenizer
+        token_ids = model.special_token_ids(tokenizer)
+        prompt = model._prompt(token_ids, [inputs])
+        arguments = model._generation_arguments(self.processor, self.generation)
+        written = model.causal_model.generate(**prompt, **arguments, output_hidden_states=True)
+        states = torch.cat([layers[-1] for layers in written.hidden_states], dim=1)
+        answer = written.sequences[0]
+        return model.text_hidden_fcs(states[0, -len(answer) :][answer == token_ids.seg])
+
+    def _pixel_values(self, frame: Any) -> Tensor:
+        like = self.model.text_hidden_fcs[0].weight
+        return self.processor.grounding_pixel_values(
+            [frame], dtype=like.dtype, device=like.device, is_video=self.is_video
+        )
+
+    def _segment_alone(self, inputs: Any, frames: list[Tensor], prompt: Tensor) -> Iterator[Tensor]:
+        decoder = self.model.grounding_encoder
+        # The official code also remembers a picture, for nothing.
+        yield from (p.logits for p in decoder.condition(enumerate(frames), prompt, inputs.size).predictions.values())
+
+    def _follow_alone(self, inputs: Any, frames: list[Tensor], prompt: Tensor) -> Iterator[Tensor]:
+        decoder = self.model.grounding_encoder
+        state = decoder.condition(((i, frames[i]) for i in inputs.key_frames), prompt, inputs.size)
+        for index in inputs.key_frames:  # its cache held one frame, so that all but the last are encoded anew
+            decoder.encode(frames[index])
+        yield from (prediction.logits for _, prediction in decoder.propagate(state, frames, torch.cat))
+
+    def _finish(self, logits: Iterator[Tensor], size: tuple[int, int]) -> np.ndarray:
+        resized = (self.processor.resize_logits(frame, size) for frame in logits)
+        return torch.cat([self.processor.binarize(frame) for frame in resized]).cpu().numpy()
+
+
+def clock(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that something takes."""
+    synchronize(device)
+    begun = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begun
+
+
+def measure(sam2: str, num_frames: int, num_objects: int, repeats: int, device: str, dtype: str) -> dict[str, Any]:
+    """Measures one case in this process.
+
+    Returns:
+        Seconds of each repetition ("ours", "floor", "official"); of each stage of `predict_stream` ("stages"; "read" is
+        decoding the file, which overlaps with the rest) and of all of it ("stages_total"); "encodes" of ours and
+        official, "peak_mb" of the stream, and the case.
+    """
+    model = build_model(sam2, device, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        media = write_media(Path(folder), num_frames, FRAME_SIZES[sam2])
+        asked = Answering(model, media, num_frames > 1, num_objects)
+        with Stages(model, asked.processor) as stages:
+            total = clock(asked.stream, model.device)
+        peak = peak_memory(model.device)
+        with Stages(model, record=True) as recorded:
+            ours = [clock(asked.ours, model.device)]
+        with Stages(model) as counted:
+            official = [clock(asked.official, model.device)]
+        floor = [replay(recorded.calls, model.device)]
+        for _ in range(repeats - 1):
+            ours.append(clock(asked.ours, model.device))
+            official.append(clock(asked.official, model.device))
+            floor.append(replay(recorded.calls, model.device))
+        frames = asked.processor.prepare(text=QUESTION, **asked.media).frames
+        reading = clock(lambda: list(frames.read()), model.device)
+    return {
+        "sam2": sam2,
+        "frames": num_frames,
+        "objects": num_objects,
+        "threads": torch.get_num_threads(),
+        "ours": ours,
+        "floor": floor,
+        "official": official,
+        "stages": {"read": reading, **stages.seconds, "other": total - sum(stages.seconds.values())},
+        "stages_total": total,
+        "encodes": {"ours": recorded.counts["frames_encoded"], "official": counted.counts["frames_encoded"]},
+        "peak_mb": peak,
+    }
+
+
+def run_case(options: argparse.Namespace, *case: Any) -> dict[str, Any]:
+    """Measures one case (sam2, frames, objects) in a process of its own.
+
+    Raises:
+        RuntimeError: that process failed; the message holds what it wrote.
+    """
+    settings = [*case, options.repeats, options.device, options.dtype]
+    done = subprocess.run(
+        [sys.executable, __file__, "--case", *map(str, settings)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{case} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+HEADER = ("SAM 2", "frames", "objects", "seconds", "/ floor", "/ official", "encodes", "pre+post", "memory")
+
+
+def row(result: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table; ratios are of medians, with the range over repetitions of the seconds."""
+    ours, floor, official = (statistics.median(result[name]) for name in ("ours", "floor", "official"))
+    around = sum(result["stages"].get(name, 0.0) for name in STEPS) / result["stages_total"]
+    encodes = result["encodes"]
+    return (
+        result["sam2"],
+        str(result["frames"]),
+        str(result["objects"]),
+        f"{ours:.2f} ({min(result['ours']):.2f}-{max(result['ours']):.2f})",
+        f"{ours / floor:.2f}",
+        f"{ours / official:.2f}",
+        f"{encodes['ours']} / {encodes['official']}",
+        f"{around:.1%}",
+        f"{result['peak_mb']:.0f} MB",
+    )
+
+
+def format_row(cells: Sequence[str]) -> str:
+    """Cells as a line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    parser.add_argument("--sam2", nargs="+", choices=FRAME_SIZES, default=["small"], help="(default: small)")
+    parser.add_argument("--frames", nargs="+", type=int, default=LENGTHS, help="1 is an image (default: %(default)s)")
+    parser.add_argument("--objects", nargs="+", type=int, default=OBJECTS, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--device", default=str(accelerator or "cpu"), help="(default here: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write every measurement to this file")
+    parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs all cases and prints a line for each as it ends."""
+    options = parse_arguments(argv)
+    if options.case:
+        sam2, frames, objects, repeats, device, dtype = options.case
+        print(json.dumps(measure(sam2, int(frames), int(objects), int(repeats), device, dtype)))
+        return
+    print(format_row(HEADER), format_row(["---"] * len(HEADER)), sep="\n", flush=True)
+    results = []
+    for case in product(options.sam2, options.frames, options.objects):
+        results.append(run_case(options, *case))
+        print(format_row(row(results[-1])), flush=True)
+        if options.json:
+            about = {"torch": torch.__version__, "device": options.device, "dtype": options.dtype}
+            options.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

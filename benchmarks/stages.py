@@ -1,0 +1,173 @@
+"""Seconds of each stage of an answer, and a recording of the network calls that make it up.
+
+Hooks time the networks, and the processor's steps are wrapped while a block runs; nothing stays behind. What is nested
+in a stage counts to that stage.
+"""
+
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from sa2va import Sa2VAChatModel, Sa2VAProcessor
+
+STEPS = {
+    "preprocess": ("preprocess_image", "preprocess_key_frames", "grounding_pixel_values"),
+    "postprocess": ("resize_logits", "binarize"),
+}
+_CACHE = "past_key_values"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a network, with its arguments."""
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class Stages:
+    """Times the stages of a model's answers inside a `with` block.
+
+    Attributes:
+        seconds: by stage: "vision_tower", "prefill", "decode", "seg_states" (the second look at the answer),
+            "sam2_encode", "mask_decoder", "memory_attention", "memory_encoder", and `STEPS` where there is a processor.
+            Devices are synchronised around each.
+        counts: how often each ran; "frames_encoded" is the number of frames that went through SAM 2's image encoder.
+        calls: the networks' calls in order, except "seg_states", if `record`.
+    """
+
+    def __init__(self, model: Sa2VAChatModel, processor: Sa2VAProcessor | None = None, record: bool = False):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.counts: Counter[str] = Counter()
+        self.calls: list[Call] = []
+        self._model, self._processor, self._record = model, processor, record
+        self._handles: list[Any] = []
+        self._outermost: tuple[Any, str] | None = None
+        self._begun = 0.0
+
+    def __enter__(self) -> "Stages":
+        for stage, modules in _networks(self._model).items():
+            for module in modules:
+                begin = self._begin_network(stage)
+                self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(lambda module, *_: self._end(module)))
+        for stage, names in STEPS.items() if self._processor is not None else ():
+            for name in names:
+                setattr(self._processor, name, self._timed_step(stage, getattr(self._processor, name)))
+        return self
+
+    def __exit__(self, *error) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for names in STEPS.values() if self._processor is not None else ():
+            for name in names:
+                delattr(self._processor, name)
+
+    def _begin_network(self, stage: str) -> Callable:
+        def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if self._outermost is not None:
+                return
+            name = _language_stage(kwargs) if stage == "language" else stage
+            if stage == "sam2_encode" and args[0].shape[1] == 3:
+                self.counts["frames_encoded"] += len(args[0])
+            if self._record and name != "seg_states":
+                self.calls.append(Call(module, args, dict(kwargs)))
+            self._begin(module, name)
+
+        return begin
+
+    def _begin(self, owner: Any, stage: str) -> None:
+        self._outermost = (owner, stage)
+        self.counts[stage] += 1
+        synchronize(self._model.device)
+        self._begun = time.perf_counter()
+
+    def _end(self, owner: Any) -> None:
+        if self._outermost is not None and self._outermost[0] is owner:
+            synchronize(self._model.device)
+            self.seconds[self._outermost[1]] += time.perf_counter() - self._begun
+            self._outermost = None
+
+    def _timed_step(self, stage: str, step: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            if self._outermost is None:
+                self._begin(step, stage)
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self._end(step)
+
+        return timed
+
+
+def _networks(model: Sa2VAChatModel) -> dict[str, Sequence[nn.Module]]:
+    sam2 = model.grounding_encoder.sam2_model
+    return {
+        "vision_tower": [model.vision_model],
+        "language": [model.causal_model],
+        "seg_states": [model.get_decoder()],  # inside `causal_model` it counts to that
+        "sam2_encode": [sam2.image_encoder, sam2.sam_mask_decoder.conv_s0, sam2.sam_mask_decoder.conv_s1],
+        "mask_decoder": [sam2.sam_mask_decoder],
+        "memory_attention": [sam2.memory_attention],
+        "memory_encoder": [sam2.memory_encoder],
+    }
+
+
+def _language_stage(kwargs: dict[str, Any]) -> str:
+    cache = kwargs.get(_CACHE)
+    return "decode" if cache is not None and cache.get_seq_length() else "prefill"
+
+
+def replay(calls: Sequence[Call], device: torch.device) -> float:
+    """Seconds that the recorded calls take by themselves, with caches that begin empty."""
+    caches: dict[int, DynamicCache] = {}
+    fresh = []
+    for call in calls:
+        kwargs = dict(call.kwargs)
+        if kwargs.get(_CACHE) is not None:
+            kwargs[_CACHE] = caches.setdefault(id(kwargs[_CACHE]), DynamicCache())
+        fresh.append((call.module, call.args, kwargs))
+    synchronize(device)
+    begun = time.perf_counter()
+    with torch.no_grad():
+        for module, args, kwargs in fresh:
+            module(*args, **kwargs)
+    synchronize(device)
+    return time.perf_counter() - begun
+
+
+class Prescribed:
+    """Logits processor that makes generation write fixed tokens, as random weights would not write `[SEG]`."""
+
+    def __init__(self, token_ids: Sequence[int]):
+        self.token_ids = list(token_ids)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, vocab] that leave only the next token."""
+        forced = torch.full_like(scores, torch.finfo(scores.dtype).min)
+        forced[:, self.token_ids[min(input_ids.shape[1], len(self.token_ids) - 1)]] = 0
+        return forced
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what was begun on the device."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that was held so far, in 10^6 bytes: of the device, or on a CPU of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -1,0 +1,93 @@
+"""The benchmarks measure what they say: the official way gives our masks with more encodes, and sums are right."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sa2va import Sa2VAChatConfig
+from sa2va.benchmarks.memory import estimate
+from sa2va.benchmarks.speed import Answering, build_model, draw_frames, row, run_case, write_media
+from sa2va.benchmarks.stages import Stages, replay
+
+RELEASED = Path(__file__).parent / "released"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("small", "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_media(tmp_path_factory.mktemp("clip"), 8, (128, 128))
+
+
+@pytest.mark.parametrize(("num_objects", "encodes"), [(1, 13), (3, 39)])
+def test_the_official_way_gives_our_masks_with_more_encodes(model, clip, num_objects, encodes):
+    asked = Answering(model, clip, is_video=True, num_objects=num_objects)
+    with Stages(model) as ours:
+        expected = asked.ours()
+    with Stages(model) as official:
+        found = asked.official()
+    assert len(found) == num_objects
+    np.testing.assert_array_equal(found, expected)
+    assert (ours.counts["frames_encoded"], official.counts["frames_encoded"]) == (8, encodes)
+
+
+def test_the_floor_replays_every_network_call_of_an_answer_once(model, clip):
+    asked = Answering(model, clip, is_video=True, num_objects=1)
+    with Stages(model, record=True) as recorded:
+        asked.ours()
+    with Stages(model) as replayed:
+        assert replay(recorded.calls, model.device) > 0
+    assert recorded.counts - replayed.counts == {"seg_states": 1}
+    assert (replayed.counts["prefill"], replayed.counts["memory_attention"], replayed.counts["mask_decoder"]) == (
+        1,
+        3,
+        8,
+    )
+
+
+def test_stages_leave_nothing_behind(model, clip):
+    processor = model.load_processor()
+    before = dict(vars(processor))
+    with Stages(model, processor) as stages:
+        Answering(model, clip, is_video=True, num_objects=1).ours()
+    assert min(stages.seconds[name] for name in ("preprocess", "vision_tower", "sam2_encode", "postprocess")) > 0
+    assert vars(processor) == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.vision_model.modules())
+
+
+@pytest.mark.slow
+def test_a_case_is_measured_in_a_process_of_its_own():
+    options = argparse.Namespace(repeats=2, device="cpu", dtype="float32")
+    result = run_case(options, "small", 1, 3)
+    assert [len(result[name]) for name in ("ours", "floor", "official")] == [2, 2, 2]
+    assert sum(result["stages"].values()) - result["stages"]["read"] == pytest.approx(result["stages_total"])
+    assert row(result)[:3] == ("small", "1", "3")
+    assert result["encodes"] == {"ours": 1, "official": 3}
+
+
+def test_frames_of_a_benchmark_move():
+    first, *_, last = draw_frames(8, (128, 128))
+    assert (first != last).any()
+
+
+def test_memory_is_the_sum_of_weights_cache_activations_and_tracking():
+    described = json.loads((RELEASED / "ByteDance--Sa2VA-4B.json").read_text())
+    found = estimate(Sa2VAChatConfig(**described["config"]), frames=5, objects=3)
+    assert found.weights == pytest.approx(7.88e9, rel=1e-3)  # 3.94 billion parameters in 16 bits
+    assert found.tokens == 5 * 256 + 100
+    assert found.cache == 2 * 36 * 2 * 128 * (found.tokens + 256) * 2  # keys and values, layers, heads, width, bytes
+    assert found.total == found.weights + found.cache + found.activations + found.tracking
+
+
+def test_tracking_grows_with_objects_and_an_image_tracks_nothing():
+    config = Sa2VAChatConfig()
+    with torch.device("meta"):
+        image, one, eight = (estimate(config, *case) for case in ((None, 1), (5, 1), (5, 8)))
+    assert image.tracking == 0 < one.tracking < eight.tracking
