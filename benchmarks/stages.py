@@ -16,12 +16,12 @@ from torch import nn
 from transformers import DynamicCache
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
+from sa2va.modeling_sa2va import _CACHE
 
 STEPS = {
     "preprocess": ("preprocess_image", "preprocess_key_frames", "grounding_pixel_values"),
     "postprocess": ("resize_logits", "binarize"),
 }
-_CACHE = "past_key_values"
 
 
 @dataclass(frozen=True)
