@@ -43,6 +43,19 @@ FRAME_SIZES = {"small": (128, 128), "real": (480, 854)}  # (h, w): that of the s
 LENGTHS = (1, 8, 64, 256)
 LONGEST_ON_CPU = {"small": 256, "real": 8}
 OBJECTS = (1, 3, 8)
+STAGES = (  # in the order of work; reading is done in another thread
+    "preprocess",
+    "vision_tower",
+    "prefill",
+    "decode",
+    "seg_states",
+    "sam2_encode",
+    "mask_decoder",
+    "memory_encoder",
+    "memory_attention",
+    "postprocess",
+    "other",
+)
 QUESTION = "Please segment the disk."
 
 
@@ -158,18 +171,17 @@ def measure(sam2: str, num_frames: int, num_objects: int, repeats: int, device: 
     """Measures one case in this process.
 
     Returns:
-        Seconds of each repetition ("ours", "floor", "official"); of each stage of `predict_stream` ("stages"; "read" is
-        decoding the file, which overlaps with the rest) and of all of it ("stages_total"); "encodes" of ours and
-        official, "peak_mb" of the stream, and the case.
+        Seconds of each repetition ("ours", "floor", "official") and of each stage of our first ("stages"; "read" is
+        decoding the file, which overlaps with the rest); "encodes" of ours and official, "peak_mb" of a
+        `predict_stream`, and the case.
     """
     model = build_model(sam2, device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         media = write_media(Path(folder), num_frames, FRAME_SIZES[sam2])
         asked = Answering(model, media, num_frames > 1, num_objects)
-        with Stages(model, asked.processor) as stages:
-            total = clock(asked.stream, model.device)
+        asked.stream()
         peak = peak_memory(model.device)
-        with Stages(model, record=True) as recorded:
+        with Stages(model, asked.processor, record=True) as recorded:
             ours = [clock(asked.ours, model.device)]
         with Stages(model) as counted:
             official = [clock(asked.official, model.device)]
@@ -188,8 +200,7 @@ def measure(sam2: str, num_frames: int, num_objects: int, repeats: int, device: 
         "ours": ours,
         "floor": floor,
         "official": official,
-        "stages": {"read": reading, **stages.seconds, "other": total - sum(stages.seconds.values())},
-        "stages_total": total,
+        "stages": {"read": reading, **recorded.seconds, "other": ours[0] - sum(recorded.seconds.values())},
         "encodes": {"ours": recorded.counts["frames_encoded"], "official": counted.counts["frames_encoded"]},
         "peak_mb": peak,
     }
@@ -216,7 +227,7 @@ HEADER = ("SAM 2", "frames", "objects", "seconds", "/ floor", "/ official", "enc
 def row(result: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table; ratios are of medians, with the range over repetitions of the seconds."""
     ours, floor, official = (statistics.median(result[name]) for name in ("ours", "floor", "official"))
-    around = sum(result["stages"].get(name, 0.0) for name in STEPS) / result["stages_total"]
+    around = sum(result["stages"].get(name, 0.0) for name in STEPS) / result["ours"][0]
     encodes = result["encodes"]
     return (
         result["sam2"],
@@ -236,6 +247,32 @@ def format_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws where the time of each case goes, beside its floor and the official way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    stages = [name for name in STAGES if any(name in result["stages"] for result in results)]
+    figure, axes = pyplot.subplots(1, len(results), figsize=(2 + 2.6 * len(results), 4), layout="constrained")
+    for axis, result in zip(np.atleast_1d(axes), results, strict=True):
+        for place, name in enumerate(("floor", "official"), 1):
+            axis.bar(place, statistics.median(result[name]), color="1", edgecolor="0.4", hatch="///")
+        bottom = 0.0
+        for color, name in enumerate(stages):
+            height = result["stages"].get(name, 0.0)
+            axis.bar(0, height, bottom=bottom, color=f"C{color}", label=name.replace("_", " "))
+            bottom += height
+        axis.set_xticks(range(3), ["ours", "floor", "official\nstyle"])
+        medium = "image" if result["frames"] == 1 else f"{result['frames']} frames"
+        axis.set_title(f"{medium}, {result['objects']} object{'s' * (result['objects'] > 1)}", fontsize="medium")
+    np.atleast_1d(axes)[0].set_ylabel("seconds")
+    np.atleast_1d(axes)[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", reverse=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,6 +284,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default=str(accelerator or "cpu"), help="(default here: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write every measurement to this file")
+    parser.add_argument("--plot", type=Path, help="also draw the stages to this picture")
     parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -266,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.json:
             about = {"torch": torch.__version__, "device": options.device, "dtype": options.dtype}
             options.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+    if options.plot:
+        draw(results, options.plot)
 
 
 if __name__ == "__main__":
