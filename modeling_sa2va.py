@@ -87,7 +87,8 @@ OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 # transformers 5.24 gave the key-value cache of every model a new name.
 _CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-_ENCODING_MEMORY = 3 * 2**30  # bytes of activations that encoding a frame of 1024 x 1024 is reckoned to take
+# Bytes of activations that encoding a frame of 1024 x 1024 is reckoned to take: twice what float32 took on a CPU.
+_ENCODING_MEMORY = 2**30
 _MOST_ENCODED = 8
 _PROCESSOR_LOADING = threading.Lock()
 _ADAPTER_PREFIX = "base_model.model."

@@ -41,6 +41,7 @@ class Style:
         max_expressions: turns of a training sample at most; more expressions are drawn from by chance.
         questions: templates with {} and {medium} around a phrase; evaluation takes the first.
         sentences: the same around a sentence.
+        answers: what is said of an object that is there, with one [SEG]; may repeat the words as {}.
         seed: names what chance does.
     """
 
@@ -49,6 +50,7 @@ class Style:
     max_expressions: int = 5
     questions: Sequence[str] = templates.SEGMENT_QUESTIONS
     sentences: Sequence[str] = ("{}",)
+    answers: Sequence[str] = templates.ANSWERS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,11 +86,9 @@ class Style:
             raise ValueError("an expression is empty.")
         options = self.sentences if expression.is_sentence else self.questions
         if self.one_per_expression:
-            question, answer, refusal = options[0], templates.ANSWERS[0], templates.REFUSALS[0]
+            question, answer, refusal = options[0], self.answers[0], templates.REFUSALS[0]
         else:
-            question, answer, refusal = (
-                templates.pick(rng, o) for o in (options, templates.ANSWERS, templates.REFUSALS)
-            )
+            question, answer, refusal = (templates.pick(rng, o) for o in (options, self.answers, templates.REFUSALS))
             words = words if expression.is_sentence else words.lower().removesuffix(".")
         medium = templates.medium(self.is_video)
         question = question.replace("{medium}", medium).replace("{}", words)
@@ -96,11 +96,16 @@ class Style:
             return Turn(question, None)
         if expression.objects is None:
             return Turn(question, refusal.replace("{medium}", medium))
-        return Turn(question, answer, (expression.objects,))
+        return Turn(question, answer.replace("{}", words), (expression.objects,))
 
 
 def make_style(
-    split: str, *, one_per_expression: bool | None = None, template: str | None = None, **options: Any
+    split: str,
+    *,
+    one_per_expression: bool | None = None,
+    template: str | None = None,
+    answer: str | None = None,
+    **options: Any,
 ) -> Style:
     """The style of a split.
 
@@ -108,14 +113,18 @@ def make_style(
         split: those that begin with "train" are grouped for training, all others are for evaluation.
         one_per_expression: True or False says so outright.
         template: a question with {} in it that replaces the usual ones.
+        answer: an answer with one [SEG] that replaces the usual ones; {} in it stands for the expression.
         **options: `max_expressions`, `seed` and what else `Style` takes.
 
     Raises:
         TypeError: an unknown option.
-        ValueError: a template without {}, or what `Style` refuses.
+        ValueError: a template without {}, an answer without one [SEG], or what `Style` refuses.
     """
     if template is not None and "{}" not in template:
         raise ValueError(f"A template needs {{}} where the expression goes, got {template!r}.")
+    if answer is not None and answer.count(templates.SEG) != 1:
+        raise ValueError(f"An answer needs one {templates.SEG}, got {answer!r}.")
     single = not split.startswith("train") if one_per_expression is None else one_per_expression
     style = Style(single, **options)
-    return replace(style, questions=(template,)) if template else style
+    style = replace(style, questions=(template,)) if template else style
+    return replace(style, answers=(answer,)) if answer else style

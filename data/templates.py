@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+SEG = "[SEG]"
 # {} is the expression, {medium} "image" or "video"
 SEGMENT_QUESTIONS = (
     "Please segment {} in this {medium}.",

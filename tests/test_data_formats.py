@@ -144,6 +144,14 @@ def test_a_template_replaces_the_usual_question():
         example("mevis", "valid_u", template="Find it.")
 
 
+def test_an_answer_of_ones_own_repeats_the_expression():
+    turn = example("mevis", "valid_u", answer="It is {} [SEG].")[0].turns[0]
+
+    assert turn.answer == f"It is {example('mevis', 'valid_u')[0].info['expression']} [SEG]."
+    with pytest.raises(ValueError, match=r"one \[SEG\]"):
+        example("mevis", "valid_u", answer="It is {}.")
+
+
 def test_unknown_names_splits_and_folders_are_refused():
     with pytest.raises(ValueError, match=r"Unknown data set 'coco'.*refcoco"):
         open_dataset("coco", EXAMPLES, "val")
