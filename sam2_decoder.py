@@ -27,7 +27,7 @@ from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
-from sam2.modeling.position_encoding import PositionEmbeddingSine, apply_rotary_enc, compute_axial_cis
+from sam2.modeling.position_encoding import PositionEmbeddingSine, compute_axial_cis
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import Attention, RoPEAttention, TwoWayTransformer
 from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
@@ -45,28 +45,102 @@ def _axial_rope_table(head_dim: int, side: int, theta: float, device: torch.devi
 
 
 class RotaryAttention(RoPEAttention):
-    """`sam2`'s RoPEAttention with its table looked up on first use instead of stored.
+    """`sam2`'s RoPEAttention for one head, its table looked up on first use instead of stored.
 
     The parent computes the table while it is built: a meta tensor under `from_pretrained`, and moved to "cuda" wherever
     there is one. It also writes it to `self` in every call, which two threads on two devices can't share.
     """
 
-    def __init__(self, *args, rope_theta: float = 10000.0, rope_k_repeat: bool = False, **kwargs):
-        Attention.__init__(self, *args, **kwargs)
+    def __init__(self, *args, rope_theta: float = 10000.0, **kwargs):
+        Attention.__init__(self, *args, num_heads=1, **kwargs)
         self.rope_theta = rope_theta
-        self.rope_k_repeat = rope_k_repeat
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
-        """Attends from q [B, side * side, C] to k, v [B, L, C_kv]; the last `num_k_exclude_rope` keys stay."""
-        q = self._separate_heads(self.q_proj(q), self.num_heads)
-        k = self._separate_heads(self.k_proj(k), self.num_heads)
-        v = self._separate_heads(self.v_proj(v), self.num_heads)
-        table = _axial_rope_table(q.shape[-1], round(q.shape[-2] ** 0.5), self.rope_theta, q.device)
-        spatial, pointers = k.split([k.shape[-2] - num_k_exclude_rope, num_k_exclude_rope], dim=-2)
-        q, spatial = apply_rotary_enc(q, spatial, freqs_cis=table, repeat_freqs_k=self.rope_k_repeat)
-        k = torch.cat([spatial, pointers], dim=-2)
-        dropout = self.dropout_p if self.training else 0.0
-        return self.out_proj(self._recombine_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)))
+        """Attends from a map q [B or 1, side * side, C] to k, v [B, L, C_kv]: [B, side * side, C].
+
+        Keys are maps of the same size, one behind another, and `num_k_exclude_rope` tokens that have no place. A single
+        row of q is everybody's.
+        """
+        table = _axial_rope_table(self.internal_dim, round(q.shape[1] ** 0.5), self.rope_theta, q.device)
+        q = _rotate(self.q_proj(q), table).expand(len(k), -1, -1)
+        if self._averages_first(q, v):
+            rows = zip(q, k, v, strict=True)
+            attended = [_attend_in_blocks(q, self._keys(k, num_k_exclude_rope, table), v) for q, k, v in rows]
+            return self.out_proj(self.v_proj(torch.stack(attended)))
+        k = torch.cat(list(self._keys(k, num_k_exclude_rope, table)), dim=1)
+        v, dropout = self.v_proj(v), self.dropout_p if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], dropout_p=dropout)
+        return self.out_proj(attended[:, 0])
+
+    def _keys(self, k: Tensor, num_k_exclude_rope: int, table: Tensor) -> Iterator[Tensor]:
+        """Keys [..., S, C] of each map, rotated, then of the tokens, if there are any."""
+        maps, tokens = k.split([k.shape[-2] - num_k_exclude_rope, num_k_exclude_rope], dim=-2)
+        for part in maps.split(len(table), dim=-2):
+            yield _rotate(self.k_proj(part), table)
+        if num_k_exclude_rope:
+            yield self.k_proj(tokens)
+
+    def _averages_first(self, q: Tensor, v: Tensor) -> bool:
+        """Whether values are averaged before they are projected: the same, as weights sum to 1, and narrower.
+
+        On a CPU that saves a third of all arithmetic, though no fused kernel there does it. Those of accelerators are
+        better left alone, half precision needs their wider sums, and training their gradients and dropout.
+        """
+        by_hand = q.device.type == "cpu" and q.dtype == torch.float32 and not torch.is_grad_enabled()
+        return by_hand and not self.training and v.shape[-1] < self.internal_dim
+
+
+def _rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates pairs of neighbouring channels of x [..., L, C] by a complex table [L, C / 2], in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+
+
+def _attend_in_blocks(q: Tensor, keys: Iterable[Tensor], v: Tensor, size: int = 1024) -> Tensor:
+    """Softmax attention of q [L, C] to keys, which come in parts [S, C], with values v [sum of S, C_v]: [L, C_v].
+
+    Scores live in blocks of `size` x `size`, which fit into a cache; each is weighted against the highest score so far
+    (FlashAttention, arXiv 2205.14135).
+    """
+    queries = q * q.shape[-1] ** -0.5
+    attended, total = q.new_zeros(len(q), v.shape[-1]), q.new_zeros(len(q), 1)
+    highest = torch.full_like(total, -torch.inf)
+    rows = list(zip(*(x.split(size) for x in (queries, highest, total, attended)), strict=True))
+    seen = 0
+    for key in itertools.chain.from_iterable(part.split(size) for part in keys):
+        value = v[seen : (seen := seen + len(key))]
+        for query, highest_so_far, sum_so_far, result in rows:
+            scores = query @ key.mT
+            top = torch.maximum(highest_so_far, scores.amax(-1, keepdim=True))
+            weights, fading = scores.sub_(top).exp_(), (highest_so_far - top).exp_()
+            sum_so_far.mul_(fading).add_(weights.sum(-1, keepdim=True))
+            result.mul_(fading).addmm_(weights, value)
+            highest_so_far.copy_(top)
+    return attended / total
+
+
+class ObjectMemoryAttention(MemoryAttention):
+    """`sam2`'s MemoryAttention that takes a frame once for all objects, until their memories make it differ."""
+
+    def forward(
+        self, curr: Tensor, memory: Tensor, curr_pos: Tensor, memory_pos: Tensor, num_obj_ptr_tokens: int = 0
+    ) -> Tensor:
+        """Fuses frames with memories.
+
+        Args:
+            curr, curr_pos: [h * w, N or 1, D], a row for each object or one for all; `SAM2Base` gives lists of one.
+            memory, memory_pos: [L, N, mem_dim]; one row of positions may serve all.
+            num_obj_ptr_tokens: how many of the L, the last ones, come from object pointers.
+
+        Returns:
+            [h * w, N, D].
+        """
+        curr, curr_pos = (x[-1] if isinstance(x, list) else x for x in (curr, curr_pos))
+        output = (curr + 0.1 * curr_pos).transpose(0, 1)
+        memory, memory_pos = memory.transpose(0, 1), memory_pos.transpose(0, 1)
+        for layer in self.layers:
+            output = layer(output, memory, memory_pos, num_k_exclude_rope=num_obj_ptr_tokens)
+        return self.norm(output).transpose(0, 1)
 
 
 def _position_encoding(channels: int) -> PositionEmbeddingSine:
@@ -109,7 +183,7 @@ def _build_image_encoder(config: Sa2VAGroundingConfig) -> ImageEncoder:
 
 def _build_memory_attention(config: Sa2VAGroundingConfig) -> MemoryAttention:
     dropout = config.memory_attention_dropout
-    attention = {"embedding_dim": config.d_model, "num_heads": 1, "downsample_rate": 1, "dropout": dropout}
+    attention = {"embedding_dim": config.d_model, "dropout": dropout}
     layer = MemoryAttentionLayer(
         activation="relu",
         dim_feedforward=config.memory_attention_dim_feedforward,
@@ -119,9 +193,9 @@ def _build_memory_attention(config: Sa2VAGroundingConfig) -> MemoryAttention:
         d_model=config.d_model,
         pos_enc_at_cross_attn_keys=True,
         pos_enc_at_cross_attn_queries=False,
-        cross_attention=RotaryAttention(**attention, rope_k_repeat=True, kv_in_dim=config.mem_dim),
+        cross_attention=RotaryAttention(**attention, kv_in_dim=config.mem_dim),
     )
-    return MemoryAttention(
+    return ObjectMemoryAttention(
         d_model=config.d_model, pos_enc_at_input=True, layer=layer, num_layers=config.memory_attention_layers
     )
 
@@ -702,23 +776,21 @@ class Sam2Decoder(nn.Module):
         spatial = bank.spatial(frame)
         memory = [memory.to(features.vision_features.dtype) for _, memory in spatial]
         position = [bank.position + model.maskmem_tpos_enc[row] for row, _ in spatial]
-        num_objects = memory[0].shape[1]
-        pointers = self._pointer_tokens(bank.pointers(frame, reverse), num_objects, like=memory[0])
-        position = torch.cat([*position, torch.zeros_like(pointers[:, :1])])
-        current = _tokens(features.vision_features).expand(-1, num_objects, -1)
+        pointers = self._pointer_tokens(bank.pointers(frame, reverse), like=memory[0])
         output = model.memory_attention(
-            curr=current,
-            curr_pos=_tokens(features.vision_pos_embeds).expand(-1, num_objects, -1),
-            memory=torch.cat([*memory, pointers]),
-            memory_pos=position.expand(-1, num_objects, -1),
+            curr=_tokens(features.vision_features),
+            curr_pos=_tokens(features.vision_pos_embeds),
+            # Contiguous for each object: attention takes one after another.
+            memory=torch.cat([part.transpose(0, 1) for part in (*memory, pointers)], dim=1).transpose(0, 1),
+            memory_pos=torch.cat([*position, torch.zeros_like(pointers[:, :1])]),
             num_obj_ptr_tokens=len(pointers),
         )
         return output.permute(1, 2, 0).unflatten(-1, features.vision_features.shape[-2:])
 
-    def _pointer_tokens(self, pointers: list[Tensor], num_objects: int, like: Tensor) -> Tensor:
+    def _pointer_tokens(self, pointers: list[Tensor], like: Tensor) -> Tensor:
         """Splits each pointer [N, D] into D / mem_dim tokens of the memory's width: [P * D / mem_dim, N, mem_dim]."""
         if not pointers:
-            return like.new_zeros(0, num_objects, like.shape[-1])
+            return like[:0]
         stacked = torch.stack(pointers).unflatten(-1, (-1, like.shape[-1]))
         return stacked.permute(0, 2, 1, 3).flatten(0, 1)
 
