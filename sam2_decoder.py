@@ -472,7 +472,10 @@ class Sam2Decoder(nn.Module):
 
         Its hooks load weights when a module is called; these modules never are.
         """
-        modules = [m for m in self.modules() if isinstance(m, (Sam2Model, nn.Embedding)) and hasattr(m, "_hf_hook")]
+        model = self.sam2_model
+        owners = dict.fromkeys((model.sam_prompt_encoder, model.sam_mask_decoder, model.prompt_decoder))
+        embeddings = (child for owner in owners for child in owner.children() if isinstance(child, nn.Embedding))
+        modules = [module for module in (model, *embeddings) if hasattr(module, "_hf_hook")]
         for module in modules:
             module._hf_hook.pre_forward(module)
         try:
