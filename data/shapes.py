@@ -22,7 +22,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "orange": (246, 136, 28),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross")
-NEW_SHAPES: tuple[str, ...] = ("crescent",)  # in no scene of the synthetic world: what can still be taught
 MOTIONS: dict[str, tuple[int, int]] = {
     "up": (0, -1),
     "down": (0, 1),
@@ -75,10 +74,6 @@ def shape_outline(shape: str) -> np.ndarray:
         arm, half = 1.0, 0.36
         quarter = [(half, -arm), (half, -half), (arm, -half)]
         points = [(x, y) if turn == 0 else _quarter_turn(x, y, turn) for turn in range(4) for x, y in quarter]
-    elif shape == "crescent":  # half a circle, hollowed out by half an ellipse; it reaches further than REACH
-        angles = [math.pi * corner / 24 - math.pi / 2 for corner in range(25)]
-        outer = [(math.cos(a) - 0.5, math.sin(a)) for a in angles]
-        points = outer + [(0.35 * math.cos(a) - 0.5, math.sin(a)) for a in reversed(angles[1:-1])]
     else:
         corners = {"circle": 48, "square": 4, "triangle": 3, "star": 10}[shape]
         start = -math.pi / 2 + (math.pi / 4 if shape == "square" else 0)

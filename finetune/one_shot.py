@@ -1,17 +1,19 @@
-"""Teaches a checkpoint a shape it has never seen, from a few dozen annotated pictures, and measures what that costs.
+"""Teaches a checkpoint to be asked in Dutch, from a few dozen annotated pictures, and measures what that costs.
 
     python finetune/one_shot.py --output_dir runs/one-shot                 # from sa2va-tiny, in minutes on a CPU
     python finetune/one_shot.py --output_dir runs/one-shot --steps 20 --count 10                   # to see that it runs
 
 It is one-shot instruction tuning as the paper has it: new pictures in the official fine-tune format
 (`annotations.json`: image, polygons, text), mixed with samples of what the model knows, and `finetune/train.py` with
-the recipe. Printed is a table of scores before and after: of the new shape on held-out pictures, where another object
-always has its colour, and of the old tasks on scenes of another seed. Everything follows from the seeds.
+the recipe. Printed is a table of scores before and after: of Dutch expressions on held-out pictures, where neither
+colour nor shape alone tells which object is meant, and of the old tasks on scenes of another seed. Everything follows
+from the seeds.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count as numbers
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,26 @@ import numpy as np
 from sa2va.data.export_scenes import TASKS, export_scenes
 from sa2va.data.make_samples import outline
 from sa2va.data.scenes import IMAGE_REQUESTS, SceneSample, Turn
-from sa2va.data.shapes import COLORS, NEW_SHAPES, SHAPES, choose, draw_clip, place_objects, shown_well, shuffled
+from sa2va.data.shapes import COLORS, SHAPES, SceneObject, draw_clip, place_objects, shown_well, shuffled
 from sa2va.demo.media import picture_writer, replacing
 from sa2va.evaluation.scenes import converse, evaluate, load, measure_overlap, summarize_overlaps
 from sa2va.finetune.train import main as train
 
-(NEW_SHAPE,) = NEW_SHAPES
+DUTCH_COLORS = {
+    "red": "rode",
+    "green": "groene",
+    "blue": "blauwe",
+    "yellow": "gele",
+    "purple": "paarse",
+    "orange": "oranje",
+}
+DUTCH_SHAPES = {
+    "circle": "de {} cirkel",
+    "square": "het {} vierkant",
+    "triangle": "de {} driehoek",
+    "star": "de {} ster",
+    "cross": "het {} kruis",
+}
 ANSWER = "Sure, it is {} [SEG]."  # as the checkpoint answers: it finds what it has named
 SPLITS = ("train", "test")
 SIZE = (128, 128)
@@ -43,7 +59,7 @@ RECIPE = {  # on top of the paper's: a model so small has no use for rank 256, a
     "lora_alpha": 64,
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-3,
+    "learning_rate": 6e-4,
     "weight_decay": 0.01,
     "logging_steps": 20,
     "save_steps": 100,
@@ -52,43 +68,55 @@ RECIPE = {  # on top of the paper's: a model so small has no use for rank 256, a
 }
 
 
-def new_scene(seed: int, index: int, split: str = "train") -> SceneSample:
-    """A picture with one or two objects of the new shape among old ones, and a question for one of them.
+def in_dutch(thing: SceneObject) -> str:
+    """An object by colour and shape: "de rode ster"."""
+    return DUTCH_SHAPES[thing.shape].format(DUTCH_COLORS[thing.color])
 
-    One of the old ones always has the colour of the one that is asked for, so that colour alone does not tell. The
-    same arguments give the same scene.
+
+def new_scene(seed: int, index: int, split: str = "train") -> SceneSample:
+    """A picture of four objects and a question in Dutch for each of them, the first first.
+
+    Others have the colour and the shape of the first. The same arguments give the same scene.
     """
     rng = np.random.default_rng([seed, index, SPLITS.index(split)])
     for _ in numbers():
-        color, other, *rest = shuffled(rng, tuple(COLORS))
-        two = bool(rng.random() < 0.3)
-        kinds = [(color, NEW_SHAPE), (color, choose(rng, SHAPES)), (choose(rng, rest), choose(rng, SHAPES))]
-        kinds += [(other, NEW_SHAPE)] if two else []
+        (color, second, third, *_), (shape, other, another, *_) = shuffled(rng, tuple(COLORS)), shuffled(rng, SHAPES)
+        kinds = [(color, shape), (color, other), (second, shape), (third, another)]
         objects = place_objects(rng, shuffled(rng, kinds), SIZE, moving=False)
         if objects is None:
             continue
         frames, masks, areas = draw_clip(rng, objects, SIZE, 1)
         if shown_well(masks, areas):
             break
-    target = next(i for i, thing in enumerate(objects) if (thing.color, thing.shape) == (color, NEW_SHAPE))
-    words = f"the {color} {NEW_SHAPE}" if two or rng.random() < 0.5 else f"the {NEW_SHAPE}"
-    question = IMAGE_REQUESTS[0].format(words)
-    turn = Turn(question, ANSWER.format(words), masks[[target]], (target,), None, NEW_SHAPE)
-    return SceneSample("refer", frames, (turn,), objects, masks)
+    order = sorted(range(len(objects)), key=lambda i: (objects[i].color, objects[i].shape) != (color, shape))
+    turns = (
+        Turn(
+            IMAGE_REQUESTS[0].format(in_dutch(objects[i])),
+            ANSWER.format(in_dutch(objects[i])),
+            masks[[i]],
+            (i,),
+            None,
+            "dutch",
+        )
+        for i in order
+    )
+    return SceneSample("refer", frames, tuple(turns), objects, masks)
 
 
 def write_new_pictures(folder: Path, seed: int, count: int) -> None:
-    """Writes scenes of the new shape in the official fine-tune format: images/ and annotations.json."""
+    """Writes scenes with Dutch expressions in the official fine-tune format: images/ and annotations.json."""
     items = []
-    before, after = IMAGE_REQUESTS[0].split("{}")
     for index in range(count):
         scene = new_scene(seed, index)
-        (turn,) = scene.turns
         with picture_writer(folder / "images" / f"{index:03}.png") as write:
             write(scene.frames[0])
-        name = f"{index:03}.png"
-        words = turn.question.removeprefix(before).removesuffix(after)
-        items.append({"image": name, "mask": [outline(turn.masks[0, 0])], "text": [words]})
+        items.append(
+            {
+                "image": f"{index:03}.png",
+                "mask": [outline(turn.masks[0, 0]) for turn in scene.turns],
+                "text": [in_dutch(scene.objects[turn.targets[0]]) for turn in scene.turns],
+            }
+        )
     with replacing(folder / "annotations.json") as temporary:
         temporary.write_text(json.dumps(items, indent=1) + "\n")
 
@@ -106,11 +134,12 @@ def write_mixture(folder: Path, seed: int, pictures: int, old_scenes: int, new_s
 
 
 def measure(checkpoint: str | Path, seed: int, count: int, split: str) -> dict[str, float]:
-    """Scores in percent: cIoU of the new shape, and those of `OLD_SCORES` from `count` scenes of each old task."""
+    """Scores in percent: cIoU of Dutch expressions, and those of `OLD_SCORES` from `count` scenes of each old task."""
     model, processor = load(str(checkpoint))
     scenes = (new_scene(seed, index, "test") for index in range(count))
+    scenes = (replace(scene, turns=scene.turns[:1]) for scene in scenes)
     overlaps = [measure_overlap(turn, out) for scene in scenes for turn, out in converse(model, processor, scene)]
-    found = {f"new: {NEW_SHAPE}, cIoU": round(100 * summarize_overlaps(overlaps)["ciou"], 2)}
+    found = {"new: in Dutch, cIoU": round(100 * summarize_overlaps(overlaps)["ciou"], 2)}
     scores = evaluate(model, processor, seed, count, split=split)["scores"]
     return found | {name: scores[criterion][score] for name, (criterion, score) in OLD_SCORES.items()}
 

@@ -356,15 +356,18 @@ def test_accelerate_reads_its_configs(file):
     assert all(name in known for name in (*config.fsdp_config, *config.deepspeed_config))
 
 
-def test_new_shapes_are_annotated_as_they_are_drawn(tmp_path):
+def test_pictures_with_dutch_expressions_are_annotated_as_they_are_drawn(tmp_path):
     one_shot.write_new_pictures(tmp_path, seed=3, count=2)
     dataset = open_dataset("finetune", tmp_path, "train")
     for index in range(2):
         scene, sample = one_shot.new_scene(3, index), dataset[index]
-        (turn,) = sample.turns
-        assert np.array_equal(turn.objects[0].read([0], one_shot.SIZE), scene.turns[0].masks[0])
-        assert "crescent" in turn.question and np.array_equal(np.array(sample.media.read()[0]), scene.frames[0])
-        target = scene.objects[scene.turns[0].targets[0]]
-        assert sum(thing.color == target.color for thing in scene.objects) > 1
+        assert np.array_equal(np.array(sample.media.read()[0]), scene.frames[0])
+        assert len(sample.turns) == len(scene.turns) == 4
+        for turn, drawn in zip(sample.turns, scene.turns, strict=True):
+            assert np.array_equal(turn.objects[0].read([0], one_shot.SIZE), drawn.masks[0])
+            assert one_shot.in_dutch(scene.objects[drawn.targets[0]]) in turn.question
+        first = scene.objects[scene.turns[0].targets[0]]
+        for kind in ("color", "shape"):
+            assert sum(getattr(thing, kind) == getattr(first, kind) for thing in scene.objects) == 2
     assert not np.array_equal(one_shot.new_scene(3, 0, "test").frames, one_shot.new_scene(3, 0).frames)
     assert "| b | 1.0 | 2.0 |" in one_shot.format_scores({"b": 1}, {"b": 2})
