@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -36,6 +36,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
@@ -44,6 +45,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    StaticCache,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming, WeightTransform
@@ -103,6 +105,7 @@ _BLIND_TO_PADDING = {  # settings of `generate` that look neither at the tokens 
     *("num_beams", "length_penalty", "early_stopping", "num_return_sequences", "use_cache", "stop_strings"),
     *("eos_token_id", "pad_token_id", "bos_token_id", "return_dict_in_generate", "output_scores", "output_logits"),
     *("output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
+    *("cache_implementation", "max_cache_len", "compile_config", "disable_compile"),
 }
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -304,7 +307,7 @@ class Sa2VAInternLM2RotaryEmbedding(LlamaRotaryEmbedding):
         """Cosines and sines [B, L, head_dim], in the dtype of `x`, for int64 [B, L]."""
         if self.rope_type != "dynamic":
             return super().forward(x, position_ids)
-        length = int(position_ids.max()) + 1
+        length = position_ids.max().float() + 1  # a tensor: nothing waits for its value, and compiled graphs stay whole
         frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](self.config, x.device, seq_len=length)
         angles = position_ids[..., None].float() * frequencies.repeat(2)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -866,6 +869,38 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         features = None if pixel_values is None else self.get_image_features(pixel_values.to(device))
         prompt_masks = None if prompt_masks is None else prompt_masks.to(device)
         return self.get_inputs_embeds(input_ids.to(device), token_ids, features, prompt_masks, prompt_mask_tiles)
+
+    def compile_parts(self, image_encoder: bool = True, decode_step: bool = True, **options) -> None:
+        """Compiles what is called most, by `torch.compile`, in place. Each call decides anew: False takes it back.
+
+        The first use of a part takes a minute or more, and so does its second shape (frames encoded together, length of
+        the cache), after which shapes are free. Weights, their names and what is saved stay as they are. InternViT and
+        the reading of prompts stay plain: their shapes change with every picture.
+
+        Args:
+            image_encoder: SAM 2's, on [T, 3, S, S].
+            decode_step: the language model on one more token for each answer, in `predict_*` and `generate`. Keys and
+                values then lie in transformers' static cache; `cache_implementation="dynamic"` leaves it in a call.
+            **options: of `torch.compile`: `fullgraph`, `dynamic`, `backend`, `mode`, `options`. The mode
+                "reduce-overhead" does not allow several threads.
+
+        Raises:
+            OSError: nothing can be compiled here, for want of a C++ compiler or of Triton.
+            TypeError, ValueError: an option that `torch.compile` does not have.
+            ValueError: weights of a part are offloaded, or quantized in a way that can't be compiled.
+        """
+        config = _compile_config(options)
+        encoder = self.grounding_encoder.sam2_model.image_encoder
+        wanted = [part for part, on in ((encoder, image_encoder), (self.causal_model, decode_step)) if on]
+        _check_compilable(wanted, config, self.device)
+        quantizer = getattr(self, "hf_quantizer", None)
+        if decode_step and quantizer is not None and not quantizer.is_compileable:
+            raise ValueError(f"{type(quantizer).__name__} can't be compiled. Pass decode_step=False.")
+        if image_encoder:
+            encoder.compile(**config.to_dict())
+        else:
+            encoder._compiled_call_impl = None
+        _set_decode_step(self.causal_model, config if decode_step else None)
 
     @property
     def _first_module(self) -> nn.Module:
@@ -1889,13 +1924,78 @@ def _in_batches(work: Callable[[Sequence[Any]], Any], items: Iterator[Any], size
 
 def _prompt_cache(cache: Any, num_prompts: int, length: int) -> DynamicCache | None:
     """The prompts' part of a cache that `generate` filled; None if it can't be cut out."""
-    if not isinstance(cache, DynamicCache) or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+    if not isinstance(cache, (DynamicCache, StaticCache)) or any(getattr(x, "is_sliding", False) for x in cache.layers):
         return None
+    if isinstance(cache, StaticCache):
+        cache = DynamicCache([(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers])
     if surplus := cache.get_seq_length() - length:
         cache.crop(-surplus)
     rows = len(cache.layers[0].keys)
     cache.batch_select_indices(torch.arange(0, rows, rows // num_prompts))  # beams share their prompt
     return cache
+
+
+class _CompiledCall:
+    """A module's call, compiled. A copy or pickle compiles that of the module it comes with.
+
+    transformers would keep a function in this place, which a copy of the module shares and no pickle can hold.
+    """
+
+    def __init__(self, module: nn.Module, config: CompileConfig):
+        self.__setstate__((module, config))
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getstate__(self) -> tuple[nn.Module, CompileConfig]:
+        return self._state
+
+    def __setstate__(self, state: tuple[nn.Module, CompileConfig]) -> None:
+        self._state = module, config = state
+        self._call = torch.compile(module.__call__, **config.to_dict())
+
+
+def _compile_config(options: dict[str, Any]) -> CompileConfig:
+    """Options of `torch.compile` as `generate` takes them; transformers' own mode does not allow several threads."""
+    try:
+        config = CompileConfig(**{"mode": None, **options})
+    except TypeError as error:
+        accepted = [field.name for field in fields(CompileConfig)]
+        raise TypeError(f"compile_parts can't use {sorted(options)}: options of torch.compile are {accepted}.") from error
+    config._compile_all_devices = True  # transformers would leave a CPU out
+    return config
+
+
+def _check_compilable(parts: Sequence[nn.Module], config: CompileConfig, device: torch.device) -> None:
+    """Compiles next to nothing, so that what is missing is told now and not in the middle of an answer."""
+    modules = itertools.chain.from_iterable(part.modules() for part in parts)
+    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in modules):
+        raise ValueError("Weights that are offloaded can't be compiled. Load the model without, or leave the part out.")
+    if not parts:
+        return
+    try:
+        probe = nn.GELU()
+        probe.compile(**config.to_dict())
+        probe(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        if config.backend != "inductor":
+            raise ValueError(f"torch.compile does not work with {config.to_dict()}: {reason}") from error
+        raise OSError(
+            f"torch.compile does not work here: {reason}. It needs a C++ compiler on a CPU (g++, clang or MSVC) and "
+            "Triton on a GPU. Install it, or do without compile_parts."
+        ) from error
+
+
+def _set_decode_step(model: PreTrainedModel, config: CompileConfig | None) -> None:
+    """Has `model.generate` compile its steps after the first, or no longer."""
+    settings = model.generation_config
+    if config is not None:
+        settings.cache_implementation, settings.compile_config = "static", config
+        model._compiled_call, model._last_compile_config = _CompiledCall(model, config), config
+    elif isinstance(getattr(model, "_compiled_call", None), _CompiledCall):
+        settings.cache_implementation = settings.compile_config = None
+        del model._compiled_call, model._last_compile_config
 
 
 def _no_objects(prompts: Tensor) -> MaskPrediction:
