@@ -38,6 +38,7 @@ _LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("vocab_size", "num_points", "num_position_embeddings"), (0, 2**24)),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 2**27)),
     "select_layer": (-1000, 1000),
+    "max_cond_frames_in_attn": (-1, 1000),
 }
 _RATIOS: dict[str, tuple[float, float]] = {
     "downsample_ratio": (1 / 16, 1),
@@ -148,6 +149,9 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
     separate_prompt_decoder: Sa2VA-i: a mask decoder of its own (`sam_mask_decoder_modified`) answers the prompts, and
         its masks are what the plain decoder tracks. None, as in every released config.json, means that the weights
         tell: see `Sa2VAChatConfig.from_dict`.
+    max_cond_frames_in_attn: how many key frames memory attention looks at, the closest ones. -1 is all, as released.
+        May be set on a loaded model, `model.config.grounding_config.max_cond_frames_in_attn = 2`: each costs as much
+        as one of the last tracked frames.
     memory_dtype: dtype in which memory features are kept between frames. "bfloat16" as released, None keeps them in
         the dtype of the model.
     max_objects_per_batch: objects that go through decoder and memory attention at once; more are taken in chunks.
@@ -177,6 +181,7 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
         iou_head_hidden_dim: int = 256,
         num_maskmem: int = 7,
         max_object_pointers: int = 16,
+        max_cond_frames_in_attn: int = -1,
         num_key_frames: int = 5,
         frame_sampling: str | None = None,
         separate_prompt_decoder: bool | None = None,
@@ -188,6 +193,10 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
             raise ValueError(f"frame_sampling={frame_sampling!r} is unknown. Use one of {FRAME_SAMPLINGS}.")
         if memory_dtype not in (None, *_DTYPES):
             raise ValueError(f"memory_dtype={memory_dtype!r} is unknown. Use one of {_DTYPES}, or None.")
+        if max_cond_frames_in_attn < 1 and max_cond_frames_in_attn != -1:
+            raise ValueError(
+                f"max_cond_frames_in_attn={max_cond_frames_in_attn} is no number of frames: use 1 or more, or -1 (all)."
+            )
         self.image_size = image_size
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -207,6 +216,7 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
         self.iou_head_hidden_dim = iou_head_hidden_dim
         self.num_maskmem = num_maskmem
         self.max_object_pointers = max_object_pointers
+        self.max_cond_frames_in_attn = max_cond_frames_in_attn
         self.num_key_frames = num_key_frames
         self.separate_prompt_decoder = separate_prompt_decoder
         self.frame_sampling = frame_sampling or ("uniform" if separate_prompt_decoder else "first")

@@ -342,6 +342,7 @@ class MemoryBank:
 
     Attributes:
         num_maskmem, max_object_pointers: SAM 2's horizon.
+        max_cond_frames: a frame looks at no more conditioning frames than this; -1 lets it look at all.
         position: [h * w, 1, mem_dim], sine encoding of the memory features, equal for all frames.
         conditioning: frame index -> memory of the prompted frames.
         recent: frame index -> memory of the tracked frames, features None once out of reach.
@@ -349,13 +350,19 @@ class MemoryBank:
 
     num_maskmem: int
     max_object_pointers: int
+    max_cond_frames: int = -1
     position: Tensor | None = None
     conditioning: dict[int, FrameMemory] = field(default_factory=dict)
     recent: dict[int, FrameMemory] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, config: Sa2VAGroundingConfig) -> "MemoryBank":
+        """An empty bank that looks as far as the config says."""
+        return cls(config.num_maskmem, config.max_object_pointers, config.max_cond_frames_in_attn)
+
     def restart(self) -> "MemoryBank":
         """A bank with the same conditioning frames and nothing tracked yet."""
-        return MemoryBank(self.num_maskmem, self.max_object_pointers, self.position, self.conditioning)
+        return replace(self, recent={})
 
     def add(self, frame: int, memory: FrameMemory) -> None:
         """Remembers a tracked frame and forgets what no later frame of this direction can reach."""
@@ -365,28 +372,42 @@ class MemoryBank:
             if abs(frame - t) >= self.num_maskmem - 1 and old.features is not None:
                 self.recent[t] = FrameMemory(None, old.object_pointers)
 
-    def spatial(self, frame: int) -> list[tuple[int, Tensor]]:
-        """(row of `maskmem_tpos_enc`, features) in SAM 2's order: conditioning, then tracked, oldest first."""
-        memories = [(self.num_maskmem - 1, self.conditioning[t].features) for t in sorted(self.conditioning)]
+    def spatial(self, frame: int, reverse: bool) -> list[tuple[int, Tensor]]:
+        """(row of `maskmem_tpos_enc`, features) in SAM 2's order: conditioning, then passed lately, oldest first."""
+        chosen = self.chosen(frame)
+        memories = [(self.num_maskmem - 1, self.conditioning[t].features) for t in chosen]
         for distance in range(self.num_maskmem - 1, 0, -1):
-            memory = self._at_distance(frame, distance)
+            memory = self._passed(frame + distance if reverse else frame - distance, chosen)
             if memory is not None and memory.features is not None:
                 memories.append((distance - 1, memory.features))
         return memories
 
     def pointers(self, frame: int, reverse: bool) -> list[Tensor]:
-        """Object pointers [N, D] of the conditioning frames already passed, then of tracked ones, newest first."""
-        passed = [t for t in sorted(self.conditioning) if (t >= frame if reverse else t <= frame)]
-        pointers = [self.conditioning[t].object_pointers for t in passed]
+        """Object pointers [N, D] of the conditioning frames already passed, then of other frames, newest first."""
+        chosen = self.chosen(frame)
+        pointers = [self.conditioning[t].object_pointers for t in chosen if (t >= frame if reverse else t <= frame)]
         for distance in range(1, self.max_object_pointers):
-            memory = self._at_distance(frame, distance)
+            memory = self._passed(frame + distance if reverse else frame - distance, chosen)
             if memory is not None:
                 pointers.append(memory.object_pointers)
         return pointers
 
-    def _at_distance(self, frame: int, distance: int) -> FrameMemory | None:
-        # A bank serves one direction, so at most one of the two neighbours was tracked.
-        return self.recent.get(frame - distance) or self.recent.get(frame + distance)
+    def chosen(self, frame: int) -> list[int]:
+        """The conditioning frames that `frame` looks at as such, in order of time.
+
+        With a limit they are the closest before, the closest after, and whichever are closest then, as
+        `sam2.modeling.sam2_utils.select_closest_cond_frames` has it, which refuses a limit of 1.
+        """
+        if not 0 < self.max_cond_frames < len(self.conditioning):
+            return sorted(self.conditioning)
+        before = max((t for t in self.conditioning if t < frame), default=None)
+        after = min((t for t in self.conditioning if t >= frame), default=None)
+        nearest = sorted(self.conditioning, key=lambda t: (t not in (before, after), abs(t - frame)))
+        return sorted(nearest[: self.max_cond_frames])
+
+    def _passed(self, frame: int, chosen: Sequence[int]) -> FrameMemory | None:
+        """What is left of a frame; a conditioning frame that was not chosen is one like any other."""
+        return self.recent.get(frame) or (None if frame in chosen else self.conditioning.get(frame))
 
 
 @dataclass
@@ -436,12 +457,11 @@ class TrackingState:
             return {int(t): FrameMemory(m.get("features"), m["object_pointers"]) for t, m in found.items()}
 
         banks = [
-            MemoryBank(
-                config.num_maskmem,
-                config.max_object_pointers,
-                bank["position"],
-                memories(bank["conditioning"]),
-                memories(bank.get("recent", {})),
+            replace(
+                MemoryBank.of(config),
+                position=bank["position"],
+                conditioning=memories(bank["conditioning"]),
+                recent=memories(bank.get("recent", {})),
             )
             for _, bank in sorted(tree.get("banks", {}).items(), key=lambda item: int(item[0]))
         ]
@@ -515,7 +535,7 @@ class Sam2Decoder(nn.Module):
             encode_batch_size: how many frames go through the image encoder together.
         """
         groups = self._groups(len(prompts))
-        state = TrackingState([MemoryBank(self.config.num_maskmem, self.config.max_object_pointers) for _ in groups])
+        state = TrackingState([MemoryBank.of(self.config) for _ in groups])
         for chunk in _chunks(key_frames, encode_batch_size):
             indices, pixel_values = zip(*chunk, strict=True)
             of_groups = [prompts[g] for g in groups]
@@ -693,7 +713,7 @@ class Sam2Decoder(nn.Module):
     ) -> list[MaskPrediction]:
         length = frames.shape[1]
         features = self._encode(frames.flatten(0, 1))
-        bank = MemoryBank(self.config.num_maskmem, self.config.max_object_pointers)
+        bank = MemoryBank.of(self.config)
         predictions = []
         for t in range(length):
             rows = features.rows(clip_index * length + t)
@@ -776,7 +796,7 @@ class Sam2Decoder(nn.Module):
     def _attend(self, features: FrameFeatures, bank: MemoryBank, frame: int, reverse: bool) -> Tensor:
         """Fuses a frame with what the bank remembers: [N, D, h, w]."""
         model = self.sam2_model
-        spatial = bank.spatial(frame)
+        spatial = bank.spatial(frame, reverse)
         memory = [memory.to(features.vision_features.dtype) for _, memory in spatial]
         position = [bank.position + model.maskmem_tpos_enc[row] for row, _ in spatial]
         pointers = self._pointer_tokens(bank.pointers(frame, reverse), like=memory[0])
