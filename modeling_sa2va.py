@@ -1961,7 +1961,9 @@ def _compile_config(options: dict[str, Any]) -> CompileConfig:
         config = CompileConfig(**{"mode": None, **options})
     except TypeError as error:
         accepted = [field.name for field in fields(CompileConfig)]
-        raise TypeError(f"compile_parts can't use {sorted(options)}: options of torch.compile are {accepted}.") from error
+        raise TypeError(
+            f"compile_parts can't use {sorted(options)}: options of torch.compile are {accepted}."
+        ) from error
     config._compile_all_devices = True  # transformers would leave a CPU out
     return config
 
