@@ -1,6 +1,7 @@
 """SAM 2 prompted with language: one 256-number vector per object instead of clicks.
 
 * `Sam2Model`      the networks, from the `sam2` package, sized by `Sa2VAGroundingConfig`; released key names
+* `ObjectMemoryAttention`, `RotaryAttention`  SAM 2's memory attention without what is equal between objects
 * `FrameFeatures`  what the image encoder leaves of a frame, shared by every object
 * `MaskPrediction` what the mask decoder says about N objects on one frame
 * `MemoryBank`     what later frames may still look at, for N objects at once; forgets the rest

@@ -88,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines.append(line)
         print("  ".join(f"{name} {value:g}" for name, value in line.items()), flush=True)
         if options.json:
-            options.json.write_text(json.dumps(lines, indent=2) + "\n")
+            unfinished = options.json.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(lines, indent=2) + "\n")
+            unfinished.replace(options.json)
 
 
 if __name__ == "__main__":
