@@ -5,7 +5,6 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -25,9 +24,9 @@ def answer(model, question: dict):
 
 
 def same(a, b) -> bool:
-    """Whether two outputs agree: text exactly, logits to what float32 rounds."""
+    """Whether two outputs agree: text exactly, logits to a thousandth (memory in bfloat16 spreads what is rounded)."""
     masks = zip(a.mask_logits, b.mask_logits, strict=True)
-    return a.prediction == b.prediction and all(np.allclose(x, y, atol=1e-2, rtol=1e-3) for x, y in masks)
+    return a.prediction == b.prediction and all(abs(x - y).mean() < 1e-3 * abs(y).mean() for x, y in masks)
 
 
 def load() -> torch.nn.Module:
@@ -60,9 +59,7 @@ def compiled():
 def test_compiled_parts_answer_and_mask_as_plain_ones_do(compiled, expected):
     assert [len(output.mask_logits) for output in expected] == [1, 1, 0]
     for question, want in zip(QUESTIONS, expected, strict=True):
-        got = answer(compiled, question)
-        assert got.prediction == want.prediction
-        assert all(np.allclose(*pair, atol=1e-2, rtol=1e-3) for pair in zip(got.mask_logits, want.mask_logits))
+        assert same(answer(compiled, question), want)
 
 
 def test_each_part_is_one_graph_and_after_two_shapes_none_is_added(compiled):
