@@ -53,7 +53,7 @@ def work_of(part: str, model: Sa2VAChatModel) -> Callable[[], Any]:
 
 def seconds_of(work: Callable[[], Any], cpu_time: bool) -> float:
     """Seconds until everything is computed, by the wall clock or of CPU in this process and those it waited for."""
-    clock = (lambda: sum(os.times()[:4])) if cpu_time else time.perf_counter
+    clock = (lambda: time.process_time() + sum(os.times()[2:4])) if cpu_time else time.perf_counter
     begun = clock()
     work()
     if not cpu_time and torch.accelerator.is_available():

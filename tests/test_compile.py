@@ -5,7 +5,6 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -15,11 +14,9 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE = {"image": ROOT / "demo/samples/shapes.png", "text": "Please segment the red star in this image."}
 QUESTION = {"image": ROOT / "demo/samples/shapes.png", "text": "How many shapes are there?"}
+CLIP = {"video": ROOT / "demo/samples/shapes.mp4", "text": "Please segment the square in this video."}
+QUESTIONS = (IMAGE, CLIP, QUESTION)
 FAST = {"fullgraph": True, "backend": "eager"}  # the graphs of any backend; a graph break is an error
-
-
-def clip_question(clip) -> dict:
-    return {"video": clip[:7], "text": "Please segment the square in this video.", "encode_batch_size": 4}
 
 
 def answer(model, question: dict):
@@ -27,9 +24,9 @@ def answer(model, question: dict):
 
 
 def same(a, b) -> bool:
-    """Whether two outputs agree: text exactly, logits to what float32 rounds."""
+    """Whether two outputs agree: text exactly, logits to a thousandth (memory in bfloat16 spreads what is rounded)."""
     masks = zip(a.mask_logits, b.mask_logits, strict=True)
-    return a.prediction == b.prediction and all(np.allclose(x, y, atol=1e-2, rtol=1e-3) for x, y in masks)
+    return a.prediction == b.prediction and all(abs(x - y).mean() < 1e-3 * abs(y).mean() for x, y in masks)
 
 
 def load() -> torch.nn.Module:
@@ -41,39 +38,39 @@ def graphs() -> int:
 
 
 @pytest.fixture(scope="module")
-def expected(clip) -> list:
+def expected() -> list:
     """What the plain model answers about an image, a clip, and in words."""
     model = load()
-    return [answer(model, question) for question in (IMAGE, clip_question(clip), QUESTION)]
+    return [answer(model, question) for question in QUESTIONS]
 
 
 @pytest.fixture(scope="module")
-def compiled(clip):
+def compiled():
     """A model whose parts are compiled and were used on shapes of two kinds."""
     torch._dynamo.reset()
     counters.clear()
     model = load()
     model.compile_parts(**FAST)
-    for question in (IMAGE, clip_question(clip), QUESTION):
+    for question in QUESTIONS:
         answer(model, question)
     return model
 
 
-def test_compiled_parts_answer_and_mask_as_plain_ones_do(compiled, expected, clip):
-    questions = (IMAGE, clip_question(clip), QUESTION)
-    assert all(same(answer(compiled, q), want) for q, want in zip(questions, expected, strict=True))
-    assert len(expected[0].mask_logits) == len(expected[1].mask_logits) == 1
+def test_compiled_parts_answer_and_mask_as_plain_ones_do(compiled, expected):
+    assert [len(output.mask_logits) for output in expected] == [1, 1, 0]
+    for question, want in zip(QUESTIONS, expected, strict=True):
+        assert same(answer(compiled, question), want)
 
 
-def test_each_part_is_one_graph_and_after_two_shapes_none_is_added(compiled, clip):
+def test_each_part_is_one_graph_and_after_two_shapes_none_is_added(compiled):
     assert not counters["graph_break"]
-    before = graphs()
-    assert 2 <= before <= 5  # of each part: with its first shape, with any, and the encoder again for single frames
-    for count in (1, 3, 6):
-        compiled.grounding_encoder.encode(torch.zeros(count, 3, 128, 128))
-    assert graphs() <= before + 1  # grad mode has a graph of its own
+    assert 2 <= graphs() <= 3  # the encoder, the decode step, and that with a cache of any length
+    with torch.no_grad():
+        compiled.grounding_encoder.encode(torch.zeros(2, 3, 128, 128))
+        before = graphs()
+        compiled.grounding_encoder.encode(torch.zeros(3, 3, 128, 128))
     answer(compiled, {**IMAGE, "text": "Please, be so kind and segment the red star in this image."})
-    assert graphs() <= before + 1
+    assert graphs() == before <= 4
 
 
 def test_batches_are_answered_as_single_questions_are(compiled, expected):
