@@ -5,6 +5,7 @@ Browser tests need Playwright and a Chromium or Chrome: `apt-get install chromiu
 
 import json
 import os
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -17,7 +18,9 @@ from PIL import Image
 
 from sa2va.data.scenes import CAPTION_QUESTION
 from sa2va.demo import app
+from sa2va.demo.make_figure import VIDEO_QUESTION
 from sa2va.demo.make_samples import SAMPLES
+from sa2va.demo.media import open_source, video_writer
 from sa2va.demo.predict import DEFAULT_MODEL, load_model
 from sa2va.demo.session import (
     Mark,
@@ -166,7 +169,7 @@ def test_unusable_marks_are_told(marks):
 def address():
     """The page, served at this address."""
     gradio = pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
-    arguments = app.parse(["--max-frames", "30", "--max-file-size", "1mb", "--concurrency", "2"])
+    arguments = app.parse(["--max-frames", "100", "--max-file-size", "1mb", "--concurrency", "2"])
     yield app.launch(arguments, wait=False).rstrip("/")
     gradio.close_all()
 
@@ -268,7 +271,8 @@ def browser():
     if BROWSER is None:
         pytest.skip("No Chromium or Chrome here: apt-get install chromium, or set SA2VA_BROWSER to one.")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a green picture that moves
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", *camera])
         yield browser
         browser.close()
 
@@ -292,6 +296,14 @@ class Visitor:
         """Uploads a file, and waits until it is shown."""
         self.give(path)
         self.page.wait_for_selector("#stage .picture svg")
+
+    def start_camera(self, kind):
+        """Turns the webcam on in the tab of images or videos. Returns the tab."""
+        self.page.get_by_role("tab", name=kind.title()).click()
+        tab = self.page.locator(f"#{kind}")
+        tab.get_by_label("Capture from camera").click()
+        tab.get_by_text("Click to Access Webcam").click()
+        return tab
 
     def ask(self, question):
         """Asks, and waits until the answer and its files are there. Returns its words."""
@@ -399,6 +411,53 @@ def test_visitor_follows_an_object_through_a_video(visit):
     visitor.page.locator("#frame input[type=number]").fill("23")
     visitor.page.wait_for_selector("svg[data-frame='23'] .mask", state="attached")
     assert [len(thing["rle"]) for thing in json.loads(visitor.download("#masks"))["objects"]] == [24]
+
+
+@pytest.mark.slow
+def test_visitor_takes_an_image_with_the_webcam(visit):
+    visitor = visit()
+    visitor.start_camera("image").get_by_label("capture photo").click()
+    visitor.page.wait_for_selector("#stage .picture svg")
+    assert visitor.ask(STAR)
+
+
+@pytest.mark.slow
+def test_visitor_takes_a_video_with_the_webcam(visit):
+    visitor = visit()
+    tab = visitor.start_camera("video")
+    tab.get_by_label("start recording").click()
+    visitor.page.wait_for_timeout(1000)
+    tab.get_by_text("Stop").click()
+    visitor.page.wait_for_selector("#stage .picture svg")
+    visitor.page.wait_for_selector("#frame input")
+
+
+@pytest.mark.slow
+def test_visitor_stops_a_video_and_keeps_what_is_there(visit, tmp_path):
+    frames = list(open_source(VIDEO).frames) * 4
+    with video_writer(tmp_path / "long.mp4", frames[0].size[::-1], 8.0) as write:
+        for frame in frames:
+            write(np.asarray(frame))
+    visitor = visit()
+    visitor.give_and_see(tmp_path / "long.mp4")
+    visitor.page.fill("#question textarea", CROSS)
+    visitor.page.click("#ask")
+    visitor.page.get_by_text(re.compile(r"\d+/96 frames")).wait_for()
+    visitor.page.wait_for_selector("svg[data-frame]:not([data-frame='0']) .mask", state="attached")
+    visitor.page.click("#stop")
+    visitor.page.wait_for_selector("#masks")
+    (thing,) = json.loads(visitor.download("#masks"))["objects"]
+    assert 1 < len(thing["rle"]) < len(frames)
+    assert visitor.ask("How many shapes are there?")
+
+
+@pytest.mark.slow
+def test_visitor_takes_an_example(visit):
+    visitor = visit()
+    visitor.page.locator("#video-examples").get_by_text(VIDEO_QUESTION).click()
+    visitor.page.wait_for_selector("#stage .picture svg")
+    assert visitor.page.input_value("#question textarea") == VIDEO_QUESTION
+    assert visitor.page.locator("#frame").is_visible()
 
 
 @pytest.mark.slow
