@@ -40,8 +40,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-MAX_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES = 100_000_000  # as the safetensors format has it for headers
 LFS_POINTER = b"version "  # how the text begins that git leaves in place of a large file
 WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
 # Never copied beside converted weights: other forms of them, or more pickles.
@@ -52,15 +51,8 @@ WRONG_CHECKPOINT, CANNOT_RUN = 1, 2
 CARD, GENERATION, ADAPTER, TRAINING = "README.md", "generation_config.json", "adapter_config.json", "training.json"
 REQUIREMENTS_FILE = "requirements.txt"
 REQUIREMENTS = (  # those of pyproject.toml
-    "torch>=2.7",
-    "torchvision>=0.22",
-    "transformers>=5.10.1",
-    "accelerate>=1.10",
-    "sam2>=1.1",
-    "pillow>=10.3",
-    "opencv-python>=4.10",
-    "huggingface_hub>=1.5",
-    "safetensors>=0.5",
+    *("torch>=2.7", "torchvision>=0.22", "transformers>=5.10.1", "accelerate>=1.10", "sam2>=1.1", "pillow>=10.3"),
+    *("opencv-python>=4.10", "huggingface_hub>=1.5", "safetensors>=0.5"),
 )
 DOCUMENTS = ("LICENSE*", "NOTICE*")
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp")  # where the card shows them
@@ -390,7 +382,12 @@ def _read_weights(files: _Files) -> tuple[dict[str, _Tensor], list[str]]:
         except CheckpointError as error:
             problems.append(f"{file}: {error}")
             continue
-        wrong += [] if indexed is None else _index_problems(indexed, header)
+        if indexed is not None:
+            wrong += [
+                f"{name} is not in it, though {WEIGHTS_INDEX} puts it there." for name in indexed if name not in header
+            ]
+            strange = sorted(header.keys() - set(indexed))
+            wrong += [f"holds {name}, which {WEIGHTS_INDEX} does not put there." for name in strange]
         problems += [f"{file}: {sentence}" for sentence in wrong]
         tensors |= header
     return tensors, problems
@@ -420,16 +417,6 @@ def _read_weight_map(files: _Files, index: str = WEIGHTS_INDEX) -> dict[str, str
     return weight_map
 
 
-def _index_problems(indexed: list[str], header: dict[str, _Tensor]) -> list[str]:
-    """Where the index and a shard's header disagree."""
-    absent = [name for name in indexed if name not in header]
-    strange = sorted(header.keys() - set(indexed))
-    return [
-        *(f"{name} is not in it, though {WEIGHTS_INDEX} puts it there." for name in absent),
-        *(f"holds {name}, which {WEIGHTS_INDEX} does not put there." for name in strange),
-    ]
-
-
 def _read_header(files: _Files, name: str) -> tuple[dict[str, _Tensor], list[str]]:
     """The tensors of a safetensors file, and what is wrong with where it puts them.
 
@@ -442,10 +429,10 @@ def _read_header(files: _Files, name: str) -> tuple[dict[str, _Tensor], list[str
     if start == LFS_POINTER:
         raise CheckpointError("is a Git LFS pointer and not the weights themselves. Fetch them: git lfs pull")
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+    if len(start) < 8 or length > MAX_JSON_BYTES or 8 + length > size:
         raise CheckpointError(
             f"has no whole safetensors header: {size:,} bytes, of which the header claims {length:,} "
-            f"(at most {MAX_HEADER_BYTES:,} are allowed). It is cut off or not a safetensors file."
+            f"(at most {MAX_JSON_BYTES:,} are allowed). It is cut off or not a safetensors file."
         )
     entries = _parse_json(files.read(name, 8, length), "the header")
     tensors = {key: _Tensor.parse(key, entry) for key, entry in entries.items() if key != "__metadata__"}
@@ -803,7 +790,7 @@ def pack_checkpoint(
         raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
     with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
         origin = _find_origin(str(source), revision, token, merged)
-        old_card = out / CARD if (out / CARD).is_file() else origin.card
+        old_card = (out if (out / CARD).is_file() else origin.documents) / CARD
         old_text = old_card.read_text(encoding="utf-8") if old_card.is_file() else ""
         _card(old_text)  # if it can't be read, say so before anything that takes long
         files = _find_files(str(origin.folder), None)
@@ -875,11 +862,6 @@ class _Origin(NamedTuple):
     base: str | None
     training: dict[str, Any]
 
-    @property
-    def card(self) -> Path:
-        """Its own model card, which need not be there."""
-        return self.documents / CARD
-
 
 def _find_origin(source: str, revision: str | None, token: str | None, merged: Path) -> _Origin:
     """Fetches a source from the Hub if it is no folder, and merges an adapter into the empty folder `merged`."""
@@ -904,12 +886,10 @@ def _download(name: str, revision: str | None, token: str | None) -> Path:
         validate_repo_id(name)
     except ValueError as error:
         raise FileNotFoundError(f"{name} is neither a folder nor a name on the Hub like ByteDance/Sa2VA-4B.") from error
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.png", "*.jpg", *DOCUMENTS]
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", *PICTURES, *DOCUMENTS]
+    options = {"allow_patterns": wanted, "ignore_patterns": ["*/*"]}
     with _asking_for(name):
-        folder = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
-    return Path(folder)
+        return Path(snapshot_download(name, revision=revision, token=token, **options))
 
 
 def _training_facts(folder: Path) -> dict[str, Any]:
@@ -1427,10 +1407,9 @@ def push_checkpoint(
         tag: name for the commit.
         dry_run: only find out what would be done.
         max_shard_size, facts, skip_test: as for `pack_checkpoint`.
-        token: default the one of `hf auth login` or HF_TOKEN.
+        token, endpoint: default those of `hf auth login` or HF_TOKEN, and of HF_ENDPOINT.
         source_revision: revision of a source on the Hub.
         commit_message: of the commit, and title of the pull request.
-        endpoint: address of another Hub; default HF_ENDPOINT.
         show: called with the plan before anything is sent.
 
     Raises:
@@ -1442,15 +1421,11 @@ def push_checkpoint(
     exists = hub.look_around()
     options = {"facts": facts, "max_shard_size": max_shard_size, "skip_test": skip_test, "token": token}
     with _packed(Path(source), revision=source_revision, model_id=repo_id, **options) as (folder, notes):
-        files: dict[str, Path | bytes] = {name: folder / name for name in _uploaded_names(folder)}
-        here = {path.name for path in Path(source).iterdir()} if Path(source).is_dir() else set()
-        left_out = tuple(sorted(here - files.keys()))
-        text = (folder / CARD).read_text(encoding="utf-8")
-        card = "generated" if _is_made_by_machine(text) else "kept"
-        files[CARD] = _readdressed(text, folder, repo_id).encode()
+        files, left_out = _contents(Path(source), folder, repo_id)
+        card = "generated" if _is_made_by_machine(files[CARD].decode()) else "kept"
         if exists and card == "generated" and not facts.new_card and hub.has_written_card():
             del files[CARD]
-            card = "kept"
+            card, notes = "kept", ()
         _refuse_private(files, folder, Path(source))
         told = {"creates": not exists, "card": card, "left_out": left_out, "notes": notes, "dry_run": dry_run}
         plan, additions = hub.plan(files, **told)
@@ -1474,6 +1449,14 @@ def _packed(source: Path, **options: Any) -> Iterator[tuple[Path, tuple[str, ...
     with tempfile.TemporaryDirectory(**room) as place:
         out = Path(place) / (source.resolve().name or "model")
         yield out, pack_checkpoint(str(source), out, **options).notes
+
+
+def _contents(source: Path, folder: Path, repo_id: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What to upload, paths or bytes by name, the card with the repository's name; and what stays at home."""
+    files: dict[str, Any] = {name: folder / name for name in _uploaded_names(folder)}
+    files[CARD] = _readdressed(files[CARD].read_text(encoding="utf-8"), folder, repo_id).encode()
+    here = {path.name for path in source.iterdir()} if source.is_dir() else set()
+    return files, tuple(sorted(here - files.keys()))
 
 
 def _is_packed(folder: Path, max_bytes: int) -> bool:

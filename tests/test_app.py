@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -231,6 +232,22 @@ def test_plain_http_gets_what_predict_forward_gives(model, address):
     assert kind == "complete"
     assert answer["fps"] == 8
     assert same_as(model.predict_forward(video=VIDEO, text=CROSS, **SPREAD), answer)
+
+
+@pytest.mark.parametrize("language", ["python", "bash"])
+def test_the_calls_in_the_docs_run_as_they_stand(address, language, monkeypatch, capfd):
+    if language == "bash" and shutil.which("curl") is None:
+        pytest.skip("curl is not here")
+    monkeypatch.chdir(SAMPLES.parents[1])
+    text = Path("docs/app.md").read_text()
+    (call,) = re.findall(rf"```{language}\n((?:(?!```).)*?:7860(?:(?!```).)*?/predict.*?)```", text, re.DOTALL)
+    call = call.replace("http://127.0.0.1:7860", address)
+    if language == "python":
+        exec(call, {})
+    else:
+        subprocess.run(["bash", "-euo", "pipefail", "-c", call], check=True)
+    told = capfd.readouterr().out
+    assert "it is the red star" in told and (language == "python" or "event: complete" in told)
 
 
 def test_program_is_told_what_is_wrong_and_nothing_of_the_server(address, tmp_path):

@@ -484,7 +484,7 @@ def test_a_hub_repository_is_read_by_ranges_and_its_pickles_not_at_all(tmp_path,
 
 def test_a_hub_that_cannot_be_reached_is_an_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(OSError, match="can't be asked"):
+    with pytest.raises(OSError, match="can't be reached"):
         check_checkpoint("someone/model")
 
 

@@ -338,11 +338,14 @@ def test_the_base_models_of_the_released_sizes_are_known():
     ("described", "bases", "relation"),
     [
         ("ByteDance--Sa2VA-1B", ["OpenGVLab/InternVL2_5-1B", "facebook/sam2-hiera-large"], "merge"),
+        ("ByteDance--Sa2VA-26B", ["OpenGVLab/InternVL2_5-26B", "facebook/sam2-hiera-large"], "merge"),
+        ("ByteDance--Sa2VA-Qwen3-VL-4B", ["Qwen/Qwen3-VL-4B-Instruct", "facebook/sam2-hiera-large"], "merge"),
         ("kumuji--Sa2VA-i-1B", ["ByteDance/Sa2VA-1B"], "finetune"),
     ],
 )
-def test_the_card_of_a_released_checkpoint_names_what_it_was_made_from(source, tmp_path, described, bases, relation):
-    (source / "model.safetensors").unlink()
+def test_the_card_of_a_released_checkpoint_names_what_it_was_made_from(tmp_path, described, bases, relation):
+    source, words = tmp_path / "source", GOLDEN / ("qwen3vl" if "Qwen" in described else "ivl_qwen2")
+    shutil.copytree(words, source, ignore=shutil.ignore_patterns("golden*", "*.safetensors"))
     write_checkpoint(source, described, released_shapes(described), shards=2)
     pack(source, tmp_path / "out")
     data = card_of(tmp_path / "out").data
