@@ -1148,7 +1148,8 @@ def _readdressed(text: str, source: Path, model_id: str) -> str:
     is_ours = mark is not None and _is_made_by_machine(text)
     body = text[: mark.start()] if is_ours else text
     for name in {str(source), source.resolve().name, *([mark["id"]] if mark else [])}:
-        body = re.sub(rf"(\.from_pretrained\(\s*)([\"']){re.escape(name)}\2", rf"\1\2{model_id}\2", body)
+        call = rf"(?<=\.from_pretrained\()(\s*[\"']){re.escape(name)}(?=[\"'])"
+        body = re.sub(call, lambda begin: begin[1] + model_id, body)
         body = body.replace(f"huggingface.co/{name}/resolve/", f"huggingface.co/{model_id}/resolve/")
     return _marked(body, model_id) if is_ours else body
 
