@@ -368,10 +368,11 @@ def test_a_card_that_somebody_wrote_goes_along_with_its_picture_or_into_a_new_on
     header = (
         "---\nlicense: cc-by-4.0\nbase_model: me/base\nbase_model_relation: finetune\nlanguage: [de]\n---\n# Mine\n"
     )
-    (source / "README.md").write_text(header + "![](curve.png)\n")
+    (source / "README.md").write_text(header + '![](curve.png)\n`AutoModel.from_pretrained("source")`\n')
     for name in ("curve.png", "holiday.png"):
         (source / name).write_bytes(b"png")
-    report = pack(source, tmp_path / "kept")
+    report = pack(source, tmp_path / "7b")
+    assert '`AutoModel.from_pretrained("7b")`' in (tmp_path / "7b" / "README.md").read_text()
     assert report.card == "kept" and "curve.png" in report.files and "holiday.png" not in report.files
     pack(source, tmp_path / "new", facts=CardFacts(new_card=True))
     data = card_of(tmp_path / "new").data

@@ -239,6 +239,12 @@ def test_a_hub_that_is_not_there_is_told(packed):
         push_checkpoint(packed, "me/tiny", token="hf_me", endpoint="http://127.0.0.1:9")
 
 
+def test_being_offline_by_will_is_told(packed):
+    command = [sys.executable, str(ROOT / "hub_upload.py"), "push", str(packed), "me/tiny", "--token", "hf_me"]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "HF_HUB_OFFLINE is set" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("files", "told"),
     [
@@ -322,6 +328,7 @@ os.environ["HF_TOKEN"] = "hf_me"
 codes.append(main(["push", packed, "me/cli", "--tag", "v1", "--private", "--json"]))
 codes.append(main(["push", packed, "me/cli", "--dry-run"]))
 codes.append(main(["push", tiny, "me/own", "--skip-test"]))
+codes.append(main(["pack", "me/cli", "fetched", "--skip-test"]))
 model = AutoModel.from_pretrained(tiny)
 url = model.push_to_hub("me/method", tags=["mine"], max_shard_size="5MB")
 model.load_processor().push_to_hub("me/words")
@@ -409,10 +416,12 @@ def test_what_was_pushed_is_used_by_anybody_with_the_same_masks(packed, tmp_path
         done = run(COMMANDS, str(packed), str(TINY), hub=hub, cwd=tmp_path, **XET)
         assert done.returncode == 0, done.stderr
         codes, url = json.loads(done.stdout.splitlines()[-1])
-        assert codes == [2, 0, 0, 0] and "hf auth login" in done.stderr
+        assert codes == [2, 0, 0, 0, 0] and "hf auth login" in done.stderr
         assert url.startswith(f"{hub.url}/me/method/commit/") and b"- mine" in content(hub, "README.md", "me/method")
         assert hub.repos["model", "me/cli"].private and "v1" in hub.repos["model", "me/cli"].tags
         hub.repos["model", "me/cli"].private = False
+        fetched = {path.name: path.read_bytes() for path in (tmp_path / "fetched").glob("*.safetensors")}
+        assert len(fetched) == 3 and all((packed / name).read_bytes() == data for name, data in fetched.items())
 
         (tmp_path / "sa2va.py").write_text("raise ImportError('hidden')")
         done = run(USE, question, hub=hub, cwd=tmp_path, PYTHONPATH=str(tmp_path), HF_HOME=str(tmp_path / "empty"))
