@@ -1157,7 +1157,11 @@ def _readdressed(text: str, source: Path, model_id: str) -> str:
 def _card_notes(text: str, model_id: str) -> tuple[str, ...]:
     """What a card lacks."""
     lacks = [field for field in ("license", "library_name", "pipeline_tag") if not getattr(_card(text).data, field)]
-    notes = [f"The card says nothing about {', '.join(lacks)} (--new-card; --license)."] if lacks else []
+    notes = (
+        [f"The card says nothing about {', '.join(lacks)}: write it there, or say --license or --new-card."]
+        if lacks
+        else []
+    )
     if "from_pretrained(" in text and model_id not in text:
         notes += [f"The card's examples load something else than {model_id} (--new-card)."]
     return tuple(notes)
@@ -1426,7 +1430,7 @@ def push_checkpoint(
         card = "generated" if _is_made_by_machine(files[CARD].decode()) else "kept"
         if exists and card == "generated" and not facts.new_card and hub.has_written_card():
             del files[CARD]
-            card, notes = "kept", ()
+            card, notes = "kept", ("The card on the Hub was written or changed there, and stays (--new-card).",)
         _refuse_private(files, folder, Path(source))
         told = {"creates": not exists, "card": card, "left_out": left_out, "notes": notes, "dry_run": dry_run}
         plan, additions = hub.plan(files, **told)
@@ -1444,10 +1448,9 @@ def _packed(source: Path, **options: Any) -> Iterator[tuple[Path, tuple[str, ...
         text = (source / CARD).read_text(encoding="utf-8")
         yield source, _card_notes(_readdressed(text, source, options["model_id"]), options["model_id"])
         return
-    room = {"dir": source.resolve().parent, "prefix": f".{source.name}."} if source.is_dir() else {}
-    if room and not os.access(room["dir"], os.W_OK):  # else weights can be linked
-        room = {}
-    with tempfile.TemporaryDirectory(**room) as place:
+    beside = {"dir": source.resolve().parent, "prefix": f".{source.name}."}  # where weights can be linked
+    may = source.is_dir() and os.access(beside["dir"], os.W_OK)
+    with tempfile.TemporaryDirectory(**beside if may else {}) as place:
         out = Path(place) / (source.resolve().name or "model")
         yield out, pack_checkpoint(str(source), out, **options).notes
 

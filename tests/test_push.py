@@ -139,6 +139,7 @@ def test_a_card_that_somebody_changed_on_the_hub_stays(hub, packed):
     repo.add("main", "Edit", {**repo.at().files, "README.md": Blob(6, b"# Mine")})
     report = push(packed, hub)
     assert report.card == "kept" and report.uploaded == () and content(hub, "README.md") == b"# Mine"
+    assert "note: The card on the Hub was written or changed there, and stays" in str(report)
 
 
 def test_secrets_stay_at_home(hub, folder):
