@@ -1157,13 +1157,11 @@ def _readdressed(text: str, source: Path, model_id: str) -> str:
 def _card_notes(text: str, model_id: str) -> tuple[str, ...]:
     """What a card lacks."""
     lacks = [field for field in ("license", "library_name", "pipeline_tag") if not getattr(_card(text).data, field)]
-    notes = (
-        [f"The card says nothing about {', '.join(lacks)}: write it there, or say --license or --new-card."]
-        if lacks
-        else []
-    )
+    notes = []
+    if lacks:
+        notes.append(f"The card says nothing about {', '.join(lacks)}: write it there, or say --license or --new-card.")
     if "from_pretrained(" in text and model_id not in text:
-        notes += [f"The card's examples load something else than {model_id} (--new-card)."]
+        notes.append(f"The card's examples load something else than {model_id} (--new-card).")
     return tuple(notes)
 
 
