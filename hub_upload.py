@@ -16,6 +16,7 @@ Exit codes: 0 all is right, 1 something is wrong with the checkpoint, 2 the comm
 import argparse
 import fnmatch
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ import types
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -39,8 +40,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-MAX_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES = 100_000_000  # as the safetensors format has it for headers
 LFS_POINTER = b"version "  # how the text begins that git leaves in place of a large file
 WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
 # Never copied beside converted weights: other forms of them, or more pickles.
@@ -51,15 +51,8 @@ WRONG_CHECKPOINT, CANNOT_RUN = 1, 2
 CARD, GENERATION, ADAPTER, TRAINING = "README.md", "generation_config.json", "adapter_config.json", "training.json"
 REQUIREMENTS_FILE = "requirements.txt"
 REQUIREMENTS = (  # those of pyproject.toml
-    "torch>=2.7",
-    "torchvision>=0.22",
-    "transformers>=5.10.1",
-    "accelerate>=1.10",
-    "sam2>=1.1",
-    "pillow>=10.3",
-    "opencv-python>=4.10",
-    "huggingface_hub>=1.5",
-    "safetensors>=0.5",
+    *("torch>=2.7", "torchvision>=0.22", "transformers>=5.10.1", "accelerate>=1.10", "sam2>=1.1", "pillow>=10.3"),
+    *("opencv-python>=4.10", "huggingface_hub>=1.5", "safetensors>=0.5"),
 )
 DOCUMENTS = ("LICENSE*", "NOTICE*")
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp")  # where the card shows them
@@ -244,7 +237,11 @@ def check_checkpoint(name_or_path: str | Path, revision: str | None = None) -> C
         OSError: there is no such folder or repository, or the Hub can't be reached.
         ValueError: a revision of a folder.
     """
-    files = _find_files(str(name_or_path), revision)
+    return _inspect(_find_files(str(name_or_path), revision))[0]
+
+
+def _inspect(files: "_Files") -> tuple[CheckpointReport, Any]:
+    """The report of `check_checkpoint`, and the config; None if it can't be read."""
     tensors, problems = _read_weights(files)
     problems += [
         f"{name} is {tensor.dtype}; weights are one of {', '.join(WEIGHT_DTYPES)}, so it is quantized or damaged"
@@ -255,27 +252,24 @@ def check_checkpoint(name_or_path: str | Path, revision: str | None = None) -> C
     try:
         config = _read_config(files, tensors)
         if tensors:
-            comparison = _compare(
-                _entries_of(_model_without_memory(config)), {name: tensor.shape for name, tensor in tensors.items()}
-            )
+            entries = _entries_of(_model_without_memory(config))
+            comparison = _compare(entries, {name: tensor.shape for name, tensor in tensors.items()})
     except CheckpointError as error:
         problems.append(str(error))
     dtypes: Counter[str] = Counter()
     for tensor in tensors.values():
         dtypes[tensor.dtype] += math.prod(tensor.shape)
-    return CheckpointReport(
+    report = CheckpointReport(
         name=files.name,
         family=config and _family(config),
         language_model=config and config.get_text_config().model_type,
-        layout=comparison.layout,
         num_parameters=sum(dtypes.values()),
         num_bytes=sum(tensor.end - tensor.begin for tensor in tensors.values()),
         dtypes=dict(sorted(dtypes.items())),
-        missing_keys=comparison.missing,
-        unexpected_keys=comparison.unexpected,
-        mismatched_keys=comparison.mismatched,
         problems=tuple(problems),
+        **comparison._asdict(),
     )
+    return report, config
 
 
 class _Files(NamedTuple):
@@ -310,7 +304,7 @@ def _hub_files(name: str, revision: str | None) -> _Files:
     hub = HfFileSystem(skip_instance_cache=True)
     try:
         validate_repo_id(name)
-        with _asking_hub(name):
+        with _asking_for(name):
             listing = hub.ls(name, detail=True, revision=revision)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:  # no name of a repository, or of none
         version = f" at revision {revision}" if revision else ""
@@ -320,23 +314,12 @@ def _hub_files(name: str, revision: str | None) -> _Files:
         ) from error
 
     def read(file: str, begin: int, count: int) -> bytes:
-        with _asking_hub(name), hub.open(f"{name}/{file}", "rb", revision=revision, block_size=2**18) as stream:
+        with _asking_for(name), hub.open(f"{name}/{file}", "rb", revision=revision, block_size=2**18) as stream:
             stream.seek(begin)
             return stream.read(count)
 
     sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in listing if entry["type"] == "file"}
     return _Files(name, sizes, read)
-
-
-@contextmanager
-def _asking_hub(name: str) -> Iterator[None]:
-    """Turns what the HTTP library raises, of whichever version, into OSError."""
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        yield
-    except HTTPError as error:
-        raise OSError(f"{name} is not a folder here, and the Hub can't be asked for it: {error}") from error
 
 
 def _read_json(files: _Files, name: str) -> dict[str, Any]:
@@ -399,7 +382,12 @@ def _read_weights(files: _Files) -> tuple[dict[str, _Tensor], list[str]]:
         except CheckpointError as error:
             problems.append(f"{file}: {error}")
             continue
-        wrong += [] if indexed is None else _index_problems(indexed, header)
+        if indexed is not None:
+            wrong += [
+                f"{name} is not in it, though {WEIGHTS_INDEX} puts it there." for name in indexed if name not in header
+            ]
+            strange = sorted(header.keys() - set(indexed))
+            wrong += [f"holds {name}, which {WEIGHTS_INDEX} does not put there." for name in strange]
         problems += [f"{file}: {sentence}" for sentence in wrong]
         tensors |= header
     return tensors, problems
@@ -429,16 +417,6 @@ def _read_weight_map(files: _Files, index: str = WEIGHTS_INDEX) -> dict[str, str
     return weight_map
 
 
-def _index_problems(indexed: list[str], header: dict[str, _Tensor]) -> list[str]:
-    """Where the index and a shard's header disagree."""
-    absent = [name for name in indexed if name not in header]
-    strange = sorted(header.keys() - set(indexed))
-    return [
-        *(f"{name} is not in it, though {WEIGHTS_INDEX} puts it there." for name in absent),
-        *(f"holds {name}, which {WEIGHTS_INDEX} does not put there." for name in strange),
-    ]
-
-
 def _read_header(files: _Files, name: str) -> tuple[dict[str, _Tensor], list[str]]:
     """The tensors of a safetensors file, and what is wrong with where it puts them.
 
@@ -451,10 +429,10 @@ def _read_header(files: _Files, name: str) -> tuple[dict[str, _Tensor], list[str
     if start == LFS_POINTER:
         raise CheckpointError("is a Git LFS pointer and not the weights themselves. Fetch them: git lfs pull")
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+    if len(start) < 8 or length > MAX_JSON_BYTES or 8 + length > size:
         raise CheckpointError(
             f"has no whole safetensors header: {size:,} bytes, of which the header claims {length:,} "
-            f"(at most {MAX_HEADER_BYTES:,} are allowed). It is cut off or not a safetensors file."
+            f"(at most {MAX_JSON_BYTES:,} are allowed). It is cut off or not a safetensors file."
         )
     entries = _parse_json(files.read(name, 8, length), "the header")
     tensors = {key: _Tensor.parse(key, entry) for key, entry in entries.items() if key != "__metadata__"}
@@ -579,9 +557,9 @@ class _Comparison(NamedTuple):
     """Keys of a checkpoint beside those of its model."""
 
     layout: str | None = None
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    mismatched: tuple[ShapeMismatch, ...] = ()
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
+    mismatched_keys: tuple[ShapeMismatch, ...] = ()
 
 
 def _compare(entries: Sequence[_Entry], found: dict[str, tuple[int, ...]]) -> _Comparison:
@@ -596,9 +574,9 @@ def _compare(entries: Sequence[_Entry], found: dict[str, tuple[int, ...]]) -> _C
             expected |= keys
     return _Comparison(
         layout="mixed" if len(count) > 1 else next(iter(count), None),
-        missing=tuple(name for name in expected if name not in found),
-        unexpected=tuple(sorted(name for name in found if name not in expected)),
-        mismatched=tuple(
+        missing_keys=tuple(name for name in expected if name not in found),
+        unexpected_keys=tuple(sorted(name for name in found if name not in expected)),
+        mismatched_keys=tuple(
             ShapeMismatch(name, shape, found[name])
             for name, shape in expected.items()
             if name in found and found[name] != shape
@@ -631,11 +609,8 @@ def convert_pickles(folder: str | Path, out: str | Path) -> list[Path]:
     for file in folder.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
             shutil.copy(file, out)
-    count = len(pickles)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS]
-    sizes = {name: _convert_pickle(pickle, out / name) for name, pickle in zip(names, pickles, strict=True)}
-    if count > 1:
-        _write_index(sizes, out / WEIGHTS_INDEX)
+    names = _weight_names(len(pickles))
+    _write_index({name: _convert_pickle(pickle, out / name) for name, pickle in zip(names, pickles, strict=True)}, out)
     return [out / name for name in names]
 
 
@@ -686,8 +661,15 @@ def _in_memory_of_their_own(tensors: dict[str, Any]) -> dict[str, Any]:
     return separate
 
 
-def _write_index(sizes: dict[str, dict[str, int]], path: Path) -> None:
-    """Writes the index of shards; `sizes` are the bytes of the tensors of each file."""
+def _weight_names(count: int) -> list[str]:
+    """What `count` weight files are called."""
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS]
+
+
+def _write_index(sizes: dict[str, dict[str, int]], out: Path) -> None:
+    """Writes the index of weight files, unless there is only one; `sizes` are the bytes of the tensors of each."""
+    if len(sizes) == 1:
+        return
     keys = Counter(key for shard in sizes.values() for key in shard)
     if twice := sorted(key for key, count in keys.items() if count > 1):
         raise CheckpointError(f"More than one file holds {', '.join(twice)}. Keep one form of the weights, then retry.")
@@ -695,9 +677,9 @@ def _write_index(sizes: dict[str, dict[str, int]], path: Path) -> None:
         "metadata": {"total_size": sum(sum(shard.values()) for shard in sizes.values())},
         "weight_map": {key: name for name, shard in sizes.items() for key in shard},
     }
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(index, indent=2) + "\n")
-    temporary.replace(path)
+    temporary = out / f"{WEIGHTS_INDEX}.tmp"
+    _write_json(temporary, index)
+    temporary.replace(out / WEIGHTS_INDEX)
 
 
 @dataclass(frozen=True)
@@ -808,24 +790,25 @@ def pack_checkpoint(
         raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
     with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
         origin = _find_origin(str(source), revision, token, merged)
-        old_card = out / CARD if (out / CARD).is_file() else origin.card
+        old_card = (out if (out / CARD).is_file() else origin.documents) / CARD
         old_text = old_card.read_text(encoding="utf-8") if old_card.is_file() else ""
         _card(old_text)  # if it can't be read, say so before anything that takes long
-        report = check_checkpoint(origin.folder)
+        files = _find_files(str(origin.folder), None)
+        report, config = _inspect(files)
         if not report.ok:
             raise CheckpointError(f"Not packed, since it would not load.\n{report}")
-        config = _config_of(origin.folder)
-        weights = _pack_weights(origin.folder, target, config, report.layout, _size(max_shard_size))
-        _pack_settings(origin.folder, target, config)
+        weights = _pack_weights(files, target, config, report.layout, _size(max_shard_size))
+        _pack_settings(files, target, config)
         card, notes = _pack_card(target, config, report, origin, old_text, facts, model_id or out.name)
         _pack_documents((origin.documents, old_card.parent), target)
-        files = {name: (target / name).stat().st_size for name in _uploaded_names(target)}
-        _refuse_private({name: target / name for name in files}, origin.folder, out)
+        packed = {name: target / name for name in _uploaded_names(target)}
+        sizes = {name: path.stat().st_size for name, path in packed.items()}
+        _refuse_private(packed, origin.folder, out)
         if not skip_test:
             _try_out(target)
         _put_in_place(target, out)
     weights = "merged" if origin.base is not None else weights
-    return PackReport(str(out), report.family, weights, card, not skip_test, files, notes)
+    return PackReport(str(out), report.family, weights, card, not skip_test, sizes, notes)
 
 
 @contextmanager
@@ -879,11 +862,6 @@ class _Origin(NamedTuple):
     base: str | None
     training: dict[str, Any]
 
-    @property
-    def card(self) -> Path:
-        """Its own model card, which need not be there."""
-        return self.documents / CARD
-
 
 def _find_origin(source: str, revision: str | None, token: str | None, merged: Path) -> _Origin:
     """Fetches a source from the Hub if it is no folder, and merges an adapter into the empty folder `merged`."""
@@ -908,12 +886,10 @@ def _download(name: str, revision: str | None, token: str | None) -> Path:
         validate_repo_id(name)
     except ValueError as error:
         raise FileNotFoundError(f"{name} is neither a folder nor a name on the Hub like ByteDance/Sa2VA-4B.") from error
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.png", "*.jpg", *DOCUMENTS]
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", *PICTURES, *DOCUMENTS]
+    options = {"allow_patterns": wanted, "ignore_patterns": ["*/*"]}
     with _asking_for(name):
-        folder = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
-    return Path(folder)
+        return Path(snapshot_download(name, revision=revision, token=token, **options))
 
 
 def _training_facts(folder: Path) -> dict[str, Any]:
@@ -965,14 +941,9 @@ def _find_base(folder: Path, named: str | None) -> str:
     return named
 
 
-def _config_of(folder: Path):
-    files = _find_files(str(folder), None)
-    return _read_config(files, _read_weights(files)[0])
-
-
-def _pack_weights(folder: Path, out: Path, config, layout: str | None, max_bytes: int) -> str:
-    """Links, copies or rewrites the weights of a checkpoint that was found right; says which."""
-    files = _find_files(str(folder), None)
+def _pack_weights(files: _Files, out: Path, config, layout: str | None, max_bytes: int) -> str:
+    """Links, copies or rewrites the weights of a folder that was found right; says which."""
+    folder = Path(files.name)
     shards = _shards(files)
     if layout in ("native", "mixed") or any(files.sizes[name] > max_bytes for name in shards):
         _rewrite_weights(files, out, config, max_bytes)
@@ -1013,16 +984,11 @@ def _rewrite_weights(files: _Files, out: Path, config, max_bytes: int) -> None:
         if shards[-1] and sum(other.num_bytes for other in shards[-1].values()) + move.num_bytes > max_bytes:
             shards.append({})
         shards[-1][name] = move
-    count = len(shards)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS]
-    for name, shard in zip(names, shards, strict=True):
+    sizes = {}
+    for name, shard in zip(_weight_names(len(shards)), shards, strict=True):
         _write_shard(files, out / name, shard, model)
-    if count > 1:
-        sizes = {
-            name: {key: move.num_bytes for key, move in shard.items()}
-            for name, shard in zip(names, shards, strict=True)
-        }
-        _write_index(sizes, out / WEIGHTS_INDEX)
+        sizes[name] = {key: move.num_bytes for key, move in shard.items()}
+    _write_index(sizes, out)
 
 
 def _plan_moves(files: _Files, entries: Sequence[_Entry]) -> dict[str, _Move]:
@@ -1080,19 +1046,20 @@ def _bytes_of(files: _Files, move: _Move, model) -> Iterator[bytes]:
     yield fused.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _pack_settings(folder: Path, out: Path, config) -> None:
+def _pack_settings(files: _Files, out: Path, config) -> None:
     """Configs, tokenizer, processor, code and requirements, without what only the old place needed."""
     from transformers import GenerationConfig
 
     from .configuration_sa2va import auto_map, copy_code
     from .processing_sa2va import Sa2VAProcessor
 
+    folder = Path(files.name)
     Sa2VAProcessor.from_pretrained(folder, config=config).save_pretrained(out)
     if (folder / GENERATION).is_file():
         shutil.copyfile(folder / GENERATION, out / GENERATION)
     else:
         GenerationConfig.from_model_config(config).save_pretrained(out)
-    values = _read_json(_find_files(str(folder), None), CONFIG)
+    values = _read_json(files, CONFIG)
     mapping = auto_map(config.is_qwen_vl)
     grounding = dict(values.get("grounding_config") or {})
     grounding["separate_prompt_decoder"] = config.grounding_config.separate_prompt_decoder  # no need to ask the weights
@@ -1137,16 +1104,14 @@ def _pack_card(
     """Writes README.md; says whether it was "generated" or "kept", and what is to be known about it."""
     written_by_hand = bool(old_text) and not _is_made_by_machine(old_text)
     if written_by_hand and not facts.new_card:
-        data = _card(old_text).data
-        lacks = [field for field in ("license", "library_name", "pipeline_tag") if not getattr(data, field)]
-        (out / CARD).write_text(old_text, encoding="utf-8")
-        notes = [f"The card says nothing about {', '.join(lacks)}."] if lacks else []
+        text = _readdressed(old_text, Path(origin.name or origin.documents), model_id)
+        (out / CARD).write_text(text, encoding="utf-8")
         given = [field.name for field in fields(facts) if getattr(facts, field.name)]
-        notes += [f"The card is the one found; {', '.join(given)} did not change it (--new-card)."] if given else []
-        return "kept", tuple(notes)
+        notes = [f"The card is the one found; {', '.join(given)} did not change it (--new-card)."] if given else []
+        return "kept", (*_card_notes(text, model_id), *notes)
     text = _render_card(config, report, origin, _card(old_text).data if written_by_hand else None, facts, model_id)
     (out / CARD).write_text(_marked(text, model_id), encoding="utf-8")
-    return "generated", () if _card(text).data.license else ("No license is known: say which with --license.",)
+    return "generated", _card_notes(text, model_id)
 
 
 def _card(text: str):
@@ -1177,13 +1142,27 @@ def _is_made_by_machine(text: str) -> bool:
     return any(phrase in text for phrase in FORM_PHRASES)
 
 
-def _readdressed(text: str, model_id: str) -> str:
-    """A generated card with another name in its examples; one that somebody changed is left alone."""
-    match = CARD_MARK.search(text)
-    if match is None or not _is_made_by_machine(text):
-        return text
-    body = text[: match.start()].replace(f'"{match["id"]}"', f'"{model_id}"')
-    return _marked(body.replace(f"/{match['id']}/resolve/", f"/{model_id}/resolve/"), model_id)
+def _readdressed(text: str, source: Path, model_id: str) -> str:
+    """A card whose examples load `model_id` where they loaded the source; whatever else somebody wrote stays."""
+    mark = CARD_MARK.search(text)
+    is_ours = mark is not None and _is_made_by_machine(text)
+    body = text[: mark.start()] if is_ours else text
+    for name in {str(source), source.resolve().name, *([mark["id"]] if mark else [])}:
+        call = rf"(?<=\.from_pretrained\()(\s*[\"']){re.escape(name)}(?=[\"'])"
+        body = re.sub(call, lambda begin: begin[1] + model_id, body)
+        body = body.replace(f"huggingface.co/{name}/resolve/", f"huggingface.co/{model_id}/resolve/")
+    return _marked(body, model_id) if is_ours else body
+
+
+def _card_notes(text: str, model_id: str) -> tuple[str, ...]:
+    """What a card lacks."""
+    lacks = [field for field in ("license", "library_name", "pipeline_tag") if not getattr(_card(text).data, field)]
+    notes = []
+    if lacks:
+        notes.append(f"The card says nothing about {', '.join(lacks)}: write it there, or say --license or --new-card.")
+    if "from_pretrained(" in text and model_id not in text:
+        notes.append(f"The card's examples load something else than {model_id} (--new-card).")
+    return tuple(notes)
 
 
 def _render_card(config, report: CheckpointReport, origin: _Origin, old, facts: CardFacts, model_id: str) -> str:
@@ -1277,7 +1256,7 @@ def read_results(path: str | Path) -> tuple[dict[str, Any], ...]:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError(f"{path} has no list of results; each needs dataset_name, metric_type and metric_value.")
-    return tuple({**value, **_result(value)} for value in values)
+    return tuple(_result(value) for value in values)
 
 
 def _uploaded_names(folder: Path) -> list[str]:
@@ -1363,6 +1342,7 @@ class PushReport:
         left_out: files of the source that are nobody's business, and stay at home.
         creates: whether there is no such repository yet.
         card: "generated", or "kept": the one that somebody wrote, here or on the Hub.
+        notes: what the user should know, as in `PackReport`.
         dry_run: whether nothing was done.
         url: of the commit or pull request; None before.
         commit: id of the commit in which all is right; None before.
@@ -1376,6 +1356,7 @@ class PushReport:
     left_out: tuple[str, ...]
     creates: bool
     card: str
+    notes: tuple[str, ...] = ()
     dry_run: bool = False
     url: str | None = None
     commit: str | None = None
@@ -1390,6 +1371,7 @@ class PushReport:
                 *_file_lines(sizes),
                 *(f"  deleted          {name}" for name in self.deleted),
                 *(f"  stays at home    {name}" for name in self.left_out),
+                *(f"note: {note}" for note in self.notes),
             ]
         )
 
@@ -1428,10 +1410,9 @@ def push_checkpoint(
         tag: name for the commit.
         dry_run: only find out what would be done.
         max_shard_size, facts, skip_test: as for `pack_checkpoint`.
-        token: default the one of `hf auth login` or HF_TOKEN.
+        token, endpoint: default those of `hf auth login` or HF_TOKEN, and of HF_ENDPOINT.
         source_revision: revision of a source on the Hub.
         commit_message: of the commit, and title of the pull request.
-        endpoint: address of another Hub; default HF_ENDPOINT.
         show: called with the plan before anything is sent.
 
     Raises:
@@ -1441,97 +1422,60 @@ def push_checkpoint(
     """
     hub = _Hub(repo_id, revision, create_pr, token, endpoint)
     exists = hub.look_around()
-    with _packed(source, facts, max_shard_size, skip_test, source_revision, token, repo_id) as (folder, left_out):
-        files, card = _contents(folder, repo_id)
+    options = {"facts": facts, "max_shard_size": max_shard_size, "skip_test": skip_test, "token": token}
+    with _packed(Path(source), revision=source_revision, model_id=repo_id, **options) as (folder, notes):
+        files, left_out = _contents(Path(source), folder, repo_id)
+        card = "generated" if _is_made_by_machine(files[CARD].decode()) else "kept"
         if exists and card == "generated" and not facts.new_card and hub.has_written_card():
             del files[CARD]
-            card = "kept"
+            card, notes = "kept", ("The card on the Hub was written or changed there, and stays (--new-card).",)
         _refuse_private(files, folder, Path(source))
-        additions = hub.additions(files)
-        sizes = {name: addition.upload_info.size for name, addition in additions.items()}
-        head, changed, stale = hub.compare(additions) if exists else (None, list(additions), [])
-        plan = PushReport(
-            repo_id, hub.revision, sizes, tuple(changed), tuple(stale), left_out, not exists, card, dry_run, commit=head
-        )
+        told = {"creates": not exists, "card": card, "left_out": left_out, "notes": notes, "dry_run": dry_run}
+        plan, additions = hub.plan(files, **told)
         if show is not None:
             show(plan)
         if exists and tag is not None:
-            hub.is_tagged(tag, None if changed or stale else head)
-        if dry_run:
-            return replace(plan, commit=None)
-        return hub.carry_out(plan, additions, private, tag, commit_message)
+            hub.is_tagged(tag, None if plan.uploaded or plan.deleted else plan.commit)
+        return replace(plan, commit=None) if dry_run else hub.carry_out(plan, additions, private, tag, commit_message)
 
 
 @contextmanager
-def _packed(
-    source: str | Path,
-    facts: CardFacts,
-    max_shard_size: int | str | None,
-    skip_test: bool,
-    source_revision: str | None,
-    token: str | None,
-    model_id: str,
-) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """A folder as `pack_checkpoint` leaves it, made for the time being if the source is none; and what it left out."""
-    folder = Path(source)
-    if facts == CardFacts() and _is_packed(folder, _size(max_shard_size)):
-        yield folder, tuple(sorted({path.name for path in folder.iterdir()} - set(_uploaded_names(folder))))
+def _packed(source: Path, **options: Any) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """A folder as `pack_checkpoint` leaves it, made for the time being if the source is none; and its notes."""
+    if options["facts"] == CardFacts() and _is_packed(source, _size(options["max_shard_size"])):
+        text = (source / CARD).read_text(encoding="utf-8")
+        yield source, _card_notes(_readdressed(text, source, options["model_id"]), options["model_id"])
         return
-    with tempfile.TemporaryDirectory(**_room_for_links(folder)) as place:
-        out = Path(place) / (folder.resolve().name or "model")
-        pack_checkpoint(
-            *(source, out),
-            revision=source_revision,
-            facts=facts,
-            max_shard_size=max_shard_size,
-            skip_test=skip_test,
-            token=token,
-            model_id=model_id,
-        )
-        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        yield out, tuple(sorted(name for name in names if not (out / name).exists()))
+    beside = {"dir": source.resolve().parent, "prefix": f".{source.name}."}  # where weights can be linked
+    may = source.is_dir() and os.access(beside["dir"], os.W_OK)
+    with tempfile.TemporaryDirectory(**beside if may else {}) as place:
+        out = Path(place) / (source.resolve().name or "model")
+        yield out, pack_checkpoint(str(source), out, **options).notes
 
 
-def _room_for_links(folder: Path) -> dict[str, Any]:
-    """A temporary folder on the file system of a source, if it may be written to: weights can be linked there."""
-    parent = folder.resolve().parent
-    return {"dir": parent, "prefix": f".{folder.name}."} if folder.is_dir() and os.access(parent, os.W_OK) else {}
+def _contents(source: Path, folder: Path, repo_id: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What to upload, paths or bytes by name, the card with the repository's name; and what stays at home."""
+    files: dict[str, Any] = {name: folder / name for name in _uploaded_names(folder)}
+    files[CARD] = _readdressed(files[CARD].read_text(encoding="utf-8"), folder, repo_id).encode()
+    here = {path.name for path in source.iterdir()} if source.is_dir() else set()
+    return files, tuple(sorted(here - files.keys()))
 
 
 def _is_packed(folder: Path, max_bytes: int) -> bool:
     """Whether packing a folder would change nothing but its card; weights are looked at by their headers."""
     from .configuration_sa2va import CODE_FILES
 
-    needed = (
-        *CODE_FILES,
-        CONFIG,
-        GENERATION,
-        "processor_config.json",
-        "tokenizer_config.json",
-        CARD,
-        REQUIREMENTS_FILE,
-    )
-    if not all((folder / name).is_file() for name in needed):
+    settings = (CONFIG, GENERATION, "processor_config.json", "tokenizer_config.json", CARD, REQUIREMENTS_FILE)
+    if not all((folder / name).is_file() for name in (*settings, *CODE_FILES)):
         return False
     if any((folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes() for name in CODE_FILES):
         return False
     files = _find_files(str(folder), None)
-    _, problems = _read_weights(files)
-    mapped = _read_json(files, CONFIG).get("auto_map") or {}
-    processor = _read_json(files, "processor_config.json").get("auto_map") or {}
-    modules = {reference.partition(".")[0] for reference in (mapped | processor).values()}
-    fits = all(size <= max_bytes for name, size in files.sizes.items() if name.endswith(".safetensors"))
-    return (
-        fits and not problems and len(mapped) >= 4 and bool(processor) and {f"{m}.py" for m in modules} <= {*CODE_FILES}
-    )
-
-
-def _contents(folder: Path, repo_id: str) -> tuple[dict[str, Path | bytes], str]:
-    """What to upload by name, and whether its card is "generated" or "kept"; a generated one names the repository."""
-    files: dict[str, Path | bytes] = {name: folder / name for name in _uploaded_names(folder)}
-    text = (folder / CARD).read_text(encoding="utf-8")
-    files[CARD] = _readdressed(text, repo_id).encode()
-    return files, "generated" if _is_made_by_machine(text) else "kept"
+    if any(size > max_bytes for name, size in files.sizes.items() if name.endswith(".safetensors")):
+        return False
+    mapped, processor = (_read_json(files, name).get("auto_map") or {} for name in (CONFIG, "processor_config.json"))
+    modules = {f"{reference.partition('.')[0]}.py" for reference in (mapped | processor).values()}
+    return len(mapped) >= 4 and bool(processor) and modules <= {*CODE_FILES} and not _read_weights(files)[1]
 
 
 class _Hub:
@@ -1631,12 +1575,6 @@ class _Hub:
                 raise
         return self.ask(self.api.repo_info, self.repo_id).sha
 
-    def additions(self, files: Mapping[str, Path | bytes]) -> dict[str, Any]:
-        """What `HfApi` wants of each file; hashes are computed once, when they are needed."""
-        from huggingface_hub import CommitOperationAdd
-
-        return {name: CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()}
-
     def compare(self, additions: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:
         """The head of the branch, which files differ there by their hashes, and which should not be there."""
         head = self.head()
@@ -1644,6 +1582,16 @@ class _Hub:
         changed = [name for name, addition in additions.items() if not _is_same(addition, remote.get(name))]
         stale = [name for name in remote if name not in additions and _is_replaced(name)]
         return head, changed, stale
+
+    def plan(self, files: Mapping[str, Path | bytes], **facts: Any) -> tuple[PushReport, dict[str, Any]]:
+        """What is to be done to have these files there, and what `HfApi` wants of each."""
+        from huggingface_hub import CommitOperationAdd  # hashes when they are needed, and once
+
+        additions = {name: CommitOperationAdd(name, content) for name, content in files.items()}
+        head, changed, stale = (None, [*additions], []) if facts["creates"] else self.compare(additions)
+        sizes = {name: addition.upload_info.size for name, addition in additions.items()}
+        changes = {"files": sizes, "uploaded": tuple(changed), "deleted": tuple(stale), "commit": head}
+        return PushReport(self.repo_id, self.revision, **changes, **facts), additions
 
     def carry_out(
         self, plan: PushReport, additions: Mapping[str, Any], private: bool | None, tag: str | None, message: str
@@ -1655,7 +1603,8 @@ class _Hub:
         if plan.uploaded or plan.deleted:
             self.prepare(message)
             head = self.upload(additions, message)
-            self.finish()
+            if self.create_pr:
+                self.ask(self._open)
         if tag is not None and not self.is_tagged(tag, head):
             self.ask(self.api.create_tag, self.repo_id, tag=tag, revision=head, exist_ok=True)
         return replace(plan, revision=self.revision, url=self.url(head), commit=head)
@@ -1676,7 +1625,7 @@ class _Hub:
     def upload(self, additions: Mapping[str, Any], message: str) -> str:
         """Commits until the Hub has what is here; returns the commit in which it has."""
         sent = False
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in itertools.count(1):
             head, changed, stale = self.compare(additions)
             if not changed and not stale:
                 return head
@@ -1692,33 +1641,44 @@ class _Hub:
                 if attempt == ATTEMPTS or not _is_passing(error, MOVED_STATUS):
                     raise
                 time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
-        head, changed, _ = self.compare(additions)
-        if changed:
-            raise HubError(f"{self.repo_id} still differs in {', '.join(changed)}. Run it again.")
-        return head
 
     def _send(self, additions: list[Any], stale: list[str], message: str, head: str) -> None:
+        """One commit; weights go first and one by one, so that what has arrived need not be sent again."""
         from huggingface_hub import CommitOperationDelete
 
-        for addition in additions:  # one by one: what has arrived need not be sent again
-            if addition.path_in_repo.endswith(".safetensors"):
-                self.api.preupload_lfs_files(
-                    self.repo_id, [addition], revision=self.revision, free_memory=False, num_threads=1
-                )
-        self.api.create_commit(
-            self.repo_id,
-            [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
-            commit_message=message,
-            revision=self.revision,
-            parent_commit=head,
-        )
+        weights = [[addition] for addition in additions if addition.path_in_repo.endswith(".safetensors")]
+        others = [addition for addition in additions if [addition] not in weights]
+        with ExitStack() as files:
+            sent = [addition for group in (*weights, others) for addition in self._send_large(group, files)]
+            self.api.create_commit(
+                self.repo_id,
+                [*sent, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
+                commit_message=message,
+                revision=self.revision,
+                parent_commit=head,
+            )
 
-    def finish(self) -> None:
-        """Opens the draft, now that it is whole."""
-        if self.create_pr:
-            self.ask(self._open, int(self.revision.rpartition("/")[2]))
+    def _send_large(self, additions: list[Any], files: ExitStack) -> list[Any]:
+        """Sends the large ones to the Hub's store; returns what a commit takes.
 
-    def _open(self, number: int) -> None:
+        With hf_xet installed, huggingface_hub 2 knows no other protocol than Xet, except for opened files: by those a
+        Hub without it gets Git LFS.
+        """
+        from huggingface_hub import CommitOperationAdd
+
+        options = {"revision": self.revision, "free_memory": False, "num_threads": 1}
+        try:
+            self.api.preupload_lfs_files(self.repo_id, additions, **options)
+        except OSError as error:
+            if "xet-write-token" not in str(error) or _status(error) != 404:
+                raise
+            additions = [CommitOperationAdd(a.path_in_repo, files.enter_context(a.as_file())) for a in additions]
+            self.api.preupload_lfs_files(self.repo_id, additions, **options)
+        return additions
+
+    def _open(self) -> None:
+        """Makes the draft a pull request, now that it is whole."""
+        number = int(self.revision.rpartition("/")[2])
         if self.api.get_discussion_details(self.repo_id, number).status == "draft":
             self.api.change_discussion_status(self.repo_id, number, new_status="open")
 
@@ -1737,13 +1697,13 @@ class _Hub:
 
 
 @contextmanager
-def _asking_for(repo_id: str) -> Iterator[None]:
+def _asking_for(name: str) -> Iterator[None]:
     """Whatever goes wrong between here and the Hub becomes a `HubError` that says what to do."""
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
         yield
-    except HubError:
+    except (HubError, NotImplementedError):
         raise
     except LocalTokenNotFoundError as error:
         raise HubError(
@@ -1752,12 +1712,15 @@ def _asking_for(repo_id: str) -> Iterator[None]:
         ) from error
     except OfflineModeIsEnabled as error:
         raise HubError("HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it and run again.") from error
-    except (HTTPError, LocalEntryNotFoundError, RuntimeError, json.JSONDecodeError) as error:
-        raise HubError(f"{_advice(repo_id, _http_fault(error))}\n({str(error).strip()})") from error
+    except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
+        is_builtin = type(error).__module__ == "builtins"  # Xet's client has its own kinds, but for the first of these
+        if isinstance(error, OSError) and is_builtin and not isinstance(error, ConnectionError):
+            raise  # of a file here
+        raise HubError(f"{_advice(name, _http_fault(error) or error)}\n({str(error).strip()})") from error
     except ValueError as error:
         if "LFS batch API" not in str(error):
             raise
-        raise HubError(f"The Hub does not take the files of {repo_id}: {error}") from error
+        raise HubError(f"The Hub does not take the files of {name}: {error}") from error
 
 
 def _http_fault(error: BaseException | None) -> BaseException | None:
@@ -1769,12 +1732,14 @@ def _http_fault(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The status with which the Hub answered; None if it did not answer."""
-    return getattr(getattr(error, "response", None), "status_code", None)
+def _status(error: BaseException) -> int | None:
+    """The status with which the Hub answered, which Xet's client only writes into its words; None without answer."""
+    written = re.search(r"HTTP status \w+ error \((\d{3})", str(error))
+    return getattr(getattr(error, "response", None), "status_code", int(written[1]) if written else None)
 
 
-def _advice(repo_id: str, fault: BaseException | None) -> str:
+def _advice(repo_id: str, fault: BaseException) -> str:
+    """What to do about a fault."""
     status, again = _status(fault), "Nothing half-done is visible; run the same again, and it goes on from there."
     if status == 402 or status == 507 or (status in (403, 413) and re.search("storage|quota", str(fault), re.I)):
         return (
@@ -1855,59 +1820,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        values, words = arguments.run(arguments)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_CHECKPOINT if isinstance(error, CheckpointError) else CANNOT_RUN
+    print(json.dumps(values, indent=2) if arguments.json else words)
+    return 0 if values.get("ok", True) else WRONG_CHECKPOINT
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Sa2VA checkpoints on their way to and from the Hub.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="compare keys and shapes with the config; reads no weights")
-    check.add_argument("checkpoint", metavar="FOLDER_OR_REPO", help="folder, or name on the Hugging Face Hub")
-    check.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    check.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    check.set_defaults(run=_run_check)
-    convert = commands.add_parser("convert", help="write pickled weights (pytorch_model*.bin) as safetensors")
-    convert.add_argument("folder", metavar="FOLDER", help="checkpoint with pickled weights")
-    convert.add_argument("out", metavar="OUT", help="new folder for the converted checkpoint")
-    convert.set_defaults(run=_run_convert)
-    pack = commands.add_parser("pack", help="make a complete model repository, which loads with trust_remote_code")
-    _add_packing_arguments(pack)
-    pack.add_argument("out", metavar="OUT", help="folder to write")
-    pack.add_argument("--overwrite", action="store_true", help="replace OUT; a card that you changed there is kept")
-    pack.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
-    pack.set_defaults(run=_run_pack)
-    push = commands.add_parser("push", help="pack and upload in one commit; run it again after an interruption")
-    _add_packing_arguments(push)
-    push.add_argument("repo_id", metavar="REPO_ID", help="your-name/model; made if it is not there")
-    push.add_argument("--private", action="store_true", default=None, help="if the repository is new, hide it")
-    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    push.add_argument("--revision", help="branch to commit to (default main)")
-    push.add_argument("--tag", help="name for the commit, like v1.0")
-    push.add_argument("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
-    push.add_argument("--source-revision", help="branch, tag or commit of a source on the Hub")
-    push.set_defaults(run=_run_push)
+
+    def command(run: Callable, name: str, summary: str, packs: bool = False) -> Callable:
+        """Adds a command; returns what adds its arguments."""
+        added = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        added.add_argument("--json", action="store_true", help="print the report as one JSON object")
+        added.set_defaults(run=run)
+        if packs:
+            _add_packing_arguments(added.add_argument, added.add_argument_group("model card").add_argument)
+        return added.add_argument
+
+    hub_revision = {"help": "branch, tag or commit of a checkpoint on the Hub"}
+    add = command(_run_check, "check", "compare keys and shapes with the config; reads no weights")
+    add("checkpoint", metavar="FOLDER_OR_REPO", help="folder, or name on the Hugging Face Hub")
+    add("--revision", **hub_revision)
+    add = command(_run_convert, "convert", "write pickled weights (pytorch_model*.bin) as safetensors")
+    add("folder", metavar="FOLDER", help="checkpoint with pickled weights")
+    add("out", metavar="OUT", help="new folder for the converted checkpoint")
+    add = command(_run_pack, "pack", "make a complete model repository, which loads with trust_remote_code", packs=True)
+    add("out", metavar="OUT", help="folder to write")
+    add("--overwrite", action="store_true", help="replace OUT; a card that you changed there is kept")
+    add("--revision", **hub_revision)
+    add = command(_run_push, "push", "pack and upload in one commit; run it again after an interruption", packs=True)
+    add("repo_id", metavar="REPO_ID", help="your-name/model; made if it is not there")
+    add("--private", action="store_true", default=None, help="if the repository is new, hide it")
+    add("--create-pr", action="store_true", help="open a pull request instead of committing")
+    add("--revision", help="branch to commit to (default main)")
+    add("--tag", help="name for the commit, like v1.0")
+    add("--dry-run", action="store_true", help="show what would be uploaded, and upload nothing")
+    add("--source-revision", **hub_revision)
     return parser
 
 
-def _add_packing_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="checkpoint or adapter: folder, or name on the Hub")
-    parser.add_argument("--max-shard-size", help="split larger weight files, as in 5GB")
-    parser.add_argument("--skip-test", action="store_true", help="don't load and run the result (for huge models)")
-    parser.add_argument("--token", help="default: that of `hf auth login`, or HF_TOKEN")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    card = parser.add_argument_group("model card")
-    card.add_argument("--base-model", action="append", default=[], help="what it was made from; may be repeated")
-    card.add_argument("--base-model-relation", choices=RELATIONS, help="how it was made from it")
-    card.add_argument("--license", help="as the Hub spells it, like apache-2.0")
-    card.add_argument("--language", action="append", default=[], help="ISO code; may be repeated")
-    card.add_argument("--dataset", action="append", default=[], help="data set on the Hub; may be repeated")
-    card.add_argument(
-        "--results", metavar="FILE", help="scores in YAML or JSON: dataset_name, metric_type, metric_value"
-    )
-    card.add_argument("--new-card", action="store_true", help="write a new card even if somebody wrote one")
+def _add_packing_arguments(add: Callable, add_fact: Callable) -> None:
+    add("source", metavar="SOURCE", help="checkpoint or adapter: folder, or name on the Hub")
+    add("--max-shard-size", help="split larger weight files, as in 5GB")
+    add("--skip-test", action="store_true", help="don't load the result and run it once (for huge models)")
+    add("--token", help="default: that of `hf auth login`, or HF_TOKEN")
+    add_fact("--base-model", action="append", default=[], help="what it was made from; may be repeated")
+    add_fact("--base-model-relation", choices=RELATIONS, help="how it was made from it")
+    add_fact("--license", help="as the Hub spells it, like apache-2.0")
+    add_fact("--language", action="append", default=[], help="ISO code; may be repeated")
+    add_fact("--dataset", action="append", default=[], help="data set on the Hub; may be repeated")
+    add_fact("--results", metavar="FILE", help="scores in YAML or JSON: dataset_name, metric_type, metric_value")
+    add_fact("--new-card", action="store_true", help="write a new card even if somebody wrote one")
 
 
 def _packing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -1925,42 +1892,29 @@ def _packing_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"facts": facts, **{name: getattr(arguments, name) for name in names}}
 
 
-def _run_check(arguments: argparse.Namespace) -> int:
+def _run_check(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     report = check_checkpoint(arguments.checkpoint, revision=arguments.revision)
-    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
-    return 0 if report.ok else WRONG_CHECKPOINT
+    return report.to_dict(), report
 
 
-def _run_convert(arguments: argparse.Namespace) -> int:
-    for path in convert_pickles(arguments.folder, arguments.out):
-        print(f"wrote {path}")
-    return 0
+def _run_convert(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    files = [str(path) for path in convert_pickles(arguments.folder, arguments.out)]
+    return {"files": files}, "\n".join(f"wrote {file}" for file in files)
 
 
-def _run_pack(arguments: argparse.Namespace) -> int:
-    report = pack_checkpoint(
-        *(arguments.source, arguments.out),
-        revision=arguments.revision,
-        overwrite=arguments.overwrite,
-        **_packing_arguments(arguments),
-    )
-    print(json.dumps(asdict(report), indent=2) if arguments.json else report)
-    return 0
+def _run_pack(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    places = {name: getattr(arguments, name) for name in ("source", "out", "revision", "overwrite")}
+    report = pack_checkpoint(**places, **_packing_arguments(arguments))
+    return asdict(report), report
 
 
-def _run_push(arguments: argparse.Namespace) -> int:
-    names = ("private", "create_pr", "revision", "tag", "dry_run", "source_revision")
-    report = push_checkpoint(
-        *(arguments.source, arguments.repo_id),
-        show=None if arguments.json else print,
-        **{name: getattr(arguments, name) for name in names},
-        **_packing_arguments(arguments),
-    )
-    if arguments.json:
-        print(json.dumps(asdict(report), indent=2))
-    elif not report.dry_run:
-        print(f"{report.url}: every file there has the bytes that it has here")
-    return 0
+def _run_push(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    names = ("source", "repo_id", "private", "create_pr", "revision", "tag", "dry_run", "source_revision")
+    given = {name: getattr(arguments, name) for name in names}
+    show = None if arguments.json else print
+    report = push_checkpoint(**given, show=show, **_packing_arguments(arguments))
+    done = f"{report.url}: every file there has the bytes that it has here"
+    return asdict(report), "Nothing was sent." if report.dry_run else done
 
 
 def _package_of_script() -> str:

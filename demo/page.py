@@ -132,7 +132,9 @@ class Page:
             self.masks = gr.DownloadButton("Download masks (RLE)", size="sm", visible=False, elem_id="masks")
 
     def _lay_media(self) -> None:
-        camera = gr.WebcamOptions(mirror=False)  # or left would be right
+        # mirrored, left would be right; gradio would ask for 1920 x 1440, which a browser may encode too slowly
+        size = {"width": {"ideal": 1280}, "height": {"ideal": 720}}
+        camera = gr.WebcamOptions(mirror=False, constraints={"video": size})
         with gr.Tab("Image"):
             sources = ["upload", "webcam", "clipboard"]
             self.image = gr.Image(sources=sources, webcam_options=camera, height=220, elem_id="image")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # tests/hub_server.py speaks Git LFS; read when the client is imported
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # Git LFS, but where a test asks for Xet; read at the client's import
 
 import numpy as np
 import PIL

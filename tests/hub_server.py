@@ -2,7 +2,12 @@
 
 It keeps what the real one keeps: commits that change all their files at once, branches, tags, drafts, a store of large
 files by their SHA-256 that nobody sees before a commit names them, and tokens with rights. `HubServer.faults` makes
-requests fail. The storage protocol Xet is not spoken: set HF_HUB_DISABLE_XET=1 before huggingface_hub is imported.
+requests fail.
+
+Large files come by Git LFS, or by Xet (https://huggingface.co/docs/xet) if `HubServer.has_xet`: pieces of files in
+"xorbs", then "shards" that say how files are put together. Pieces must not be compressed, which the real client does
+unless HF_XET_XORB_COMPRESSION_POLICY=none. Files go out by plain HTTP only. Which of both the client speaks is decided
+by HF_HUB_DISABLE_XET when huggingface_hub is imported.
 """
 
 import base64
@@ -10,6 +15,7 @@ import hashlib
 import json
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -129,6 +135,8 @@ class HubServer(ThreadingHTTPServer):
         store: large files by SHA-256.
         faults: see `Fault`; tried in order.
         log: "METHOD /path" of every request.
+        has_xet: whether large files may come by Xet.
+        xorbs: the pieces of files that came so, by the xorb's hash.
         stall_after: large files that are taken before uploads hang, until it is None again; those that hung are lost.
         spoils: paths of which a commit keeps other bytes than it was sent.
     """
@@ -146,6 +154,8 @@ class HubServer(ThreadingHTTPServer):
         self.store: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[str] = []
+        self.has_xet = True
+        self.xorbs: dict[str, list[bytes]] = {}
         self.stall_after: int | None = None
         self.spoils: set[str] = set()
         self.lock = threading.RLock()
@@ -398,6 +408,41 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "", "object not found")
         return {}
 
+    def xet_token(self, kind, name, revision):
+        """Where and how to send large files by Xet."""
+        if not self.server.has_xet:
+            raise Refusal(404, "", "no such route")
+        self._demand_write_or_draft(name)
+        url = f"{self.server.url}/xet/{name}"
+        return {"accessToken": f"xet-{name}", "exp": int(time.time()) + 3600, "casUrl": url}
+
+    def xorb(self, name, xorb):
+        """Takes pieces of files: before each, eight bytes with its length and how it is compressed."""
+        pieces, at = [], 0
+        while at + 8 <= len(self.body):
+            size, compression = int.from_bytes(self.body[at + 1 : at + 4], "little"), self.body[at + 4]
+            if compression:
+                raise Refusal(400, "", "set HF_XET_XORB_COMPRESSION_POLICY=none")
+            pieces.append(self.body[at + 8 : at + 8 + size])
+            at += 8 + size
+        self.server.xorbs[xorb] = pieces
+        return {"was_inserted": True}
+
+    def shard(self, name):
+        """Puts files together. Records of 48 bytes: for each file a head, its parts, checks of them, its SHA-256."""
+        at = 48
+        while self.body[at : at + 32] != b"\xff" * 32:
+            flags, count = struct.unpack_from("<II", self.body, at + 32)
+            parts = [struct.unpack_from("<32sIIII", self.body, at + 48 * i) for i in range(1, count + 1)]
+            content = b"".join(b"".join(self.server.xorbs[_hash(xorb)][a:b]) for xorb, _, _, a, b in parts)
+            at += 48 * (1 + count * (2 if flags >> 31 else 1))
+            oid = _hash(self.body[at : at + 32])
+            if not flags >> 30 & 1 or hashlib.sha256(content).hexdigest() != oid:
+                raise Refusal(400, "", "the file is not what its SHA-256 says")
+            self.server.store[oid] = content
+            at += 48
+        return {"result": 1}
+
     def commit(self, kind, name, revision):
         """Changes all files of a commit at once, or none."""
         repo = self._repo(name, kind)
@@ -479,6 +524,11 @@ class Handler(BaseHTTPRequestHandler):
         return 200, content, headers
 
 
+def _hash(raw: bytes) -> str:
+    """A hash as Xet writes it: four numbers of 64 bits, the lowest byte first."""
+    return "".join(f"{number:016x}" for number in struct.unpack("<4Q", raw))
+
+
 def _entry(path: str, blob: Blob) -> dict[str, Any]:
     large = {"lfs": {"oid": blob.sha256, "size": blob.size, "pointerSize": 134}} if blob.sha256 else {}
     return {"type": "file", "path": path, "size": blob.size, "oid": blob.oid} | large
@@ -523,5 +573,8 @@ ROUTES: tuple[tuple[str, Callable], ...] = (
     (r"POST /(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (r"POST /(?P<name>[^/]+/[^/]+)\.git/info/lfs/verify", Handler.lfs_verify),
     (r"PUT /store/(?P<oid>\w+)", Handler.store),
+    (rf"GET {_REPO}/xet-write-token/(?P<revision>.+)", Handler.xet_token),
+    (r"POST /xet/(?P<name>[^/]+/[^/]+)/v1/xorbs/default/(?P<xorb>\w+)", Handler.xorb),
+    (r"POST /xet/(?P<name>[^/]+/[^/]+)/v1/shards", Handler.shard),
     (r"(?:GET|HEAD) /(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>refs/pr/\d+|[^/]+)/(?P<path>.+)", Handler.resolve),
 )

@@ -5,19 +5,24 @@ Browser tests need Playwright and a Chromium or Chrome: `apt-get install chromiu
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from sa2va.data.scenes import CAPTION_QUESTION
 from sa2va.demo import app
+from sa2va.demo.make_figure import VIDEO_QUESTION
 from sa2va.demo.make_samples import SAMPLES
+from sa2va.demo.media import open_source, video_writer
 from sa2va.demo.predict import DEFAULT_MODEL, load_model
 from sa2va.demo.session import (
     Mark,
@@ -166,7 +171,7 @@ def test_unusable_marks_are_told(marks):
 def address():
     """The page, served at this address."""
     gradio = pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
-    arguments = app.parse(["--max-frames", "30", "--max-file-size", "1mb", "--concurrency", "2"])
+    arguments = app.parse(["--max-frames", "100", "--max-file-size", "1mb", "--concurrency", "2"])
     yield app.launch(arguments, wait=False).rstrip("/")
     gradio.close_all()
 
@@ -230,6 +235,22 @@ def test_plain_http_gets_what_predict_forward_gives(model, address):
     assert same_as(model.predict_forward(video=VIDEO, text=CROSS, **SPREAD), answer)
 
 
+@pytest.mark.parametrize("language", ["python", "bash"])
+def test_the_calls_in_the_docs_run_as_they_stand(address, language, monkeypatch, capfd):
+    if language == "bash" and shutil.which("curl") is None:
+        pytest.skip("curl is not here")
+    monkeypatch.chdir(SAMPLES.parents[1])
+    text = Path("docs/app.md").read_text()
+    (call,) = re.findall(rf"```{language}\n((?:(?!```).)*?:7860(?:(?!```).)*?/predict.*?)```", text, re.DOTALL)
+    call = call.replace("http://127.0.0.1:7860", address)
+    if language == "python":
+        exec(call, {})
+    else:
+        subprocess.run(["bash", "-euo", "pipefail", "-c", call], check=True)
+    told = capfd.readouterr().out
+    assert "it is the red star" in told and (language == "python" or "event: complete" in told)
+
+
 def test_program_is_told_what_is_wrong_and_nothing_of_the_server(address, tmp_path):
     (tmp_path / "broken.png").write_bytes(IMAGE.read_bytes()[:9000])
     kind, message = http_predict(address, tmp_path / "broken.png", STAR, "", [], 5, "first", 0.5)
@@ -262,13 +283,27 @@ def test_unusable_option_is_told(capsys, option):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium."""
+def camera(tmp_path_factory):
+    """What the browser takes for a webcam: it shows shapes.mp4 again and again. Uncompressed, as Chromium wants it."""
+    path = tmp_path_factory.mktemp("camera") / "shapes.y4m"
+    source = open_source(VIDEO)
+    frames = [cv2.cvtColor(np.asarray(frame), cv2.COLOR_RGB2YUV_I420).tobytes() for frame in source.frames]
+    width, height = source.frames.select([0])[0].size
+    header = f"YUV4MPEG2 W{width} H{height} F{round(source.fps)}:1 Ip C420\n".encode()
+    path.write_bytes(header + b"".join(b"FRAME\n" + frame for frame in frames))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(camera):
+    """A headless Chromium that doesn't ask whether a page may use the webcam."""
     playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need: pip install playwright")
     if BROWSER is None:
         pytest.skip("No Chromium or Chrome here: apt-get install chromium, or set SA2VA_BROWSER to one.")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        webcam = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        webcam.append(f"--use-file-for-fake-video-capture={camera}")
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", *webcam])
         yield browser
         browser.close()
 
@@ -292,6 +327,14 @@ class Visitor:
         """Uploads a file, and waits until it is shown."""
         self.give(path)
         self.page.wait_for_selector("#stage .picture svg")
+
+    def start_camera(self, kind):
+        """Turns the webcam on in the tab of images or videos. Returns the tab."""
+        self.page.get_by_role("tab", name=kind.title()).click()
+        tab = self.page.locator(f"#{kind}")
+        tab.get_by_label("Capture from camera").click()
+        tab.get_by_text("Click to Access Webcam").click()
+        return tab
 
     def ask(self, question):
         """Asks, and waits until the answer and its files are there. Returns its words."""
@@ -390,15 +433,71 @@ def test_visitor_points_at_a_region(visit):
 
 
 @pytest.mark.slow
-def test_visitor_follows_an_object_through_a_video(visit):
+def test_visitor_follows_an_object_through_a_video(visit, model):
     visitor = visit()
     visitor.give_and_see(VIDEO)
+    visitor.page.get_by_text("How a video is read").click()
+    sampling = visitor.page.get_by_label("Frames the language model sees")
+    sampling.fill("0,8,16,23")
+    sampling.press("Enter")
     visitor.ask(CROSS)
     visitor.page.wait_for_selector("#player video")
     visitor.page.wait_for_function("document.querySelector('#player video').readyState >= 2")
     visitor.page.locator("#frame input[type=number]").fill("23")
     visitor.page.wait_for_selector("svg[data-frame='23'] .mask", state="attached")
-    assert [len(thing["rle"]) for thing in json.loads(visitor.download("#masks"))["objects"]] == [24]
+    (thing,) = json.loads(visitor.download("#masks"))["objects"]
+    out = model.predict_forward(video=VIDEO, text=CROSS, frame_sampling=[0, 8, 16, 23])
+    assert np.array_equal(rle_to_masks(thing["rle"]), out.prediction_masks[0])
+
+
+@pytest.mark.slow
+def test_visitor_takes_an_image_with_the_webcam(visit):
+    visitor = visit()
+    visitor.start_camera("image").get_by_label("capture photo").click()
+    visitor.page.wait_for_selector("#stage .picture svg")
+    assert "orange cross" in visitor.ask(CROSS)
+
+
+@pytest.mark.skipif(
+    "SA2VA_CAMCORDER" not in os.environ, reason="a busy machine's browser records nothing: SA2VA_CAMCORDER=1 tries it"
+)
+def test_visitor_takes_a_video_with_the_webcam(visit):
+    visitor = visit()
+    tab = visitor.start_camera("video")
+    tab.get_by_label("start recording").click()
+    visitor.page.wait_for_timeout(2500)
+    tab.get_by_text("Stop").click()
+    visitor.page.wait_for_selector("#stage .picture svg")
+    assert "orange cross" in visitor.ask(CROSS)
+    assert len(json.loads(visitor.download("#masks"))["objects"][0]["rle"]) > 1
+
+
+@pytest.mark.slow
+def test_visitor_stops_a_video_and_keeps_what_is_there(visit, tmp_path):
+    frames = list(open_source(VIDEO).frames) * 4
+    with video_writer(tmp_path / "long.mp4", frames[0].size[::-1], 8.0) as write:
+        for frame in frames:
+            write(np.asarray(frame))
+    visitor = visit()
+    visitor.give_and_see(tmp_path / "long.mp4")
+    visitor.page.fill("#question textarea", CROSS)
+    visitor.page.click("#ask")
+    visitor.page.get_by_text(re.compile(r"\d+/96 frames")).wait_for()
+    visitor.page.wait_for_selector("svg[data-frame]:not([data-frame='0']) .mask", state="attached")
+    visitor.page.click("#stop")
+    visitor.page.wait_for_selector("#masks")
+    (thing,) = json.loads(visitor.download("#masks"))["objects"]
+    assert 1 < len(thing["rle"]) < len(frames)
+    assert visitor.ask("How many shapes are there?")
+
+
+@pytest.mark.slow
+def test_visitor_takes_an_example(visit):
+    visitor = visit()
+    visitor.page.locator("#video-examples").get_by_text(VIDEO_QUESTION).click()
+    visitor.page.wait_for_selector("#stage .picture svg")
+    assert visitor.page.input_value("#question textarea") == VIDEO_QUESTION
+    assert visitor.page.locator("#frame").is_visible()
 
 
 @pytest.mark.slow

@@ -338,11 +338,14 @@ def test_the_base_models_of_the_released_sizes_are_known():
     ("described", "bases", "relation"),
     [
         ("ByteDance--Sa2VA-1B", ["OpenGVLab/InternVL2_5-1B", "facebook/sam2-hiera-large"], "merge"),
+        ("ByteDance--Sa2VA-26B", ["OpenGVLab/InternVL2_5-26B", "facebook/sam2-hiera-large"], "merge"),
+        ("ByteDance--Sa2VA-Qwen3-VL-4B", ["Qwen/Qwen3-VL-4B-Instruct", "facebook/sam2-hiera-large"], "merge"),
         ("kumuji--Sa2VA-i-1B", ["ByteDance/Sa2VA-1B"], "finetune"),
     ],
 )
-def test_the_card_of_a_released_checkpoint_names_what_it_was_made_from(source, tmp_path, described, bases, relation):
-    (source / "model.safetensors").unlink()
+def test_the_card_of_a_released_checkpoint_names_what_it_was_made_from(tmp_path, described, bases, relation):
+    source, words = tmp_path / "source", GOLDEN / ("qwen3vl" if "Qwen" in described else "ivl_qwen2")
+    shutil.copytree(words, source, ignore=shutil.ignore_patterns("golden*", "*.safetensors"))
     write_checkpoint(source, described, released_shapes(described), shards=2)
     pack(source, tmp_path / "out")
     data = card_of(tmp_path / "out").data
@@ -365,10 +368,11 @@ def test_a_card_that_somebody_wrote_goes_along_with_its_picture_or_into_a_new_on
     header = (
         "---\nlicense: cc-by-4.0\nbase_model: me/base\nbase_model_relation: finetune\nlanguage: [de]\n---\n# Mine\n"
     )
-    (source / "README.md").write_text(header + "![](curve.png)\n")
+    (source / "README.md").write_text(header + '![](curve.png)\n`AutoModel.from_pretrained("source")`\n')
     for name in ("curve.png", "holiday.png"):
         (source / name).write_bytes(b"png")
-    report = pack(source, tmp_path / "kept")
+    report = pack(source, tmp_path / "7b")
+    assert '`AutoModel.from_pretrained("7b")`' in (tmp_path / "7b" / "README.md").read_text()
     assert report.card == "kept" and "curve.png" in report.files and "holiday.png" not in report.files
     pack(source, tmp_path / "new", facts=CardFacts(new_card=True))
     data = card_of(tmp_path / "new").data

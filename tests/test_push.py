@@ -114,10 +114,23 @@ def test_a_dry_run_shows_everything_and_does_nothing(hub, folder):
     assert sum(report.files.values()) > 11e6
 
 
-def test_a_card_that_somebody_changed_is_pushed_as_it_is(hub, folder):
-    text = (folder / "README.md").read_text().replace("# tiny", "# My own words")
+def test_a_card_that_somebody_changed_keeps_its_words_and_loads_what_was_pushed(hub, folder):
+    text = (folder / "README.md").read_text().replace("# tiny", "# My own words, and tiny ones")
     (folder / "README.md").write_text(text)
-    assert push(folder, hub).card == "kept" and content(hub, "README.md").decode() == text
+    report = push(folder, hub)
+    addressed = text.replace('from_pretrained("tiny"', 'from_pretrained("me/tiny"')
+    addressed = addressed.replace("huggingface.co/tiny/", "huggingface.co/me/tiny/")
+    assert report.card == "kept" and report.notes == () and text != addressed
+    assert content(hub, "README.md").decode() == addressed
+
+
+def test_what_a_card_lacks_is_told(hub, folder):
+    (folder / "README.md").write_text(
+        "---\nlibrary_name: transformers\n---\n# Mine\n`x.from_pretrained('other/one')`\n"
+    )
+    told = str(push(folder, hub, dry_run=True))
+    assert "note: The card says nothing about license, pipeline_tag" in told
+    assert "note: The card's examples load something else than me/tiny" in told
 
 
 def test_a_card_that_somebody_changed_on_the_hub_stays(hub, packed):
@@ -126,6 +139,7 @@ def test_a_card_that_somebody_changed_on_the_hub_stays(hub, packed):
     repo.add("main", "Edit", {**repo.at().files, "README.md": Blob(6, b"# Mine")})
     report = push(packed, hub)
     assert report.card == "kept" and report.uploaded == () and content(hub, "README.md") == b"# Mine"
+    assert "note: The card on the Hub was written or changed there, and stays" in str(report)
 
 
 def test_secrets_stay_at_home(hub, folder):
@@ -139,7 +153,8 @@ def test_secrets_stay_at_home(hub, folder):
 def test_any_other_source_is_packed_first(hub):
     report = push(TINY, hub, private=True)
     repo = hub.repos["model", "me/tiny"]
-    assert repo.private and report.card == "kept" and "hub_upload.py" in repo.at().files
+    assert repo.private and report.card == "kept" and report.notes == () and "hub_upload.py" in repo.at().files
+    assert b'from_pretrained("me/tiny", trust_remote_code=True)' in content(hub, "README.md")
     assert content(hub, "model.safetensors") == (TINY / "model.safetensors").read_bytes()
     assert not list(ROOT.glob(".sa2va-tiny*"))
 
@@ -225,6 +240,12 @@ def test_a_hub_that_is_not_there_is_told(packed):
         push_checkpoint(packed, "me/tiny", token="hf_me", endpoint="http://127.0.0.1:9")
 
 
+def test_being_offline_by_will_is_told(packed):
+    command = [sys.executable, str(ROOT / "hub_upload.py"), "push", str(packed), "me/tiny", "--token", "hf_me"]
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "HF_HUB_OFFLINE is set" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("files", "told"),
     [
@@ -307,6 +328,8 @@ codes = [main(["push", packed, "me/cli"])]
 os.environ["HF_TOKEN"] = "hf_me"
 codes.append(main(["push", packed, "me/cli", "--tag", "v1", "--private", "--json"]))
 codes.append(main(["push", packed, "me/cli", "--dry-run"]))
+codes.append(main(["push", tiny, "me/own", "--skip-test"]))
+codes.append(main(["pack", "me/cli", "fetched", "--skip-test"]))
 model = AutoModel.from_pretrained(tiny)
 url = model.push_to_hub("me/method", tags=["mine"], max_shard_size="5MB")
 model.load_processor().push_to_hub("me/words")
@@ -321,7 +344,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 result, image = {}, Image.open("picture.jpg")
-for name in ("me/cli", "me/method"):
+for name in ("me/cli", "me/method", "me/own"):
     names = {}
     for block in ModelCard.load(name).text.split("```python\\n")[1:]:
         exec(block.partition("```")[0], names)
@@ -343,6 +366,46 @@ def run(script: str, *arguments, hub, cwd, **environment) -> subprocess.Complete
     return subprocess.run(script, cwd=cwd, env=kept | own, capture_output=True, text=True)
 
 
+OVER_XET = """
+import json, sys
+from sa2va.hub_upload import push_checkpoint
+
+url, plain, folder = sys.argv[1:]
+told = []
+for name, endpoint in (
+    ("me/tiny", url), ("me/tiny", url), ("me/cut", url), ("me/cut", url), ("me/shut", url), ("me/plain", plain)
+):
+    try:
+        report = push_checkpoint(folder, name, token="hf_me", endpoint=endpoint, skip_test=True)
+        told.append(len(report.uploaded))
+    except OSError as error:
+        told.append(f"{type(error).__name__}: {error}")
+print(json.dumps(told))
+"""
+XET = {"HF_HUB_DISABLE_XET": "0", "HF_XET_XORB_COMPRESSION_POLICY": "none", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+@pytest.mark.slow
+def test_large_files_go_by_xet_where_the_hub_has_it_else_by_git_lfs(packed, tmp_path):
+    pytest.importorskip("hf_xet", reason="the Hub's own storage protocol: pip install hf_xet")
+    with running_hub() as hub, running_hub() as plain:
+        plain.has_xet = False
+        hub.faults = [
+            Fault("POST /xet/me/cut/v1/shards", status=400),
+            Fault("GET /api/models/me/shut/xet-write-token/", status=403, times=9),
+        ]
+        done = run(OVER_XET, hub.url, plain.url, str(packed), hub=hub, cwd=tmp_path, **XET)
+        assert done.returncode == 0, done.stderr
+        first, again, cut, continued, shut, by_lfs = json.loads(done.stdout.splitlines()[-1])
+        files = len([*packed.iterdir()])
+        assert (first, again, continued, by_lfs) == (files, 0, files, files)
+        assert cut.startswith("HubError: ") and "goes on from there" in cut
+        assert shut.startswith("HubError: This token may not write to me/shut")
+        assert holds(hub, packed) and holds(hub, packed, "me/cut") and holds(plain, packed, "me/plain")
+        assert hub.repos["model", "me/cut"].history() == ["Upload Sa2VA", "initial commit"]
+        assert hub.xorbs and not hub.count("PUT /store/") and plain.count("PUT /store/") == 3 and not plain.xorbs
+
+
 @pytest.mark.slow
 def test_what_was_pushed_is_used_by_anybody_with_the_same_masks(packed, tmp_path):
     """Commands and methods push; a process without this package and with an empty cache runs the cards' examples."""
@@ -351,20 +414,22 @@ def test_what_was_pushed_is_used_by_anybody_with_the_same_masks(packed, tmp_path
     image = Image.open(ROOT / "demo" / "samples" / "shapes.png").convert("RGB")
     image.save(tmp_path / "picture.jpg", format="png")
     with running_hub() as hub:
-        done = run(COMMANDS, str(packed), str(TINY), hub=hub, cwd=tmp_path)
+        done = run(COMMANDS, str(packed), str(TINY), hub=hub, cwd=tmp_path, **XET)
         assert done.returncode == 0, done.stderr
         codes, url = json.loads(done.stdout.splitlines()[-1])
-        assert codes == [2, 0, 0] and "hf auth login" in done.stderr
+        assert codes == [2, 0, 0, 0, 0] and "hf auth login" in done.stderr
         assert url.startswith(f"{hub.url}/me/method/commit/") and b"- mine" in content(hub, "README.md", "me/method")
         assert hub.repos["model", "me/cli"].private and "v1" in hub.repos["model", "me/cli"].tags
         hub.repos["model", "me/cli"].private = False
+        fetched = {path.name: path.read_bytes() for path in (tmp_path / "fetched").glob("*.safetensors")}
+        assert len(fetched) == 3 and all((packed / name).read_bytes() == data for name, data in fetched.items())
 
         (tmp_path / "sa2va.py").write_text("raise ImportError('hidden')")
         done = run(USE, question, hub=hub, cwd=tmp_path, PYTHONPATH=str(tmp_path), HF_HOME=str(tmp_path / "empty"))
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.splitlines()[-1])
         assert result["processor"] == "Sa2VAProcessor" and result["again"].startswith(f"{hub.url}/me/again/commit/")
-        for name in ("me/cli", "me/method"):
+        for name in ("me/cli", "me/method", "me/own"):
             assert result[name][0].startswith("transformers_modules.") and set(result[name][1]) <= {3}
         assert hub.repos["model", "me/again"].at().files.keys() >= hub.repos["model", "me/method"].at().files.keys() - {
             "LICENSE"
@@ -372,5 +437,5 @@ def test_what_was_pushed_is_used_by_anybody_with_the_same_masks(packed, tmp_path
     model = AutoModel.from_pretrained(TINY, dtype=torch.float32).eval()
     wanted = np.stack(model.predict_forward(image=image, text=question).prediction_masks)
     assert wanted.any()
-    for name in ("me-cli", "me-method"):
+    for name in ("me-cli", "me-method", "me-own"):
         assert np.array_equal(np.load(tmp_path / f"{name}.npy"), wanted)

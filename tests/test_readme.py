@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,16 @@ def test_snippet_runs(number, namespace, monkeypatch):
     exec(compile(snippet, f"README.md, snippet {number + 1}", "exec"), namespace)
     if number == 0:  # the promise of the first one: a mask for the object it asks for
         assert [mask.shape for mask in namespace["masks"]] == [(1, 360, 480)]
+
+
+def test_the_example_of_the_small_checkpoints_card_finds_its_circle(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "sa2va-tiny" / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(compile(snippet, "sa2va-tiny/README.md", "exec"), names)
+    circle = (np.asarray(names["picture"]) == (255, 0, 0)).all(axis=-1)
+    ((mask,),) = names["masks"]
+    assert (mask & circle).sum() > 0.9 * (mask | circle).sum()
 
 
 def test_every_local_file_the_readme_names_exists():
