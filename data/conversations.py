@@ -63,8 +63,11 @@ class _Finetune:
         masks, texts = field(item, "mask", list), field(item, "text", list)
         if len(masks) != len(texts) or not masks:
             raise ValueError(f'"mask" and "text" need one entry for each object; got {len(masks)} and {len(texts)}.')
+        names = field(item, "name", list, default=texts)
+        if len(names) != len(texts) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f'"name" must hold a text for each of {len(texts)} objects, got {names!r:.40}.')
         chosen = self.style.choose(rng, range(len(masks))) if only is None else [only]
-        expressions = [self._expression(index, number, masks[number], texts[number]) for number in chosen]
+        expressions = [self._expression(index, i, masks[i], texts[i])._replace(name=names[i]) for i in chosen]
         image = field(item, "image", str)
         name = str(index) if only is None else expressions[0].id
         return self.style.sample(rng, name, Media((resolve(self.folder, image),)), expressions, {"image": image})
@@ -84,7 +87,8 @@ def open_finetune(root: Path, split: str = "train", **options: Any) -> Reader:
     """Opens data in the format of Sa2VA's fine-tuning example.
 
     `annotations.json` is a list of {"image": "a.jpg", "mask": [polygons of each object], "text": [a phrase for each]};
-    polygons are lists of [x0, y0, x1, y1, ...] in pixels. Images are in `images/`.
+    polygons are lists of [x0, y0, x1, y1, ...] in pixels. Images are in `images/`. Ours alone is an optional "name",
+    what an answer calls each object where it is not the phrase of the question: see `answer` of `make_style`.
 
     Args:
         root: folder with `annotations.json` and `images/`.

@@ -20,7 +20,7 @@ class Expression(NamedTuple):
     """Words and what they refer to.
 
     `objects` is None where nothing fits, and `labelled` False where a benchmark keeps the masks to itself. A sentence
-    is a question of its own and needs no template around it.
+    is a question of its own and needs no template around it. `name` is what an answer calls the object, if not `text`.
     """
 
     id: str
@@ -29,6 +29,7 @@ class Expression(NamedTuple):
     labelled: bool = True
     is_sentence: bool = False
     info: Mapping[str, Any] = {}
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Style:
         max_expressions: turns of a training sample at most; more expressions are drawn from by chance.
         questions: templates with {} and {medium} around a phrase; evaluation takes the first.
         sentences: the same around a sentence.
-        answers: what is said of an object that is there, with one [SEG]; may repeat the words as {}.
+        answers: what is said of an object that is there, with one [SEG]; {} stands for its name, or the words.
         seed: names what chance does.
     """
 
@@ -96,7 +97,7 @@ class Style:
             return Turn(question, None)
         if expression.objects is None:
             return Turn(question, refusal.replace("{medium}", medium))
-        return Turn(question, answer.replace("{}", words), (expression.objects,))
+        return Turn(question, answer.replace("{}", expression.name or words), (expression.objects,))
 
 
 def make_style(
@@ -113,7 +114,8 @@ def make_style(
         split: those that begin with "train" are grouped for training, all others are for evaluation.
         one_per_expression: True or False says so outright.
         template: a question with {} in it that replaces the usual ones.
-        answer: an answer with one [SEG] that replaces the usual ones; {} in it stands for the expression.
+        answer: an answer with one [SEG] that replaces the usual ones; {} in it stands for the object's name or
+            the expression.
         **options: `max_expressions`, `seed` and what else `Style` takes.
 
     Raises:

@@ -4,10 +4,10 @@
     python finetune/one_shot.py --output_dir runs/one-shot --steps 20 --count 10                   # to see that it runs
 
 It is one-shot instruction tuning as the paper has it: new pictures in the official fine-tune format
-(`annotations.json`: image, polygons, text), mixed with samples of what the model knows, and `finetune/train.py` with
-the recipe. Printed is a table of scores before and after: of Dutch expressions on held-out pictures, where neither
-colour nor shape alone tells which object is meant, and of the old tasks on scenes of another seed. Everything follows
-from the seeds.
+(`annotations.json`: image, polygons, text; beside them what the answer calls each object, in English), mixed with
+samples of what the model knows, and `finetune/train.py` with the recipe. Printed is a table of scores before and after:
+of Dutch expressions on held-out pictures, where neither colour nor shape alone tells which object is meant, and of the
+old tasks on scenes of another seed. Everything follows from the seeds.
 """
 
 import argparse
@@ -59,7 +59,7 @@ RECIPE = {  # on top of the paper's: a model so small has no use for rank 256, a
     "lora_alpha": 64,
     "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
-    "learning_rate": 6e-4,
+    "learning_rate": 1e-3,
     "weight_decay": 0.01,
     "logging_steps": 20,
     "save_steps": 100,
@@ -115,6 +115,7 @@ def write_new_pictures(folder: Path, seed: int, count: int) -> None:
                 "image": f"{index:03}.png",
                 "mask": [outline(turn.masks[0, 0]) for turn in scene.turns],
                 "text": [in_dutch(scene.objects[turn.targets[0]]) for turn in scene.turns],
+                "name": [f"the {scene.objects[turn.targets[0]].name}" for turn in scene.turns],
             }
         )
     with replacing(folder / "annotations.json") as temporary:
@@ -158,7 +159,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     parser.add_argument("--pictures", type=int, default=48, help="annotated pictures (default: %(default)s)")
     parser.add_argument("--old_scenes", type=int, default=200, help="of each old task, to learn (default: %(default)s)")
     parser.add_argument("--new_share", type=float, default=0.3, help="of the samples (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of data and training (default: %(default)s)")
     parser.add_argument("--test_seed", type=int, default=1, help="of held-out scenes (default: %(default)s)")
     parser.add_argument("--count", type=int, default=100, help="held-out scenes of each task (default: %(default)s)")

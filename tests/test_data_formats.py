@@ -152,6 +152,17 @@ def test_an_answer_of_ones_own_repeats_the_expression():
         example("mevis", "valid_u", answer="It is {}.")
 
 
+def test_an_answer_may_call_an_object_by_another_name(tmp_path):
+    item = {"image": "a.png", "mask": [[[0, 0, 4, 0, 4, 4]]], "text": ["de ster"], "name": ["the star"]}
+    (tmp_path / "annotations.json").write_text(json.dumps([item]))
+    turn = open_dataset("finetune", tmp_path, "train", template="Find {}.", answer="It is {} [SEG].")[0].turns[0]
+
+    assert (turn.question, turn.answer) == ("Find de ster.", "It is the star [SEG].")
+    (tmp_path / "annotations.json").write_text(json.dumps([item | {"name": []}]))
+    with pytest.raises(ValueError, match='"name" must hold a text for each of 1 objects'):
+        open_dataset("finetune", tmp_path, "train")[0]
+
+
 def test_unknown_names_splits_and_folders_are_refused():
     with pytest.raises(ValueError, match=r"Unknown data set 'coco'.*refcoco"):
         open_dataset("coco", EXAMPLES, "val")
