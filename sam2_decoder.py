@@ -37,6 +37,8 @@ from torch.overrides import TorchFunctionMode
 
 from .configuration_sa2va import Sa2VAGroundingConfig
 
+BLOCK_SIZE = 1024  # queries, and keys, of which `_attend_in_blocks` holds all scores at once
+
 
 @lru_cache(maxsize=16)
 def _axial_rope_table(head_dim: int, side: int, theta: float, device: torch.device) -> Tensor:
@@ -64,31 +66,34 @@ class RotaryAttention(RoPEAttention):
         """
         table = _axial_rope_table(self.internal_dim, round(q.shape[1] ** 0.5), self.rope_theta, q.device)
         q = _rotate(self.q_proj(q), table).expand(len(k), -1, -1)
-        if self._averages_first(q, v):
+        if self._averages_first(q, k, v):
             rows = zip(q, k, v, strict=True)
             attended = [_attend_in_blocks(q, self._keys(k, num_k_exclude_rope, table), v) for q, k, v in rows]
             return self.out_proj(self.v_proj(torch.stack(attended)))
-        k = torch.cat(list(self._keys(k, num_k_exclude_rope, table)), dim=1)
+        maps, tokens = self.k_proj(k).split([k.shape[1] - num_k_exclude_rope, num_k_exclude_rope], dim=1)
+        k = torch.cat([_rotate(maps.unflatten(1, (-1, len(table))), table).flatten(1, 2), tokens], dim=1)
         v, dropout = self.v_proj(v), self.dropout_p if self.training else 0.0
         attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], dropout_p=dropout)
         return self.out_proj(attended[:, 0])
 
     def _keys(self, k: Tensor, num_k_exclude_rope: int, table: Tensor) -> Iterator[Tensor]:
-        """Keys [..., S, C] of each map, rotated, then of the tokens, if there are any."""
-        maps, tokens = k.split([k.shape[-2] - num_k_exclude_rope, num_k_exclude_rope], dim=-2)
-        for part in maps.split(len(table), dim=-2):
+        """Keys [S, C] of each map of one row, rotated, then of the tokens, if there are any."""
+        maps, tokens = k.split([len(k) - num_k_exclude_rope, num_k_exclude_rope])
+        for part in maps.split(len(table)):
             yield _rotate(self.k_proj(part), table)
         if num_k_exclude_rope:
             yield self.k_proj(tokens)
 
-    def _averages_first(self, q: Tensor, v: Tensor) -> bool:
+    def _averages_first(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether values are averaged before they are projected: the same, as weights sum to 1, and narrower.
 
-        On a CPU that saves a third of all arithmetic, though no fused kernel there does it. Those of accelerators are
-        better left alone, half precision needs their wider sums, and training their gradients and dropout.
+        On a CPU that saves a third of all arithmetic, though no fused kernel there does it: it pays where there is more
+        than one block. Those of accelerators are better left alone, half precision needs their wider sums, and training
+        their gradients and dropout.
         """
         by_hand = q.device.type == "cpu" and q.dtype == torch.float32 and not torch.is_grad_enabled()
-        return by_hand and not self.training and v.shape[-1] < self.internal_dim
+        pays = v.shape[-1] < self.internal_dim and q.shape[1] * k.shape[1] > BLOCK_SIZE**2
+        return by_hand and pays and not self.training
 
 
 def _rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ def _rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 
 
-def _attend_in_blocks(q: Tensor, keys: Iterable[Tensor], v: Tensor, size: int = 1024) -> Tensor:
+def _attend_in_blocks(q: Tensor, keys: Iterable[Tensor], v: Tensor, size: int = BLOCK_SIZE) -> Tensor:
     """Softmax attention of q [L, C] to keys, which come in parts [S, C], with values v [sum of S, C_v]: [L, C_v].
 
     Scores live in blocks of `size` x `size`, which fit into a cache; each is weighted against the highest score so far

@@ -67,11 +67,12 @@ def test_a_frame_taken_once_gives_what_sam2_computes_for_each_object(attention, 
         torch.testing.assert_close(ours(**inputs), theirs(**row_for_each(inputs)), atol=1e-5, rtol=1e-4)
 
 
-def test_maps_larger_than_a_block_give_the_same(attention):
+@pytest.mark.parametrize("tokens", [0, 12])
+def test_maps_larger_than_a_block_give_the_same(attention, tokens):
     ours, theirs, config = attention
-    inputs = memories(config, objects=1, maps=2, tokens=12, side=40)
+    inputs = memories(config, objects=2, maps=2, tokens=tokens, side=40)
     with torch.no_grad():
-        torch.testing.assert_close(ours(**inputs), theirs(**inputs), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours(**inputs), theirs(**row_for_each(inputs)), atol=1e-5, rtol=1e-4)
 
 
 def test_the_first_layer_attends_to_the_frame_once_for_all_objects(attention):
