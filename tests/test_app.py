@@ -458,9 +458,7 @@ def test_visitor_takes_an_image_with_the_webcam(visit):
     assert "orange cross" in visitor.ask(CROSS)
 
 
-@pytest.mark.skipif(
-    "SA2VA_CAMCORDER" not in os.environ, reason="a busy machine's browser records nothing: SA2VA_CAMCORDER=1 tries it"
-)
+@pytest.mark.slow
 def test_visitor_takes_a_video_with_the_webcam(visit):
     visitor = visit()
     tab = visitor.start_camera("video")
