@@ -459,7 +459,9 @@ needs_camera = pytest.mark.skipif(
 @pytest.mark.slow
 def test_visitor_takes_an_image_with_the_webcam(visit):
     visitor = visit()
-    visitor.start_camera("image").get_by_label("capture photo").click()
+    camera = visitor.start_camera("image")
+    visitor.page.wait_for_timeout(2500)  # the first pictures are black
+    camera.get_by_label("capture photo").click()
     visitor.page.wait_for_selector("#stage .picture svg")
     assert "orange cross" in visitor.ask(CROSS)
 
