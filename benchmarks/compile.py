@@ -20,6 +20,8 @@ import torch
 from transformers import AutoModel
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel
+from sa2va.benchmarks.stages import synchronize
+from sa2va.demo.media import replacing
 
 ROOT = Path(__file__).parents[1]
 DESCRIPTION = ROOT / "tests" / "released" / "ByteDance--Sa2VA-1B.json"
@@ -51,13 +53,12 @@ def work_of(part: str, model: Sa2VAChatModel) -> Callable[[], Any]:
     return lambda: model.causal_model.generate(inputs_embeds=embeds, **settings)
 
 
-def seconds_of(work: Callable[[], Any], cpu_time: bool) -> float:
+def seconds_of(work: Callable[[], Any], device: torch.device, cpu_time: bool) -> float:
     """Seconds until everything is computed, by the wall clock or of CPU in this process and those it waited for."""
     clock = (lambda: time.process_time() + sum(os.times()[2:4])) if cpu_time else time.perf_counter
     begun = clock()
     work()
-    if not cpu_time and torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    synchronize(device)
     return clock() - begun
 
 
@@ -76,7 +77,7 @@ def measure(part: str, device: str, repeats: int, cpu_time: bool) -> dict:
     for round_number in range(repeats + 1):
         for compiled in (False, True):
             model.compile_parts(**{**off, wanted: compiled}, fullgraph=True)
-            taken = seconds_of(work, cpu_time)
+            taken = seconds_of(work, model.device, cpu_time)
             if round_number:
                 seconds[compiled].append(taken)
             else:
@@ -120,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "threads": torch.get_num_threads(),
             "cpu_time": options.cpu_time,
         }
-        options.json.write_text(json.dumps({**machine, "rows": rows}, indent=2))
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps({**machine, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import AutoModel
 
-import sa2va  # noqa: F401  (registers the classes)
+from sa2va.demo.media import replacing
 
 QUESTION = "Please segment the red circle in this video."
 SIDE, ORBIT, RADIUS, ROUND = 128, 40, 14, 240  # pixels, and frames of a full circle
@@ -88,9 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines.append(line)
         print("  ".join(f"{name} {value:g}" for name, value in line.items()), flush=True)
         if options.json:
-            unfinished = options.json.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(lines, indent=2) + "\n")
-            unfinished.replace(options.json)
+            with replacing(options.json) as temporary:
+                temporary.write_text(json.dumps(lines, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from transformers import AutoModel
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAGroundingConfig, Sa2VAProcessor
 from sa2va.benchmarks.stages import STEPS, Prescribed, Stages, peak_memory, replay, synchronize
+from sa2va.demo.media import replacing
 
 TINY = Path(__file__).parents[1] / "sa2va-tiny"
 FRAME_SIZES = {"small": (128, 128), "real": (480, 854)}  # (h, w): that of the small one's scenes, that of DAVIS
@@ -306,7 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(format_row(row(results[-1])), flush=True)
         if options.json:
             about = {"torch": torch.__version__, "device": options.device, "dtype": options.dtype}
-            options.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+            with replacing(options.json) as temporary:
+                temporary.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
     if options.plot:
         draw(results, options.plot)
 

@@ -145,14 +145,14 @@ def replay(calls: Sequence[Call], device: torch.device) -> float:
 
 
 class Prescribed:
-    """Logits processor that makes generation write fixed tokens, as random weights would not write `[SEG]`."""
+    """Logits processor that makes generation write fixed tokens, whatever the weights and the picture."""
 
     def __init__(self, token_ids: Sequence[int]):
         self.token_ids = list(token_ids)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores [B, vocab] that leave only the next token."""
-        forced = torch.full_like(scores, torch.finfo(scores.dtype).min)
+        forced = torch.full_like(scores, -1e4)  # beams add scores up
         forced[:, self.token_ids[min(input_ids.shape[1], len(self.token_ids) - 1)]] = 0
         return forced
 

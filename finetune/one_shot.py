@@ -73,6 +73,11 @@ def in_dutch(thing: SceneObject) -> str:
     return DUTCH_SHAPES[thing.shape].format(DUTCH_COLORS[thing.color])
 
 
+def in_english(thing: SceneObject) -> str:
+    """What an answer calls it: "the red star"."""
+    return f"the {thing.name}"
+
+
 def new_scene(seed: int, index: int, split: str = "train") -> SceneSample:
     """A picture of four objects and a question in Dutch for each of them, the first first.
 
@@ -89,17 +94,8 @@ def new_scene(seed: int, index: int, split: str = "train") -> SceneSample:
         if shown_well(masks, areas):
             break
     order = sorted(range(len(objects)), key=lambda i: (objects[i].color, objects[i].shape) != (color, shape))
-    turns = (
-        Turn(
-            IMAGE_REQUESTS[0].format(in_dutch(objects[i])),
-            ANSWER.format(in_dutch(objects[i])),
-            masks[[i]],
-            (i,),
-            None,
-            "dutch",
-        )
-        for i in order
-    )
+    asked = ((i, IMAGE_REQUESTS[0].format(in_dutch(objects[i])), ANSWER.format(in_english(objects[i]))) for i in order)
+    turns = (Turn(question, answer, masks[[i]], (i,), None, "dutch") for i, question, answer in asked)
     return SceneSample("refer", frames, tuple(turns), objects, masks)
 
 
@@ -110,14 +106,10 @@ def write_new_pictures(folder: Path, seed: int, count: int) -> None:
         scene = new_scene(seed, index)
         with picture_writer(folder / "images" / f"{index:03}.png") as write:
             write(scene.frames[0])
-        items.append(
-            {
-                "image": f"{index:03}.png",
-                "mask": [outline(turn.masks[0, 0]) for turn in scene.turns],
-                "text": [in_dutch(scene.objects[turn.targets[0]]) for turn in scene.turns],
-                "name": [f"the {scene.objects[turn.targets[0]].name}" for turn in scene.turns],
-            }
-        )
+        things = [scene.objects[turn.targets[0]] for turn in scene.turns]
+        polygons = [outline(turn.masks[0, 0]) for turn in scene.turns]
+        words = {"text": [in_dutch(thing) for thing in things], "name": [in_english(thing) for thing in things]}
+        items.append({"image": f"{index:03}.png", "mask": polygons, **words})
     with replacing(folder / "annotations.json") as temporary:
         temporary.write_text(json.dumps(items, indent=1) + "\n")
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, DynamicCache
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor
+from sa2va.benchmarks.stages import Prescribed
 
 FAMILIES = ("ivl_qwen2", "ivl_internlm2")
 SIZES = {
@@ -75,18 +76,6 @@ def other(request, golden_processor):
         for parameter in model.language_model.parameters():
             parameter.normal_(std=0.1)
     return model
-
-
-class Scripted:
-    """Logits processor that makes generation write fixed tokens."""
-
-    def __init__(self, processor: Sa2VAProcessor, text: str):
-        self.ids = processor.tokenizer(text).input_ids
-
-    def __call__(self, input_ids, scores):
-        forced = torch.full_like(scores, -1e4)
-        forced[:, self.ids[min(input_ids.shape[1], len(self.ids) - 1)]] = 0
-        return forced
 
 
 def saved(folder) -> dict[str, torch.Tensor]:
@@ -185,7 +174,7 @@ def test_other_language_models_save_under_their_own_names_and_load_again(other, 
 
 
 def test_other_language_models_answer_with_a_mask_for_every_seg(other, golden_processor, picture):
-    scripted = [Scripted(golden_processor, ANSWER)]
+    scripted = [Prescribed(golden_processor.tokenizer(ANSWER).input_ids)]
     output = other.predict_forward(image=picture, text="Where is it?", logits_processor=scripted)
     assert output.prediction == ANSWER
     assert [mask.shape for mask in output.prediction_masks] == [(1, 61, 97)] * 2
@@ -195,7 +184,9 @@ def test_seg_states_are_those_of_reading_the_whole_conversation(other, golden_pr
     """Also with a sliding window, whose cache no longer holds the prompt when the answer is finished."""
     seen = []
     hook = other.text_hidden_fcs.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    other.predict_forward(image=picture, text="?", logits_processor=[Scripted(golden_processor, ANSWER)])
+    other.predict_forward(
+        image=picture, text="?", logits_processor=[Prescribed(golden_processor.tokenizer(ANSWER).input_ids)]
+    )
     hook.remove()
     inputs = golden_processor.prepare(image=picture, text="?")
     answer = golden_processor.tokenizer(ANSWER, return_tensors="pt").input_ids
@@ -326,7 +317,7 @@ def test_seg_states_beyond_the_context_are_those_of_writing_the_answer(internlm2
     inputs, seg = processor.prepare(text="Hello there"), processor.tokenizer.convert_tokens_to_ids("[SEG]")
     assert inputs.input_ids.shape[1] > 16
     prompt = model._prompt(model.special_token_ids(processor.tokenizer), [inputs])
-    script = [Scripted(processor, ANSWER)]
+    script = [Prescribed(processor.tokenizer(ANSWER).input_ids)]
     answer = model.language_model.generate(
         **prompt, max_new_tokens=20, logits_processor=script, return_dict_in_generate=True
     )
@@ -375,7 +366,7 @@ def test_phi3_chat_over_a_qwen_tokenizer_stops_at_the_spelled_end_and_keeps_the_
     output = golden_model.predict_forward(
         **case.arguments,
         processor=processor,
-        logits_processor=[Scripted(processor, "Sure, it is [SEG].<|end|>and on and on")],
+        logits_processor=[Prescribed(processor.tokenizer("Sure, it is [SEG].<|end|>and on and on").input_ids)],
     )
     assert output.prediction == "Sure, it is [SEG].<|end|>"
     assert output.past_text.endswith("<|assistant|>\nSure, it is [SEG].<|end|>\n")
@@ -385,6 +376,6 @@ def test_phi3_chat_over_a_qwen_tokenizer_stops_at_the_spelled_end_and_keeps_the_
         text="And?",
         past_text=output.past_text,
         processor=processor,
-        logits_processor=[Scripted(processor, "No.<|end|>and on")],
+        logits_processor=[Prescribed(processor.tokenizer("No.<|end|>and on").input_ids)],
     )
     assert again.prediction == "No.<|end|>"

@@ -11,6 +11,7 @@ from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_utils import select_closest_cond_frames
 
 from sa2va import Sa2VAChatConfig
+from sa2va.benchmarks.stages import Prescribed
 from sa2va.configuration_sa2va import Sa2VAGroundingConfig
 from sa2va.sam2_decoder import FrameFeatures, FrameMemory, MemoryBank
 
@@ -166,24 +167,12 @@ def test_memory_is_put_together_as_sam2_does(golden_model, remembered, monkeypat
         torch.testing.assert_close(decoder._attend(frame, bank, index, reverse), wanted, atol=1e-5, rtol=1e-4)
 
 
-class Scripted:
-    """Logits processor that makes generation write fixed tokens."""
-
-    def __init__(self, ids):
-        self.ids = ids
-
-    def __call__(self, input_ids, scores):
-        forced = torch.full_like(scores, -1e4)
-        forced[:, self.ids[min(input_ids.shape[1], len(self.ids) - 1)]] = 0
-        return forced
-
-
 @pytest.fixture(scope="module")
 def arguments(golden_processor, clip):
     """A stream with four key frames: one frame before them, one between, two behind."""
     ids = golden_processor.tokenizer("[SEG] and [SEG]<|im_end|>").input_ids
     small = [frame.resize((40, 30)) for frame in clip]
-    answer = {"text": "all", "frame_sampling": [1, 2, 4, 5], "logits_processor": [Scripted(ids)]}
+    answer = {"text": "all", "frame_sampling": [1, 2, 4, 5], "logits_processor": [Prescribed(ids)]}
     return {"video": small, "return_raw_masks": True, **answer}
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
 
 from sa2va import Sa2VAChatModel, Sa2VAOutput
+from sa2va.benchmarks.stages import Prescribed
 from sa2va.processing_sa2va import rle_to_masks
 
 
@@ -25,23 +26,10 @@ def encoded_frames(golden_model):
     handle.remove()
 
 
-class Scripted:
-    """Logits processor that makes generation write fixed tokens, whatever the picture."""
-
-    def __init__(self, ids: list[int]):
-        self.ids = ids
-
-    def __call__(self, input_ids, scores):
-        step = input_ids.shape[1]
-        forced = torch.full_like(scores, -1e4)
-        forced[:, self.ids[min(step, len(self.ids) - 1)]] = 0
-        return forced
-
-
 def answer_with(model, text: str) -> dict:
     """Generation arguments under which the answer is `text`."""
     ids = model.load_processor().tokenizer(text).input_ids
-    return {"logits_processor": [Scripted(ids)]}
+    return {"logits_processor": [Prescribed(ids)]}
 
 
 THREE = "[SEG] and [SEG] and [SEG]<|im_end|>"
@@ -319,7 +307,7 @@ def test_arguments_that_users_of_the_released_code_pass_are_accepted(golden):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_half_precision_runs_image_and_video(golden, golden_processor, picture, clip, dtype, attention):
     model = AutoModel.from_pretrained(golden.folder, dtype=dtype, attn_implementation=attention)
-    script = {"logits_processor": [Scripted(golden_processor.tokenizer("[SEG]<|im_end|>").input_ids)]}
+    script = {"logits_processor": [Prescribed(golden_processor.tokenizer("[SEG]<|im_end|>").input_ids)]}
     still = model.predict_forward(image=picture, text="x", **script)
     moving = model.predict_forward(video=clip[:7], text="x", **script)
     assert still.prediction_masks[0].shape == (1, 61, 97) and moving.prediction_masks[0].shape == (7, 87, 121)

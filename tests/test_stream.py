@@ -11,23 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LogitsProcessor
 
+from sa2va.benchmarks.stages import Prescribed
 from sa2va.processing_sa2va import open_video, read_ahead, rle_to_masks
 
 # ---------------------------------------------------------------------------------------------------------- streams
-
-
-class Scripted(LogitsProcessor):
-    """Makes generation write fixed tokens, whatever the picture."""
-
-    def __init__(self, ids):
-        self.ids = ids
-
-    def __call__(self, input_ids, scores):
-        forced = torch.full_like(scores, -1e4)
-        forced[:, self.ids[min(input_ids.shape[1], len(self.ids) - 1)]] = 0
-        return forced
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +28,7 @@ def small(clip):
 def arguments(golden_processor, small):
     """A call with two objects, and key frames 2 and 4: two frames are tracked backwards, three forwards."""
     ids = golden_processor.tokenizer("[SEG] and [SEG]<|im_end|>").input_ids
-    return {"video": small, "text": "all", "frame_sampling": [2, 4], "logits_processor": [Scripted(ids)]}
+    return {"video": small, "text": "all", "frame_sampling": [2, 4], "logits_processor": [Prescribed(ids)]}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +102,7 @@ def test_closing_in_the_middle_frees_everything(golden_model, arguments):
 
 def test_a_stream_of_no_objects_can_be_gone_on_with(golden_model, golden_processor, small):
     ids = golden_processor.tokenizer("None.<|im_end|>").input_ids
-    stream = golden_model.predict_stream(video=small, text="?", logits_processor=[Scripted(ids)])
+    stream = golden_model.predict_stream(video=small, text="?", logits_processor=[Prescribed(ids)])
     next(stream)
     rest = list(golden_model.predict_stream(video=small, resume=stream.state()))
     assert [frame.frame_index for frame in rest] == [1, 2, 3, 4, 5, 6] and rest[0].prediction == "None.<|im_end|>"
