@@ -18,7 +18,7 @@ import os
 import shlex
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -376,6 +376,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         vision_width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
         self.vision_model = Sa2VAVisionModel._from_config(_internvl_config(config.vision_config))
         self.language_model = _language_model(config.llm_config)
+        self.get_decoder().norm.register_forward_hook(_note_after_norm)
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(vision_width),
             nn.Linear(vision_width, hidden_size),
@@ -910,7 +911,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def execution_device(self) -> torch.device:
         """Where inputs go: the device the first module, or its first part, computes on; offloaded weights hide it."""
         for module in self._first_module.modules():
-            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            device = getattr(vars(module).get("_hf_hook"), "execution_device", None)
             if device is not None:
                 return torch.device(device)
         return self.device
@@ -954,8 +955,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             output_format: "numpy", "torch" (tensors on the CPU) or "rle" (COCO, one dict per frame).
             mask_sizes: "first": all masks at the size of frame 0, as released; "own": each frame at its own size, and
                 a list instead of a stacked array.
-            encode_batch_size: how many frames of a video SAM 2 encodes together; default 1 on a CPU, on a GPU as many
-                as its free memory is reckoned to hold, up to 8. Take 1 for a live source, whose frames come slowly.
+            encode_batch_size: how many frames of a video (or images of `predict_batch`) SAM 2 encodes together;
+                default 1 on a CPU, on a GPU as many as its free memory is reckoned to hold, up to 8. Take 1 for a live
+                source, whose frames come slowly.
             **generate_kwargs: anything transformers' `generate` takes: `max_new_tokens`, `num_beams`, `streamer`...
                 `sample_num_frames` is Sa2VA-i's name of `num_frames`.
 
@@ -1024,7 +1026,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         def look(batch: Sequence[Sa2VAInputs]) -> list[tuple[Sa2VAInputs, Answer, MaskPrediction | None]]:
             answers = self._answers(batch, processor, generate_kwargs)
-            return list(zip(batch, answers, self._segment_images(batch, processor, answers), strict=True))
+            predictions = self._segment_images(batch, processor, answers, encode_batch_size)
+            return list(zip(batch, answers, predictions, strict=True))
 
         return [
             self._output(inputs, processor, answer, options, prediction)
@@ -1198,6 +1201,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         Padding must not be seen: not by a setting of `generate`, nor by positions that depend on the longest text.
         """
+        if len(lengths) == 1:
+            return [[0]]
         config, limit = arguments["generation_config"], self._fixed_rope_length()
         settings = {**self.causal_model.generation_config.to_diff_dict(), **config.to_diff_dict()}.keys()
         if settings - _BLIND_TO_PADDING or arguments.keys() - {"generation_config", "tokenizer"}:
@@ -1223,10 +1228,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         for question in inputs:
             self._check_vocabulary(question.input_ids, token_ids)
         prompt = self._prompt(token_ids, inputs)
-        generated = self.causal_model.generate(**prompt, **arguments)
+        with _set(_WRITTEN, _WrittenStates()) as written:
+            generated = self.causal_model.generate(**prompt, **arguments)
         given = prompt["input_ids"].shape[1] if "input_ids" in prompt else 0  # embeddings are not given back
         answers = _without_padding(generated.sequences[:, given:], arguments["generation_config"])
-        states = self._seg_states(prompt, answers, token_ids.seg, generated[_CACHE])
+        states = self._seg_states(prompt, answers, token_ids.seg, generated[_CACHE], written.of(answers))
         states = [s if question.frames is not None else s[:0] for question, s in zip(inputs, states, strict=True)]
         prompts = self.text_hidden_fcs(torch.cat(states)).split([len(s) for s in states])
         return list(map(partial(_as_answer, processor), inputs, answers, prompts))
@@ -1275,21 +1281,28 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return {"inputs_embeds": embeds, "attention_mask": mask.to(embeds.device)}
 
     def _seg_states(
-        self, prompt: dict[str, Tensor], answers: Sequence[Tensor], seg_id: int, cache: Any
+        self,
+        prompt: dict[str, Tensor],
+        answers: Sequence[Tensor],
+        seg_id: int,
+        cache: Any,
+        written: Tensor | None = None,
     ) -> list[Tensor]:
         """For each answer, int64 [n], the states [N, hidden] of its `[SEG]`, taken where the model reads the token.
 
-        One pass over the finished answers, on the prompts' keys and values: no states are kept while generating, a
-        `[SEG]` that ends a truncated answer counts too, and beams and assistants need no care.
+        They were seen while it was written (`written` [B, longest - 1, hidden]), or else the finished answers are read
+        again, on the prompts' keys and values: behind beams and assistants, and if a `[SEG]` ends a truncated answer.
         """
         positions = [(ids == seg_id).nonzero().flatten() for ids in answers]
-        read = [ids[: int(found[-1]) + 1 if len(found) else 0] for ids, found in zip(answers, positions, strict=True)]
-        read = _padded(read)  # nothing before looks at what is put behind
-        if not read.shape[1]:
+        longest = max((int(found[-1]) + 1 for found in positions if len(found)), default=0)
+        if not longest:
             size = (0, self.config.get_text_config().hidden_size)
-            return [torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=read.device)] * len(answers)
-        states = self._answer_states(prompt, read, _prompt_cache(cache, *prompt["attention_mask"].shape))
-        states = states[:, -read.shape[1] :]
+            return [torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=answers[0].device)] * len(answers)
+        states = written
+        if states is None or states.shape[1] < longest:
+            read = _padded([ids[:longest] for ids in answers])  # nothing before looks at what is put behind
+            states = self._answer_states(prompt, read, _prompt_cache(cache, *prompt["attention_mask"].shape))
+            states = states[:, -read.shape[1] :]
         return [row[found.to(row.device)] for row, found in zip(states, positions, strict=True)]
 
     def _answer_states(self, prompt: dict[str, Tensor], answers: Tensor, cache: DynamicCache | None) -> Tensor:
@@ -1357,17 +1370,23 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 yield logits, prediction
 
     def _segment_images(
-        self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, answers: Sequence[Answer]
+        self,
+        inputs: Sequence[Sa2VAInputs],
+        processor: Sa2VAProcessor,
+        answers: Sequence[Answer],
+        encode_batch_size: int | None = None,
     ) -> list[MaskPrediction | None]:
         """The predictions of all images with objects, encoded together; None for other samples."""
         asked = [i for i, x in enumerate(inputs) if x.frames is not None and not x.is_video and len(answers[i].prompts)]
         predictions: list[MaskPrediction | None] = [None] * len(inputs)
-        if asked:
-            frames = [frame for i in asked for frame in inputs[i].frames]
-            like = answers[asked[0]].prompts
+        like = answers[0].prompts
+        count = encode_batch_size or _encode_batch_size(like.device, self.config.grounding_config.image_size)
+        for start in range(0, len(asked), count):
+            some = asked[start : start + count]
+            frames = [frame for i in some for frame in inputs[i].frames]
             pixels = processor.grounding_pixel_values(frames, dtype=like.dtype, device=like.device)
             features = self.grounding_encoder.encode(pixels)
-            for row, i in enumerate(asked):
+            for row, i in enumerate(some):
                 one = features.rows(slice(row, row + 1))
                 predictions[i] = self.grounding_encoder.decode(one, answers[i].prompts)
         return predictions
@@ -1421,7 +1440,10 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
 
     def _build_language_side(self, config: Sa2VAChatConfigQwen) -> None:
         self.model = AutoModelForImageTextToText.from_config(config.qwen_vl_config())
-        self.get_decoder().norm.register_forward_pre_hook(_note_last_layer)
+        if config.qwen_vl_type == "qwen3_vl":
+            self.get_decoder().norm.register_forward_pre_hook(_note_before_norm)
+        else:
+            self.get_decoder().norm.register_forward_hook(_note_after_norm)
 
     @property
     def causal_model(self) -> nn.Module:
@@ -1466,12 +1488,9 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         if "prompt_masks" in kwargs:
             raise ValueError("prompt_masks are not supported around Qwen-VL; only the InternVL family knows regions.")
         kwargs = {"mm_token_type_ids": self._token_types(input_ids), **kwargs}
-        with _LastLayer() as noted:
+        with _set(_READ, []) as read:
             output = self.model.model(input_ids=input_ids, use_cache=False, **kwargs)
-        return TextStates(output.last_hidden_state, self._seg_source(output, noted), None)
-
-    def _seg_source(self, output, noted: list[Tensor]) -> Tensor:
-        return noted[-1] if self.config.qwen_vl_type == "qwen3_vl" else output.last_hidden_state
+        return TextStates(output.last_hidden_state, read[-1], None)
 
     def _prompt(self, token_ids: SpecialTokenIds, inputs: Sequence[Sa2VAInputs]) -> dict[str, Tensor]:
         input_ids, mask = _padded_in_front(inputs)
@@ -1485,18 +1504,18 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         return {name: value.to(self.execution_device) for name, value in prompt.items() if value is not None}
 
     def _answer_states(self, prompt: dict[str, Tensor], answers: Tensor, cache: DynamicCache | None) -> Tensor:
-        with _LastLayer() as noted:
+        with _set(_READ, []) as read:
             if cache is None:
-                output = self.model.model(**self._prompt_with(prompt, answers), use_cache=False)
+                self.model.model(**self._prompt_with(prompt, answers), use_cache=False)
             else:
-                output = self.get_decoder()(
+                self.get_decoder()(
                     inputs_embeds=self.get_input_embeddings()(answers),
                     attention_mask=_mask_with(prompt, answers),
                     position_ids=self._answer_positions(prompt, answers.shape[1]),
                     use_cache=True,
                     **{_CACHE: cache},
                 )
-        return self._seg_source(output, noted)
+        return read[-1]
 
     def _prompt_with(self, prompt: dict[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
         ends = {"input_ids": answers, "attention_mask": torch.ones_like(answers), "mm_token_type_ids": answers * 0}
@@ -1519,24 +1538,58 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given), image_processor)
 
 
-_NOTED: ContextVar[list[Tensor] | None] = ContextVar("noted", default=None)
+_READ: ContextVar[list[Tensor] | None] = ContextVar("read", default=None)
+_WRITTEN: ContextVar["_WrittenStates | None"] = ContextVar("written", default=None)
 
 
-class _LastLayer:
-    """Collects what reaches the final norm, in this thread and while the block runs."""
-
-    def __enter__(self) -> list[Tensor]:
-        noted: list[Tensor] = []
-        self._token = _NOTED.set(noted)
-        return noted
-
-    def __exit__(self, *error) -> None:
-        _NOTED.reset(self._token)
+@contextmanager
+def _set(variable: ContextVar, value: Any) -> Iterator[Any]:
+    """Sets a variable for this thread, while the block runs."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
 
 
-def _note_last_layer(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-    if (noted := _NOTED.get()) is not None:
-        noted.append(args[0])
+def _note(states: Tensor) -> None:
+    """Tells who waits for them of the states [B, L, hidden] that `[SEG]` is taken from."""
+    if (read := _READ.get()) is not None:
+        read.append(states)
+    elif not torch.compiler.is_compiling() and (written := _WRITTEN.get()) is not None:
+        written.add(states)
+
+
+def _note_before_norm(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    _note(args[0])
+
+
+def _note_after_norm(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    _note(output)
+
+
+class _WrittenStates:
+    """States of an answer's tokens, kept as the model read each in order to write the next."""
+
+    def __init__(self):
+        self._calls = 0
+        self._steps: list[Tensor] = []
+
+    def add(self, states: Tensor) -> None:
+        """Takes the states [B, L, hidden] of one call; those of the first, the prompt's, are not kept."""
+        if self._calls:
+            self._steps.append(states)
+        self._calls += 1
+
+    def of(self, answers: Sequence[Tensor]) -> Tensor | None:
+        """States [B, n - 1, hidden] of answers of at most n tokens, without the last, which nobody read.
+
+        None if they weren't written token by token: by beams, by an assistant, without a cache or compiled.
+        """
+        one_by_one = all(step.shape[:2] == (len(answers), 1) for step in self._steps)
+        if not self._steps or not one_by_one or self._calls != max(map(len, answers)):
+            return None
+        return torch.cat(self._steps, dim=1)
 
 
 @dataclass(frozen=True)
@@ -1653,7 +1706,7 @@ def _same_for_all(
 
 
 def _encode_batch_size(device: torch.device, image_size: int) -> int:
-    """How many frames of a video the image encoder takes together where nobody says: one on a CPU.
+    """How many frames of a video or images of a batch are encoded together where nobody says: one on a CPU.
 
     An accelerator has room for more, but how much a frame takes is an estimate: a third of free memory is used.
     """
@@ -1930,8 +1983,8 @@ def _prompt_cache(cache: Any, num_prompts: int, length: int) -> DynamicCache | N
         cache = DynamicCache([(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers])
     if surplus := cache.get_seq_length() - length:
         cache.crop(-surplus)
-    rows = len(cache.layers[0].keys)
-    cache.batch_select_indices(torch.arange(0, rows, rows // num_prompts))  # beams share their prompt
+    if (rows := len(cache.layers[0].keys)) > num_prompts:  # beams share their prompt
+        cache.batch_select_indices(torch.arange(0, rows, rows // num_prompts))
     return cache
 
 

@@ -14,8 +14,9 @@ timed, in turn and several times over:
             every object has a pass over the whole video of its own, and encodes each key frame twice (13 encodes for
             8 frames and 1 object, 39 for 3 objects)
 
-Printed are medians. "memory" is the peak of a `predict_stream` over the video, before anything else has run; with
-`--repeats 1` it is left out.
+Rounds go on until there were `--repeats` of them and `--seconds` have passed. Printed are medians; a ratio is the median
+over rounds, as neighbours in time share what else the machine does. "memory" is the peak of a `predict_stream` over the
+video, before anything else has run; with `--repeats 1` it is left out.
 """
 
 import argparse
@@ -169,11 +170,13 @@ def clock(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def measure(sam2: str, num_frames: int, num_objects: int, repeats: int, device: str, dtype: str) -> dict[str, Any]:
+def measure(
+    sam2: str, num_frames: int, num_objects: int, repeats: int, seconds: float, device: str, dtype: str
+) -> dict[str, Any]:
     """Measures one case in this process.
 
     Returns:
-        Seconds of each repetition ("ours", "floor", "official") and of each stage of our first ("stages"; "read" is
+        Seconds of each round ("ours", "floor", "official") and of each stage of our first ("stages"; "read" is
         decoding the file, which overlaps with the rest); "encodes" of ours and official, "peak_mb" of a
         `predict_stream` or None, and the case.
     """
@@ -187,13 +190,13 @@ def measure(sam2: str, num_frames: int, num_objects: int, repeats: int, device: 
             peak = peak_memory(model.device)
         with Stages(model, asked.processor, record=True) as recorded:
             ours = [clock(asked.ours, model.device)]
+        floor = [replay(recorded.calls, model.device)]
         with Stages(model) as counted:
             official = [clock(asked.official, model.device)]
-        floor = [replay(recorded.calls, model.device)]
-        for _ in range(repeats - 1):
+        while len(ours) < repeats or sum(ours + floor + official) < seconds:
             ours.append(clock(asked.ours, model.device))
-            official.append(clock(asked.official, model.device))
             floor.append(replay(recorded.calls, model.device))
+            official.append(clock(asked.official, model.device))
         frames = asked.processor.prepare(text=QUESTION, **asked.media).frames
         reading = clock(lambda: list(frames.read()), model.device)
     return {
@@ -216,7 +219,7 @@ def run_case(options: argparse.Namespace, *case: Any) -> dict[str, Any]:
     Raises:
         RuntimeError: that process failed; the message holds what it wrote.
     """
-    settings = [*case, options.repeats, options.device, options.dtype]
+    settings = [*case, options.repeats, options.seconds, options.device, options.dtype]
     done = subprocess.run(
         [sys.executable, __file__, "--case", *map(str, settings)], capture_output=True, text=True, check=False
     )
@@ -228,18 +231,24 @@ def run_case(options: argparse.Namespace, *case: Any) -> dict[str, Any]:
 HEADER = ("SAM 2", "frames", "objects", "seconds", "/ floor", "/ official", "encodes", "pre+post", "memory")
 
 
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median over rounds of one time by the other."""
+    return statistics.median(time / other for time, other in zip(times, others, strict=True))
+
+
 def row(result: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table; ratios are of medians, with the range over repetitions of the seconds."""
-    ours, floor, official = (statistics.median(result[name]) for name in ("ours", "floor", "official"))
+    """A line of the table: medians over rounds, with the range of the seconds."""
+    seconds = statistics.median(result["ours"])
+    to_floor, to_official = (median_ratio(result["ours"], result[name]) for name in ("floor", "official"))
     around = sum(result["stages"].get(name, 0.0) for name in STEPS) / result["ours"][0]
     encodes = result["encodes"]
     return (
         result["sam2"],
         str(result["frames"]),
         str(result["objects"]),
-        f"{ours:.2f} ({min(result['ours']):.2f}-{max(result['ours']):.2f})",
-        f"{ours / floor:.2f}",
-        f"{ours / official:.2f}",
+        f"{seconds:.2f} ({min(result['ours']):.2f}-{max(result['ours']):.2f})",
+        f"{to_floor:.2f}",
+        f"{to_official:.2f}",
         f"{encodes['ours']} / {encodes['official']}",
         f"{around:.1%}",
         f"{result['peak_mb']:.0f} MB" if result["peak_mb"] else "-",
@@ -284,12 +293,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sam2", nargs="+", choices=FRAME_SIZES, default=["small"], help="(default: small)")
     parser.add_argument("--frames", nargs="+", type=int, default=LENGTHS, help="1 is an image (default: %(default)s)")
     parser.add_argument("--objects", nargs="+", type=int, default=OBJECTS, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds at least (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="rounds go on for so long (default: %(default)s)")
     parser.add_argument("--device", default=str(accelerator or "cpu"), help="(default here: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write every measurement to this file")
     parser.add_argument("--plot", type=Path, help="also draw the stages to this picture")
-    parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=7, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -297,8 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs all cases and prints a line for each as it ends."""
     options = parse_arguments(argv)
     if options.case:
-        sam2, frames, objects, repeats, device, dtype = options.case
-        print(json.dumps(measure(sam2, int(frames), int(objects), int(repeats), device, dtype)))
+        sam2, frames, objects, repeats, seconds, device, dtype = options.case
+        print(json.dumps(measure(sam2, int(frames), int(objects), int(repeats), float(seconds), device, dtype)))
         return
     print(format_row(HEADER), format_row(["---"] * len(HEADER)), sep="\n", flush=True)
     results = []

@@ -166,3 +166,13 @@ def test_sizes_below_one_are_refused(golden_model):
 
 def test_no_samples_give_no_outputs(golden_model):
     assert golden_model.predict_batch([]) == []
+
+
+@pytest.mark.parametrize(("encode_batch_size", "encodes"), [(None, [1, 1, 1]), (2, [2, 1]), (8, [3])])
+def test_images_are_encoded_as_many_at_a_time_as_wanted(golden_model, golden, monkeypatch, encode_batch_size, encodes):
+    seen = []
+    encode = golden_model.grounding_encoder.encode
+    monkeypatch.setattr(golden_model.grounding_encoder, "encode", lambda x: seen.append(len(x)) or encode(x))
+    outputs = golden_model.predict_batch([golden.case("imgD1seg").arguments] * 3, encode_batch_size=encode_batch_size)
+    assert seen == encodes
+    assert all(len(output.prediction_masks) == 1 for output in outputs)

@@ -44,7 +44,7 @@ def test_the_floor_replays_every_network_call_of_an_answer_once(model, clip):
         asked.ours()
     with Stages(model) as replayed:
         assert replay(recorded.calls, model.device) > 0
-    assert recorded.counts - replayed.counts == {"seg_states": 1}
+    assert recorded.counts == replayed.counts
     assert (replayed.counts["prefill"], replayed.counts["memory_attention"], replayed.counts["mask_decoder"]) == (
         1,
         3,
@@ -64,7 +64,7 @@ def test_stages_leave_nothing_behind(model, clip):
 
 @pytest.mark.slow
 def test_a_case_is_measured_in_a_process_of_its_own():
-    options = argparse.Namespace(repeats=2, device="cpu", dtype="float32")
+    options = argparse.Namespace(repeats=2, seconds=0.0, device="cpu", dtype="float32")
     result = run_case(options, "small", 1, 3)
     assert [len(result[name]) for name in ("ours", "floor", "official")] == [2, 2, 2]
     assert sum(result["stages"].values()) - result["stages"]["read"] == pytest.approx(result["ours"][0])

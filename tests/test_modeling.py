@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, Text
 
 from sa2va import Sa2VAChatModel, Sa2VAOutput
 from sa2va.benchmarks.stages import Prescribed
+from sa2va.modeling_sa2va import _WrittenStates
 from sa2va.processing_sa2va import rle_to_masks
 
 
@@ -52,6 +53,45 @@ def test_each_frame_is_encoded_once_for_three_objects(golden_model, clip, encode
 def test_an_image_is_encoded_once_for_two_objects(golden_model, golden, encoded_frames):
     golden_model.predict_forward(**golden.case("img2seg").arguments)
     assert sum(encoded_frames) == 1
+
+
+@pytest.fixture
+def readings(golden_model):
+    """Counts the tokens in each call of the language model while the test runs."""
+    counts = []
+    handle = golden_model.get_decoder().norm.register_forward_hook(lambda *args: counts.append(args[-1].shape[1]))
+    yield counts
+    handle.remove()
+
+
+def test_seg_states_cost_no_call_of_their_own(golden_model, clip, readings):
+    golden_model.predict_forward(video=clip, text="all", **answer_with(golden_model, THREE))
+    (written,) = answer_with(golden_model, THREE)["logits_processor"]
+    assert readings[1:] == [1] * (len(written.token_ids) - 1)
+
+
+def test_seg_states_of_a_batch_cost_no_call_of_their_own(golden_model, golden, readings):
+    names = ("imgD1seg", "img_noseg", "img2seg")
+    outputs = golden_model.predict_batch([golden.case(name).arguments for name in names])
+    assert [len(output.prediction_masks) for output in outputs] == [1, 0, 2]
+    assert set(readings[1:]) == {1}
+
+
+@pytest.mark.parametrize("extra", [{}, {"num_beams": 2}, {"use_cache": False}])
+def test_states_seen_while_writing_are_those_of_reading_the_answer_again(golden_model, golden, monkeypatch, extra):
+    arguments = {**golden.case("img2seg").arguments, "return_mask_logits": True}
+    arguments |= answer_with(golden_model, THREE)
+    expected = golden_model.predict_forward(**arguments, **extra).mask_logits
+    monkeypatch.setattr(_WrittenStates, "of", lambda self, answers: None)
+    found = golden_model.predict_forward(**arguments).mask_logits
+    for ours, others in zip(expected, found, strict=True):
+        np.testing.assert_allclose(ours, others, atol=1e-3)
+
+
+def test_a_seg_that_ends_a_cut_answer_is_read_once_more(golden_model, golden, readings):
+    arguments = golden.case("imgD1seg").arguments | answer_with(golden_model, THREE) | {"max_new_tokens": 1}
+    output = golden_model.predict_forward(**arguments)
+    assert len(output.prediction_masks) == 1 and readings[1:] == [1]
 
 
 def test_an_answer_without_seg_encodes_nothing(golden_model, golden, encoded_frames):
