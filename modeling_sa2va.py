@@ -73,11 +73,11 @@ from .configuration_sa2va import (
     reading_weights,
 )
 from .processing_sa2va import (
+    ReadAhead,
     Sa2VAInputs,
     Sa2VAProcessor,
     masks_to_rle,
     open_video,
-    read_ahead,
     replacing_files,
 )
 from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState
@@ -1414,7 +1414,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             return
         count = encode_batch_size or _encode_batch_size(prompts.device, self.config.grounding_config.image_size)
         if not tracking.banks:
-            keys = zip(inputs.key_frames, inputs.frames.select(inputs.key_frames), strict=True)
+            keys = zip(inputs.key_frames, inputs.key_images, strict=True)
             keys = ((index, pixel_values([frame])) for index, frame in keys)
             conditioned = decoder.condition(keys, prompts, inputs.size, count)
             tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
@@ -1693,7 +1693,7 @@ def _ready_frames(
                 yield (frame.height, frame.width), resized
 
     if inputs.is_video:
-        return read_ahead(ready())
+        return ReadAhead(ready())
     return (((frame.height, frame.width), frame) for frame in inputs.frames)
 
 

@@ -2,7 +2,7 @@
 
 * `load_image`     a picture of any kind -> RGB
 * `open_video`     a video of any kind -> `VideoFrames`, decoded one at a time; `select_key_frames` picks some
-* `read_ahead`     the next frames are read while a model looks at this one
+* `ReadAhead`      the next frames are read while a model looks at this one
 * `Sa2VAProcessor` picture + words -> `Sa2VAInputs`; frames -> SAM 2's input; logits -> masks; answer -> phrases
 * `InternLM2Tokenizer` the tokenizer that Sa2VA-8B and -26B ship as a SentencePiece model
 * `masks_to_rle`, `rle_to_masks`, `draw_overlay`: masks for files and for eyes
@@ -23,7 +23,7 @@ import struct
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -297,23 +297,41 @@ class VideoFrames:
         return [found[index] for index in indices]
 
 
-def read_ahead(items: Iterable[Any], depth: int = 2) -> Iterator[Any]:
-    """Draws items in a thread of its own, at most `depth` of them before they are asked for.
+class ReadAhead(Iterator):
+    """Draws items in a thread of its own, at most `depth` of them before they are asked for, from now on.
 
     What the thread raises is raised here, behind the items before it. Closing waits for the item that is being drawn,
-    stops the thread and closes `items`.
+    stops the thread and closes `items`; so does the end.
     """
-    end, items = object(), iter(items)
-    reader = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
-    try:
-        ahead = deque(reader.submit(next, items, end) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not end:
-            ahead.append(reader.submit(next, items, end))
-            yield item
-    finally:
-        reader.shutdown(cancel_futures=True)
-        if hasattr(items, "close"):
-            items.close()
+
+    def __init__(self, items: Iterable[Any], depth: int = 2):
+        self._items, self._end = iter(items), object()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
+        self._ahead = deque(self._draw() for _ in range(depth))
+
+    def _draw(self) -> Future:
+        return self._reader.submit(next, self._items, self._end)
+
+    def __next__(self) -> Any:
+        if not self._ahead:
+            raise StopIteration
+        try:
+            item = self._ahead.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        if item is self._end:
+            self.close()
+            raise StopIteration
+        self._ahead.append(self._draw())
+        return item
+
+    def close(self) -> None:
+        """Ends the iteration."""
+        self._ahead.clear()
+        self._reader.shutdown(cancel_futures=True)
+        if hasattr(self._items, "close"):
+            self._items.close()
 
 
 class _OneShotSource:
@@ -483,6 +501,18 @@ def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str |
     return np.unique(np.linspace(0, len(video) - 1, min(num_frames, len(video)), dtype=int)).tolist()
 
 
+def _read_key_frames(
+    video: VideoFrames, num_frames: int, frame_sampling: str | Sequence[int]
+) -> tuple[Image.Image, dict[int, Image.Image]]:
+    """Frame 0, and by number those that `select_key_frames` chooses, in one pass if the length needn't be known."""
+    if isinstance(frame_sampling, str) and frame_sampling == "first":
+        shown = dict(enumerate(video.take(num_frames)))
+        return shown[0], shown
+    numbers = select_key_frames(video, num_frames, frame_sampling)
+    first, *images = video.select([0, *numbers])
+    return first, dict(zip(numbers, images, strict=True))
+
+
 def _check_sampling(num_frames: Any, frame_sampling: Any) -> None:
     """What can be said about a choice of frames without the video."""
     accepted = f"Use one of {FRAME_SAMPLINGS} or a list of frame numbers, counted from 0."
@@ -601,6 +631,7 @@ class Sa2VAInputs:
             video. Their tokens in the prompt follow those of all tiles, region by region, row by row.
         frames: all frames; an image is a video of one.
         key_frames: numbers of the frames in `pixel_values`, ascending.
+        key_images: these frames, which are not read a second time for SAM 2.
         is_video: whether a video was given.
         size: (height, width) of frame 0.
     """
@@ -613,6 +644,7 @@ class Sa2VAInputs:
     prompt_masks: Tensor | None = None
     frames: VideoFrames | None = None
     key_frames: list[int] = field(default_factory=list)
+    key_images: list[Image.Image] = field(default_factory=list)
     is_video: bool = False
     size: tuple[int, int] | None = None
 
@@ -1201,24 +1233,20 @@ class Sa2VAProcessor(ProcessorMixin):
             _check_no_picture(text, past_text, mask_prompts, self.image_token)
             return self._tokenize(self.build_prompt(text, past_text=past_text))
         frames = _frames_of_sequence([load_image(image)]) if video is None else open_video(video)
-        key_frames = [0] if video is None else select_key_frames(frames, num_frames, frame_sampling)
-        picture = self._prepare_picture(frames, key_frames, video is not None, mask_prompts)
-        return self._tokenize(self._picture_prompt(text, past_text, picture), **picture)
-
-    def _prepare_picture(
-        self, frames: VideoFrames, key_frames: list[int], is_video: bool, mask_prompts: Any
-    ) -> dict[str, Any]:
-        """The fields of `Sa2VAInputs` that don't depend on the words."""
-        masks = None if mask_prompts is None else self.preprocess_mask_prompts(mask_prompts)
-        first, *shown = frames.select([0, *key_frames])
-        return {
-            **self.preprocess_picture(shown, is_video),
-            "prompt_masks": masks,
+        first, shown = _read_key_frames(frames, num_frames, frame_sampling if video is not None else "first")
+        picture = {
+            **self._prepare_picture(list(shown.values()), video is not None, mask_prompts),
             "frames": frames,
-            "key_frames": key_frames,
-            "is_video": is_video,
+            "key_frames": list(shown),
             "size": (first.height, first.width),
         }
+        return self._tokenize(self._picture_prompt(text, past_text, picture), **picture)
+
+    def _prepare_picture(self, shown: list[Image.Image], is_video: bool, mask_prompts: Any) -> dict[str, Any]:
+        """The fields of `Sa2VAInputs` that are made of the pictures the language model sees, whatever the words."""
+        masks = None if mask_prompts is None else self.preprocess_mask_prompts(mask_prompts)
+        seen = self.preprocess_picture(shown, is_video)
+        return {**seen, "prompt_masks": masks, "key_images": shown, "is_video": is_video}
 
     def preprocess_picture(self, pictures: Sequence[Image.Image], is_video: bool) -> dict[str, Tensor]:
         """What the vision tower reads of an image (one picture) or of a video's key frames, by its name in a call."""
@@ -1715,6 +1743,7 @@ __all__ = [
     "TEMPLATES",
     "InternLM2Tokenizer",
     "PromptTemplate",
+    "ReadAhead",
     "Sa2VAInputs",
     "Sa2VAProcessor",
     "Sa2VAProcessorQwen",
@@ -1725,7 +1754,6 @@ __all__ = [
     "masks_to_rle",
     "object_color",
     "open_video",
-    "read_ahead",
     "replacing_files",
     "rle_to_masks",
     "select_key_frames",

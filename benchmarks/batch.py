@@ -2,8 +2,8 @@
 
     python benchmarks/batch.py [--model sa2va-tiny] [--batch-sizes 1 4 16] [--samples 48] [--repeats 3] [--device cpu]
 
-Samples are synthetic scenes of different sizes, a third each: requests for masks in pictures, questions about pictures,
-and captions with a mask for every shape. All ways answer the same samples, in turns; printed are medians, with the range
+Samples are synthetic scenes of different sizes, a third each: requests for masks in pictures, questions about them, and
+captions with a mask for every shape. All ways answer the same samples, in turns; printed are medians, with the range
 over repetitions, and how many answers differ from those given one by one (none should).
 """
 

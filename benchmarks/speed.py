@@ -14,9 +14,9 @@ timed, in turn and several times over:
             every object has a pass over the whole video of its own, and encodes each key frame twice (13 encodes for
             8 frames and 1 object, 39 for 3 objects)
 
-Rounds go on until there were `--repeats` of them and `--seconds` have passed. Printed are medians; a ratio is the median
-over rounds, as neighbours in time share what else the machine does. "memory" is the peak of a `predict_stream` over the
-video, before anything else has run; with `--repeats 1` it is left out.
+Rounds go on until there were `--repeats` of them and `--seconds` have passed. Printed are medians; a ratio is the
+median over rounds, as neighbours in time share what else the machine does. "memory" is the peak of a `predict_stream`
+over the video, before anything else has run; with `--repeats 1` it is left out.
 """
 
 import argparse

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sa2va import processing_sa2va
 from sa2va.benchmarks.stages import Prescribed
-from sa2va.processing_sa2va import open_video, read_ahead, rle_to_masks
+from sa2va.processing_sa2va import ReadAhead, open_video, rle_to_masks
 
 # ---------------------------------------------------------------------------------------------------------- streams
 
@@ -135,10 +136,37 @@ def test_a_state_that_does_not_fit_is_explained(golden_model, whole, small, name
 
 def test_reading_ahead_is_bounded_and_keeps_the_order():
     drawn = []
-    items = read_ahead((drawn.append(i) or i for i in range(100)), depth=3)
+    items = ReadAhead((drawn.append(i) or i for i in range(100)), depth=3)
     assert [next(items) for _ in range(4)] == [0, 1, 2, 3]
     items.close()
     assert len(drawn) <= 4 + 3 and not readers()
+
+
+def test_reading_begins_before_the_first_is_asked_for():
+    begun = threading.Event()
+    items = ReadAhead(begun.set() for _ in range(3))
+    assert begun.wait(timeout=10)
+    assert list(items) == [None] * 3 and not readers()
+
+
+def test_key_frames_of_a_file_are_read_once_for_both_networks(golden_model, arguments, tmp_path, monkeypatch):
+    path, opened = video_file(tmp_path / "clip.mp4", "mp4v", count=8), []
+    monkeypatch.setattr(processing_sa2va, "_read_video_file", _counting(processing_sa2va._read_video_file, opened))
+    golden_model.predict_forward(**{**arguments, "video": path, "frame_sampling": "first"})
+    assert opened == [1, 5, 8]  # is it a video? the key frames; all frames
+
+
+def _counting(read, passes):
+    """`read`, noting how many frames each pass drew."""
+
+    def counted(*args):
+        passes.append(0)
+        place = len(passes) - 1
+        for frame in read(*args):
+            passes[place] += 1
+            yield frame
+
+    return counted
 
 
 def test_what_the_reading_thread_raises_comes_after_the_frames_before_it():
@@ -146,7 +174,7 @@ def test_what_the_reading_thread_raises_comes_after_the_frames_before_it():
         yield 1
         raise OSError("cable pulled")
 
-    items = read_ahead(broken())
+    items = ReadAhead(broken())
     assert next(items) == 1
     with pytest.raises(OSError, match="cable pulled"):
         next(items)
