@@ -376,7 +376,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         vision_width = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
         self.vision_model = Sa2VAVisionModel._from_config(_internvl_config(config.vision_config))
         self.language_model = _language_model(config.llm_config)
-        self.get_decoder().norm.register_forward_hook(_note_after_norm)
+        self.get_decoder().register_forward_hook(_note_output)
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(vision_width),
             nn.Linear(vision_width, hidden_size),
@@ -995,7 +995,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         encode_batch_size: int | None = None,
         **generate_kwargs,
     ) -> list[Sa2VAOutput]:
-        """`predict_forward` for many samples: their answers are written together, their images encoded together.
+        """`predict_forward` for many samples: answers are written together, images encoded some at a time.
 
         What a sample gets does not depend on its neighbours. Where it would (settings of `generate` that look at the
         prompt or at the whole batch, such as a streamer; a text that outgrows its model's rotary positions) samples are
@@ -1228,11 +1228,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         for question in inputs:
             self._check_vocabulary(question.input_ids, token_ids)
         prompt = self._prompt(token_ids, inputs)
-        with _set(_WRITTEN, _WrittenStates()) as written:
+        with _setting(_WRITTEN, _WrittenStates(len(inputs))) as written:
             generated = self.causal_model.generate(**prompt, **arguments)
         given = prompt["input_ids"].shape[1] if "input_ids" in prompt else 0  # embeddings are not given back
         answers = _without_padding(generated.sequences[:, given:], arguments["generation_config"])
-        states = self._seg_states(prompt, answers, token_ids.seg, generated[_CACHE], written.of(answers))
+        states = self._seg_states(prompt, answers, token_ids.seg, generated.get(_CACHE), written)
         states = [s if question.frames is not None else s[:0] for question, s in zip(inputs, states, strict=True)]
         prompts = self.text_hidden_fcs(torch.cat(states)).split([len(s) for s in states])
         return list(map(partial(_as_answer, processor), inputs, answers, prompts))
@@ -1286,19 +1286,19 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         answers: Sequence[Tensor],
         seg_id: int,
         cache: Any,
-        written: Tensor | None = None,
+        written: "_WrittenStates | None" = None,
     ) -> list[Tensor]:
         """For each answer, int64 [n], the states [N, hidden] of its `[SEG]`, taken where the model reads the token.
 
-        They were seen while it was written (`written` [B, longest - 1, hidden]), or else the finished answers are read
-        again, on the prompts' keys and values: behind beams and assistants, and if a `[SEG]` ends a truncated answer.
+        They were seen while it was written, or else the finished answers are read again, on the prompts' keys and
+        values: behind beams and assistants, and if a `[SEG]` ends a truncated answer.
         """
         positions = [(ids == seg_id).nonzero().flatten() for ids in answers]
         longest = max((int(found[-1]) + 1 for found in positions if len(found)), default=0)
         if not longest:
             size = (0, self.config.get_text_config().hidden_size)
             return [torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=answers[0].device)] * len(answers)
-        states = written
+        states = None if written is None else written.of(answers)
         if states is None or states.shape[1] < longest:
             read = _padded([ids[:longest] for ids in answers])  # nothing before looks at what is put behind
             states = self._answer_states(prompt, read, _prompt_cache(cache, *prompt["attention_mask"].shape))
@@ -1376,9 +1376,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         answers: Sequence[Answer],
         encode_batch_size: int | None = None,
     ) -> list[MaskPrediction | None]:
-        """The predictions of all images with objects, encoded together; None for other samples."""
+        """The predictions of all images with objects, some encoded together; None for other samples."""
         asked = [i for i, x in enumerate(inputs) if x.frames is not None and not x.is_video and len(answers[i].prompts)]
         predictions: list[MaskPrediction | None] = [None] * len(inputs)
+        if not asked:
+            return predictions
         like = answers[0].prompts
         count = encode_batch_size or _encode_batch_size(like.device, self.config.grounding_config.image_size)
         for start in range(0, len(asked), count):
@@ -1414,10 +1416,12 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             return
         count = encode_batch_size or _encode_batch_size(prompts.device, self.config.grounding_config.image_size)
         if not tracking.banks:
-            keys = zip(inputs.key_frames, inputs.key_images, strict=True)
+            images = inputs.key_images or inputs.frames.select(inputs.key_frames)
+            keys = zip(inputs.key_frames, images, strict=True)
             keys = ((index, pixel_values([frame])) for index, frame in keys)
             conditioned = decoder.condition(keys, prompts, inputs.size, count)
             tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
+            inputs.key_images.clear()  # a long video must not carry them along
         yield from decoder.propagate(tracking, frames, pixel_values, count)
 
 
@@ -1441,9 +1445,9 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
     def _build_language_side(self, config: Sa2VAChatConfigQwen) -> None:
         self.model = AutoModelForImageTextToText.from_config(config.qwen_vl_config())
         if config.qwen_vl_type == "qwen3_vl":
-            self.get_decoder().norm.register_forward_pre_hook(_note_before_norm)
+            self.get_decoder().norm.register_forward_pre_hook(_note_last_layer)
         else:
-            self.get_decoder().norm.register_forward_hook(_note_after_norm)
+            self.get_decoder().register_forward_hook(_note_output)
 
     @property
     def causal_model(self) -> nn.Module:
@@ -1488,9 +1492,12 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         if "prompt_masks" in kwargs:
             raise ValueError("prompt_masks are not supported around Qwen-VL; only the InternVL family knows regions.")
         kwargs = {"mm_token_type_ids": self._token_types(input_ids), **kwargs}
-        with _set(_READ, []) as read:
+        with _setting(_READ, []) as read:
             output = self.model.model(input_ids=input_ids, use_cache=False, **kwargs)
-        return TextStates(output.last_hidden_state, read[-1], None)
+        return TextStates(output.last_hidden_state, self._seg_source(output, read), None)
+
+    def _seg_source(self, output: ModelOutput, read: list[Tensor]) -> Tensor:
+        return read[-1] if self.config.qwen_vl_type == "qwen3_vl" else output.last_hidden_state
 
     def _prompt(self, token_ids: SpecialTokenIds, inputs: Sequence[Sa2VAInputs]) -> dict[str, Tensor]:
         input_ids, mask = _padded_in_front(inputs)
@@ -1504,18 +1511,18 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         return {name: value.to(self.execution_device) for name, value in prompt.items() if value is not None}
 
     def _answer_states(self, prompt: dict[str, Tensor], answers: Tensor, cache: DynamicCache | None) -> Tensor:
-        with _set(_READ, []) as read:
+        with _setting(_READ, []) as read:
             if cache is None:
-                self.model.model(**self._prompt_with(prompt, answers), use_cache=False)
+                output = self.model.model(**self._prompt_with(prompt, answers), use_cache=False)
             else:
-                self.get_decoder()(
+                output = self.get_decoder()(
                     inputs_embeds=self.get_input_embeddings()(answers),
                     attention_mask=_mask_with(prompt, answers),
                     position_ids=self._answer_positions(prompt, answers.shape[1]),
                     use_cache=True,
                     **{_CACHE: cache},
                 )
-        return read[-1]
+        return self._seg_source(output, read)
 
     def _prompt_with(self, prompt: dict[str, Tensor], answers: Tensor) -> dict[str, Tensor]:
         ends = {"input_ids": answers, "attention_mask": torch.ones_like(answers), "mm_token_type_ids": answers * 0}
@@ -1543,8 +1550,8 @@ _WRITTEN: ContextVar["_WrittenStates | None"] = ContextVar("written", default=No
 
 
 @contextmanager
-def _set(variable: ContextVar, value: Any) -> Iterator[Any]:
-    """Sets a variable for this thread, while the block runs."""
+def _setting(variable: ContextVar, value: Any) -> Iterator[Any]:
+    """Sets a variable in this thread, while the block runs."""
     token = variable.set(value)
     try:
         yield value
@@ -1552,44 +1559,48 @@ def _set(variable: ContextVar, value: Any) -> Iterator[Any]:
         variable.reset(token)
 
 
-def _note(states: Tensor) -> None:
-    """Tells who waits for them of the states [B, L, hidden] that `[SEG]` is taken from."""
-    if (read := _READ.get()) is not None:
-        read.append(states)
-    elif not torch.compiler.is_compiling() and (written := _WRITTEN.get()) is not None:
-        written.add(states)
-
-
-def _note_before_norm(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-    _note(args[0])
-
-
-def _note_after_norm(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-    _note(output)
-
-
 class _WrittenStates:
     """States of an answer's tokens, kept as the model read each in order to write the next."""
 
-    def __init__(self):
+    def __init__(self, num_answers: int):
+        self._shape = (num_answers, 1)
         self._calls = 0
-        self._steps: list[Tensor] = []
+        self._steps: list[Tensor] | None = []
 
     def add(self, states: Tensor) -> None:
         """Takes the states [B, L, hidden] of one call; those of the first, the prompt's, are not kept."""
-        if self._calls:
-            self._steps.append(states)
         self._calls += 1
+        if self._calls == 1 or self._steps is None:
+            return
+        if states.shape[:2] == self._shape:
+            self._steps.append(states)
+        else:  # beams, an assistant or no cache: nothing of it can be used
+            self._steps = None
 
     def of(self, answers: Sequence[Tensor]) -> Tensor | None:
         """States [B, n - 1, hidden] of answers of at most n tokens, without the last, which nobody read.
 
-        None if they weren't written token by token: by beams, by an assistant, without a cache or compiled.
+        None if they weren't written token by token, or by a compiled step.
         """
-        one_by_one = all(step.shape[:2] == (len(answers), 1) for step in self._steps)
-        if not self._steps or not one_by_one or self._calls != max(map(len, answers)):
+        if not self._steps or self._calls != max(map(len, answers)):
             return None
         return torch.cat(self._steps, dim=1)
+
+
+def _note_written(states: Tensor) -> None:
+    if not torch.compiler.is_compiling() and (written := _WRITTEN.get()) is not None:
+        written.add(states)
+
+
+def _note_output(decoder: nn.Module, args: tuple, output: ModelOutput) -> None:
+    _note_written(output[0])
+
+
+def _note_last_layer(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if (read := _READ.get()) is not None:
+        read.append(args[0])
+    else:
+        _note_written(args[0])
 
 
 @dataclass(frozen=True)
@@ -1678,7 +1689,7 @@ def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **k
 
 def _ready_frames(
     inputs: Sa2VAInputs, processor: Sa2VAProcessor, tracking: TrackingState, wanted: bool
-) -> Generator[tuple[tuple[int, int], Any], None, None]:
+) -> ReadAhead | Generator[tuple[tuple[int, int], Any], None, None]:
     """Sizes (h, w) of the frames that come next, and the frames, if they are wanted at SAM 2's size.
 
     Those of a video are read and resized ahead, in a thread.

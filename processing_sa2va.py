@@ -57,6 +57,7 @@ _ACCEPTED_IMAGES = "a PIL image, a path, or an array or tensor (HxW, HxWxC, CxHx
 _ACCEPTED_VIDEOS = (
     "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
 )
+_EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
 _EXIF_ORIENTATION = 0x0112
 _CORRUPT_FILE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow's decoders raise
 _FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
@@ -376,7 +377,7 @@ def open_video(video: Any) -> VideoFrames:
         return video
     frames = _frames_of(video)
     if frames.count(1) == 0:
-        raise ValueError(f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame.")
+        raise ValueError(_EMPTY_VIDEO)
     return frames
 
 
@@ -504,9 +505,10 @@ def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str |
 def _read_key_frames(
     video: VideoFrames, num_frames: int, frame_sampling: str | Sequence[int]
 ) -> tuple[Image.Image, dict[int, Image.Image]]:
-    """Frame 0, and by number those that `select_key_frames` chooses, in one pass if the length needn't be known."""
+    """Frame 0, and by number those that `select_key_frames` chooses; the first ones in a single pass."""
     if isinstance(frame_sampling, str) and frame_sampling == "first":
-        shown = dict(enumerate(video.take(num_frames)))
+        if not (shown := dict(enumerate(video.take(num_frames)))):
+            raise ValueError(_EMPTY_VIDEO)
         return shown[0], shown
     numbers = select_key_frames(video, num_frames, frame_sampling)
     first, *images = video.select([0, *numbers])
@@ -631,9 +633,9 @@ class Sa2VAInputs:
             video. Their tokens in the prompt follow those of all tiles, region by region, row by row.
         frames: all frames; an image is a video of one.
         key_frames: numbers of the frames in `pixel_values`, ascending.
-        key_images: these frames, which are not read a second time for SAM 2.
         is_video: whether a video was given.
         size: (height, width) of frame 0.
+        key_images: a video's key frames, so that they need not be read again; empty once SAM 2 has seen them.
     """
 
     prompt: str
@@ -644,9 +646,9 @@ class Sa2VAInputs:
     prompt_masks: Tensor | None = None
     frames: VideoFrames | None = None
     key_frames: list[int] = field(default_factory=list)
-    key_images: list[Image.Image] = field(default_factory=list)
     is_video: bool = False
     size: tuple[int, int] | None = None
+    key_images: list[Image.Image] = field(default_factory=list)
 
 
 def _single(value: Any) -> Any:
@@ -1233,20 +1235,31 @@ class Sa2VAProcessor(ProcessorMixin):
             _check_no_picture(text, past_text, mask_prompts, self.image_token)
             return self._tokenize(self.build_prompt(text, past_text=past_text))
         frames = _frames_of_sequence([load_image(image)]) if video is None else open_video(video)
-        first, shown = _read_key_frames(frames, num_frames, frame_sampling if video is not None else "first")
-        picture = {
-            **self._prepare_picture(list(shown.values()), video is not None, mask_prompts),
-            "frames": frames,
-            "key_frames": list(shown),
-            "size": (first.height, first.width),
-        }
+        sampling = "first" if video is None else frame_sampling
+        picture = self._prepare_picture(frames, num_frames, sampling, video is not None, mask_prompts)
         return self._tokenize(self._picture_prompt(text, past_text, picture), **picture)
 
-    def _prepare_picture(self, shown: list[Image.Image], is_video: bool, mask_prompts: Any) -> dict[str, Any]:
-        """The fields of `Sa2VAInputs` that are made of the pictures the language model sees, whatever the words."""
+    def _prepare_picture(
+        self,
+        frames: VideoFrames,
+        num_frames: int,
+        frame_sampling: str | Sequence[int],
+        is_video: bool,
+        mask_prompts: Any,
+    ) -> dict[str, Any]:
+        """The fields of `Sa2VAInputs` that don't depend on the words."""
         masks = None if mask_prompts is None else self.preprocess_mask_prompts(mask_prompts)
-        seen = self.preprocess_picture(shown, is_video)
-        return {**seen, "prompt_masks": masks, "key_images": shown, "is_video": is_video}
+        first, shown = _read_key_frames(frames, num_frames, frame_sampling)
+        images = list(shown.values())
+        return {
+            **self.preprocess_picture(images, is_video),
+            "prompt_masks": masks,
+            "frames": frames,
+            "key_frames": list(shown),
+            "is_video": is_video,
+            "size": (first.height, first.width),
+            "key_images": images if is_video else [],
+        }
 
     def preprocess_picture(self, pictures: Sequence[Image.Image], is_video: bool) -> dict[str, Tensor]:
         """What the vision tower reads of an image (one picture) or of a video's key frames, by its name in a call."""

@@ -773,8 +773,8 @@ class Sam2Decoder(nn.Module):
         """SAM's random Fourier encoding of the map [1, D, h, w]; its matrix product needs float32."""
         layer = self.sam2_model.sam_prompt_encoder.pe_layer
         size = tuple(like.shape[-2:])
-        rounded = {name: buffer.float() for name, buffer in layer.named_buffers() if buffer.dtype != torch.float32}
-        position = torch.func.functional_call(layer, rounded, (size,)) if rounded else layer(size)
+        widened = {name: buffer.float() for name, buffer in layer.named_buffers() if buffer.dtype != torch.float32}
+        position = torch.func.functional_call(layer, widened, (size,)) if widened else layer(size)
         return position.unsqueeze(0).to(like)
 
     def _sparse_prompts(self, num_objects: int, prompts: Tensor | None) -> Tensor:

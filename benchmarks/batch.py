@@ -4,7 +4,7 @@
 
 Samples are synthetic scenes of different sizes, a third each: requests for masks in pictures, questions about them, and
 captions with a mask for every shape. All ways answer the same samples, in turns; printed are medians, with the range
-over repetitions, and how many answers differ from those given one by one (none should).
+over rounds, and how many answers have other words than those given one by one (none should).
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel
 
-from sa2va.benchmarks.stages import synchronize
+from sa2va.benchmarks.stages import median_ratio, synchronize
 from sa2va.data.scenes import make_sample
 from sa2va.demo.media import replacing
 
@@ -39,7 +39,7 @@ def measure(
     """Answers all samples in every way, in turns, after one round that warms up.
 
     Returns:
-        For `ONE_BY_ONE` and each batch size: "way", "per_second" (of each repetition) and "different", the number of
+        For `ONE_BY_ONE` and each batch size: "way", "per_second" (of each round) and "different", the number of
         answers whose words differ from the first way's.
     """
     ways: dict[Any, Callable[[], list]] = {ONE_BY_ONE: lambda: [model.predict_forward(**sample) for sample in samples]}
@@ -60,13 +60,13 @@ def measure(
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as Markdown; the ratio is to the first."""
+    """Rows as Markdown; the ratio is the median over rounds of that to the first way."""
     lines = ["| batch size | answers per second | ratio | different |", "|---|---|---|---|"]
-    first = median(rows[0]["per_second"])
     for row in rows:
         rates = row["per_second"]
         spread = f"{median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f})"
-        lines.append(f"| {row['way']} | {spread} | {median(rates) / first:.2f} | {row['different']} |")
+        ratio = median_ratio(rates, rows[0]["per_second"])
+        lines.append(f"| {row['way']} | {spread} | {ratio:.2f} | {row['different']} |")
     return "\n".join(lines)
 
 

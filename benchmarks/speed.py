@@ -1,7 +1,7 @@
 """How fast answers with masks are, beside what no implementation can avoid and beside the official way of working.
 
     python benchmarks/speed.py --json speed.json             # image and 8, 64, 256 frames; 1, 3, 8 objects; small SAM 2
-    python benchmarks/speed.py --sam2 real --frames 1 8 --objects 1 3                    # SAM 2 Hiera-L at 1024 pixels
+    python benchmarks/speed.py --sam2 real --frames 1 8 --objects 1 3 --repeats 1 --seconds 0    # Hiera-L at 1024
 
 The language side is that of `sa2va-tiny`; SAM 2 is its own or one of true size with random weights. The words of the
 answer are prescribed: one [SEG] for each object. Videos are files. Each case has a process of its own, in which are
@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAGroundingConfig, Sa2VAProcessor
-from sa2va.benchmarks.stages import STEPS, Prescribed, Stages, peak_memory, replay, synchronize
+from sa2va.benchmarks.stages import STEPS, Prescribed, Stages, median_ratio, peak_memory, replay, synchronize
 from sa2va.demo.media import replacing
 
 TINY = Path(__file__).parents[1] / "sa2va-tiny"
@@ -231,11 +231,6 @@ def run_case(options: argparse.Namespace, *case: Any) -> dict[str, Any]:
 HEADER = ("SAM 2", "frames", "objects", "seconds", "/ floor", "/ official", "encodes", "pre+post", "memory")
 
 
-def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """The median over rounds of one time by the other."""
-    return statistics.median(time / other for time, other in zip(times, others, strict=True))
-
-
 def row(result: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table: medians over rounds, with the range of the seconds."""
     seconds = statistics.median(result["ours"])
@@ -260,6 +255,14 @@ def format_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def visible_stages(result: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the stages of ours that take more than a hundredth of it, in the order of work; the others as one."""
+    seconds = {name: result["stages"].get(name, 0.0) for name in STAGES}
+    visible = {name: value for name, value in seconds.items() if value > sum(seconds.values()) / 100}
+    visible.pop("other", None)
+    return {**visible, "other": sum(seconds.values()) - sum(visible.values())}
+
+
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws where the time of each case goes, beside its floor and the official way."""
     import matplotlib
@@ -267,21 +270,23 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    stages = [name for name in STAGES if any(name in result["stages"] for result in results)]
+    colors = dict(zip(STAGES, pyplot.get_cmap("tab20").colors, strict=False))
     figure, axes = pyplot.subplots(1, len(results), figsize=(2 + 2.6 * len(results), 4), layout="constrained")
+    shown = {}
     for axis, result in zip(np.atleast_1d(axes), results, strict=True):
         for place, name in enumerate(("floor", "official"), 1):
             axis.bar(place, statistics.median(result[name]), color="1", edgecolor="0.4", hatch="///")
         bottom = 0.0
-        for color, name in enumerate(stages):
-            height = result["stages"].get(name, 0.0)
-            axis.bar(0, height, bottom=bottom, color=f"C{color}", label=name.replace("_", " "))
+        for name, height in visible_stages(result).items():
+            shown[name] = axis.bar(0, height, bottom=bottom, color=colors[name])
             bottom += height
         axis.set_xticks(range(3), ["ours", "floor", "official\nstyle"])
         medium = "image" if result["frames"] == 1 else f"{result['frames']} frames"
         axis.set_title(f"{medium}, {result['objects']} object{'s' * (result['objects'] > 1)}", fontsize="medium")
     np.atleast_1d(axes)[0].set_ylabel("seconds")
-    np.atleast_1d(axes)[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", reverse=True)
+    names = [name for name in reversed(STAGES) if name in shown]
+    labels = [name.replace("_", " ").replace("sam2", "SAM 2") for name in names]
+    figure.legend([shown[name] for name in names], labels, loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

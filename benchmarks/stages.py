@@ -4,6 +4,7 @@ Hooks time the networks, and the processor's steps are wrapped while a block run
 in a stage counts to that stage.
 """
 
+import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -37,7 +38,7 @@ class Stages:
     """Times the stages of a model's answers inside a `with` block.
 
     Attributes:
-        seconds: by stage: "vision_tower", "prefill", "decode", "seg_states" (the second look at the answer),
+        seconds: by stage: "vision_tower", "prefill", "decode", "seg_states" (reading an answer again),
             "sam2_encode", "mask_decoder", "memory_attention", "memory_encoder", and `STEPS` where there is a processor.
             Devices are synchronised around each.
         counts: how often each ran; "frames_encoded" is the number of frames that went through SAM 2's image encoder.
@@ -155,6 +156,11 @@ class Prescribed:
         forced = torch.full_like(scores, -1e4)  # beams add scores up
         forced[:, self.token_ids[min(input_ids.shape[1], len(self.token_ids) - 1)]] = 0
         return forced
+
+
+def median_ratio(measures: Sequence[float], others: Sequence[float]) -> float:
+    """The median over rounds of one measure by another, taken side by side."""
+    return statistics.median(measure / other for measure, other in zip(measures, others, strict=True))
 
 
 def synchronize(device: torch.device) -> None:

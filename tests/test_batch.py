@@ -5,7 +5,7 @@ import torch
 from conftest import GOLDEN, RESIZES_AS_RECORDED, GoldenFamily
 from transformers import AutoModel
 
-from sa2va.modeling_sa2va import _in_batches
+from sa2va.modeling_sa2va import _in_batches, _WrittenStates
 
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
 LONG = ("vid20", "vid8")  # clips are tracked one by one anyway
@@ -68,6 +68,21 @@ SETTINGS = {
     "stop strings": {"stop_strings": ["e", "o"]},
     "looks at the prompt": {"repetition_penalty": 1.7},
 }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_seen_while_writing_are_those_of_reading_the_answers_again(loaded, family, monkeypatch):
+    model, seen = loaded(family), []
+    cases = [case for case in cases_of(family) if "[SEG]" in case.meta["prediction"]]
+    cases.sort(key=lambda case: "video" in case.arguments)  # pictures are quicker
+    samples = [arguments_of(case) for case in cases[:3]]
+    hook = model.text_hidden_fcs.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.predict_batch(samples)
+    monkeypatch.setattr(_WrittenStates, "of", lambda self, answers: None)
+    model.predict_batch(samples)
+    hook.remove()
+    assert len(samples) > 1 and len(seen[0]) == sum(case.meta["prediction"].count("[SEG]") for case in cases[:3])
+    torch.testing.assert_close(*seen, atol=1e-3, rtol=1e-3)
 
 
 def words_of(outputs):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sa2va import Sa2VAChatConfig
+from sa2va.benchmarks import batch
 from sa2va.benchmarks.memory import estimate
 from sa2va.benchmarks.speed import Answering, build_model, draw_frames, row, run_case, write_media
-from sa2va.benchmarks.stages import Stages, replay
+from sa2va.benchmarks.stages import Stages, median_ratio, replay
 
 RELEASED = Path(__file__).parent / "released"
 
@@ -91,3 +92,13 @@ def test_tracking_grows_with_objects_and_an_image_tracks_nothing():
     with torch.device("meta"):
         image, one, eight = (estimate(config, *case) for case in ((None, 1), (5, 1), (5, 8)))
     assert image.tracking == 0 < one.tracking < eight.tracking
+
+
+def test_batches_are_measured_beside_samples_one_by_one(model):
+    rows = batch.measure(model, batch.make_samples(3), batch_sizes=[3], repeats=2)
+    assert [(row["way"], row["different"], len(row["per_second"])) for row in rows] == [("one by one", 0, 2), (3, 0, 2)]
+    assert batch.format_table(rows).splitlines()[2].endswith("| 1.00 | 0 |")
+
+
+def test_a_ratio_is_taken_of_what_was_measured_side_by_side():
+    assert median_ratio([1.0, 9.0, 2.0], [2.0, 9.0, 4.0]) == 0.5

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from sa2va import Sa2VAChatModel, Sa2VAChatModelQwen
+from sa2va.modeling_sa2va import _WrittenStates
 from sa2va.processing_sa2va import _qwen_size
 
 FAMILIES = ("qwen25vl", "qwen3vl")
@@ -110,6 +111,16 @@ def test_states_without_the_prompts_cache_are_the_same(models, runs, family):
     with torch.no_grad():
         (again,) = model._seg_states(model._prompt(ids, [inputs]), [new_ids], ids.seg, None)
     torch.testing.assert_close(again, states, atol=TOLERANCE, rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_cache_nothing_is_kept_and_the_answer_is_read_again(models, picture, monkeypatch, family):
+    held, kept = [], _WrittenStates.of
+    monkeypatch.setattr(_WrittenStates, "of", lambda self, answers: held.append(self._steps) or kept(self, answers))
+    arguments = {"image": picture, "text": "Please segment the red square.", "return_mask_logits": True}
+    expected, found = (models[family].predict_forward(**arguments, use_cache=use) for use in (True, False))
+    assert held[0] and held[1] is None
+    np.testing.assert_allclose(found.mask_logits[0], expected.mask_logits[0], atol=1e-3)
 
 
 def test_mask_prompts_name_the_families_that_know_regions(models, picture):

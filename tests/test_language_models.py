@@ -13,6 +13,7 @@ from transformers import AutoModel, DynamicCache
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor
 from sa2va.benchmarks.stages import Prescribed
+from sa2va.modeling_sa2va import _WrittenStates
 
 FAMILIES = ("ivl_qwen2", "ivl_internlm2")
 SIZES = {
@@ -180,8 +181,20 @@ def test_other_language_models_answer_with_a_mask_for_every_seg(other, golden_pr
     assert [mask.shape for mask in output.prediction_masks] == [(1, 61, 97)] * 2
 
 
-def test_seg_states_are_those_of_reading_the_whole_conversation(other, golden_processor, picture):
+def test_the_final_norm_may_have_any_name(golden_processor, picture):
+    model = Sa2VAChatModel(config_with({"model_type": "phi"})).eval()
+    assert not hasattr(model.get_decoder(), "norm")
+    model.set_processor(golden_processor)
+    scripted = [Prescribed(golden_processor.tokenizer(ANSWER).input_ids)]
+    output = model.predict_forward(image=picture, text="Where is it?", logits_processor=scripted)
+    assert len(output.prediction_masks) == 2
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["seen while writing", "read again"])
+def test_seg_states_are_those_of_reading_the_whole_conversation(other, golden_processor, picture, monkeypatch, again):
     """Also with a sliding window, whose cache no longer holds the prompt when the answer is finished."""
+    if again:
+        monkeypatch.setattr(_WrittenStates, "of", lambda self, answers: None)
     seen = []
     hook = other.text_hidden_fcs.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     other.predict_forward(

@@ -77,14 +77,14 @@ def test_seg_states_of_a_batch_cost_no_call_of_their_own(golden_model, golden, r
     assert set(readings[1:]) == {1}
 
 
-@pytest.mark.parametrize("extra", [{}, {"num_beams": 2}, {"use_cache": False}])
-def test_states_seen_while_writing_are_those_of_reading_the_answer_again(golden_model, golden, monkeypatch, extra):
-    arguments = {**golden.case("img2seg").arguments, "return_mask_logits": True}
-    arguments |= answer_with(golden_model, THREE)
-    expected = golden_model.predict_forward(**arguments, **extra).mask_logits
-    monkeypatch.setattr(_WrittenStates, "of", lambda self, answers: None)
-    found = golden_model.predict_forward(**arguments).mask_logits
-    for ours, others in zip(expected, found, strict=True):
+def test_an_answer_of_beams_is_read_again(golden_model, golden, monkeypatch):
+    held, kept = [], _WrittenStates.of
+    monkeypatch.setattr(_WrittenStates, "of", lambda self, answers: held.append(self._steps) or kept(self, answers))
+    arguments = golden.case("img2seg").arguments | answer_with(golden_model, THREE) | {"return_mask_logits": True}
+    expected = golden_model.predict_forward(**arguments).mask_logits
+    found = golden_model.predict_forward(**arguments, num_beams=2).mask_logits
+    assert held[0] and not held[1]
+    for ours, others in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, others, atol=1e-3)
 
 
