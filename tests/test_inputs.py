@@ -495,6 +495,11 @@ BAD_CALLS = {
     "past picture without a picture": ({"text": ASK, "image": None, "past_text": PAST}, ValueError, "same image="),
     "image and video": ({"text": ASK, "video": [plain()]}, ValueError, "Both"),
     "empty video": ({"text": ASK, "image": None, "video": []}, ValueError, "empty"),
+    "empty frames": (
+        {"text": ASK, "image": None, "video": VideoFrames(lambda _: (_ for _ in ()))},
+        ValueError,
+        "empty",
+    ),
     "past_text is a list": ({"text": ASK, "past_text": [PAST]}, TypeError, "past_text"),
     "unexpanded tag in past_text": ({"text": ASK, "past_text": "<image>Hi"}, ValueError, "past_text holds <image>"),
     "another picture than before": (
