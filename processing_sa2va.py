@@ -373,15 +373,16 @@ def open_video(video: Any) -> VideoFrames:
         ValueError: no frames, a file that is no video, an array of wrong shape.
         FileNotFoundError: no such path.
     """
-    if isinstance(video, VideoFrames):
-        return video
     frames = _frames_of(video)
-    if frames.count(1) == 0:
+    if frames is not video and frames.count(1) == 0:
         raise ValueError(_EMPTY_VIDEO)
     return frames
 
 
 def _frames_of(video: Any) -> VideoFrames:
+    """The frames, of which none is looked at yet."""
+    if isinstance(video, VideoFrames):
+        return video
     if isinstance(video, str | os.PathLike):
         return _frames_of_path(_existing_path(video, "video"))
     if isinstance(video, np.ndarray | Tensor) and video.ndim != 4:
@@ -1234,7 +1235,7 @@ class Sa2VAProcessor(ProcessorMixin):
         if image is None and video is None:
             _check_no_picture(text, past_text, mask_prompts, self.image_token)
             return self._tokenize(self.build_prompt(text, past_text=past_text))
-        frames = _frames_of_sequence([load_image(image)]) if video is None else open_video(video)
+        frames = _frames_of_sequence([load_image(image)]) if video is None else _frames_of(video)
         sampling = "first" if video is None else frame_sampling
         picture = self._prepare_picture(frames, num_frames, sampling, video is not None, mask_prompts)
         return self._tokenize(self._picture_prompt(text, past_text, picture), **picture)

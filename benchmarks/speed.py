@@ -9,7 +9,7 @@ timed, in turn and several times over:
 
 * ours      `predict_forward`
 * floor     the network calls of that answer, recorded and run by themselves: vision tower, prefill, decode, SAM 2's
-            image encoder, mask decoder, memory attention and memory encoder
+            image encoder, mask decoder, memory attention and memory encoder, and the projections between them
 * official  the same networks driven as the official code drives them: states of all layers are kept while generating;
             every object has a pass over the whole video of its own, and encodes each key frame twice (13 encodes for
             8 frames and 1 object, 39 for 3 objects)
@@ -56,6 +56,7 @@ STAGES = (  # in the order of work; reading is done in another thread
     "mask_decoder",
     "memory_encoder",
     "memory_attention",
+    "projections",
     "postprocess",
     "other",
 )

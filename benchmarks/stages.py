@@ -39,8 +39,8 @@ class Stages:
 
     Attributes:
         seconds: by stage: "vision_tower", "prefill", "decode", "seg_states" (reading an answer again),
-            "sam2_encode", "mask_decoder", "memory_attention", "memory_encoder", and `STEPS` where there is a processor.
-            Devices are synchronised around each.
+            "sam2_encode", "mask_decoder", "memory_attention", "memory_encoder", "projections" (what lies between these
+            networks), and `STEPS` where there is a processor. Devices are synchronised around each.
         counts: how often each ran; "frames_encoded" is the number of frames that went through SAM 2's image encoder.
         calls: the networks' calls in order, except "seg_states", if `record`.
     """
@@ -119,6 +119,7 @@ def _networks(model: Sa2VAChatModel) -> dict[str, Sequence[nn.Module]]:
         "mask_decoder": [sam2.sam_mask_decoder],
         "memory_attention": [sam2.memory_attention],
         "memory_encoder": [sam2.memory_encoder],
+        "projections": [model.mlp1, model.text_hidden_fcs, sam2.obj_ptr_proj, sam2.sam_prompt_encoder.pe_layer],
     }
 
 
