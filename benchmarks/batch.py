@@ -9,7 +9,6 @@ over rounds, and how many answers have other words than those given one by one (
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel
 
-from sa2va.benchmarks.stages import median_ratio, synchronize
+from sa2va.benchmarks.stages import clock, median_ratio
 from sa2va.data.scenes import make_sample
 from sa2va.demo.media import replacing
 
@@ -49,11 +48,7 @@ def measure(
     rates: dict[Any, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, answer in ways.items():
-            synchronize(model.device)
-            begun = time.perf_counter()
-            answer()
-            synchronize(model.device)
-            rates[way].append(len(samples) / (time.perf_counter() - begun))
+            rates[way].append(len(samples) / clock(answer, model.device))
     reference = words[ONE_BY_ONE]
     different = {way: sum(a != b for a, b in zip(found, reference, strict=True)) for way, found in words.items()}
     return [{"way": way, "per_second": rates[way], "different": different[way]} for way in ways]

@@ -25,8 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAGroundingConfig, Sa2VAProcessor
-from sa2va.benchmarks.stages import STEPS, Prescribed, Stages, median_ratio, peak_memory, replay, synchronize
+from sa2va.benchmarks.stages import STEPS, Prescribed, Stages, clock, median_ratio, peak_memory, replay
 from sa2va.demo.media import replacing
 
 TINY = Path(__file__).parents[1] / "sa2va-tiny"
@@ -160,15 +159,6 @@ class Answering:
     def _finish(self, logits: Iterator[Tensor], size: tuple[int, int]) -> np.ndarray:
         resized = (self.processor.resize_logits(frame, size) for frame in logits)
         return torch.cat([self.processor.binarize(frame) for frame in resized]).cpu().numpy()
-
-
-def clock(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that something takes."""
-    synchronize(device)
-    begun = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - begun
 
 
 def measure(

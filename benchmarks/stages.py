@@ -170,6 +170,15 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def clock(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that something takes."""
+    synchronize(device)
+    begun = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begun
+
+
 def peak_memory(device: torch.device) -> float:
     """The most memory that was held so far, in 10^6 bytes: of the device, or on a CPU of this process."""
     if device.type == "cuda":
