@@ -644,15 +644,15 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids)
         if image_features is None:
             return embeds
-        depth = (input_ids == token_ids.region_start).long() - (input_ids == token_ids.region_end).long()
-        in_region = depth.cumsum(dim=-1) > 0
         is_image = input_ids == token_ids.image
         image_features = image_features.to(embeds)
+        if prompt_masks is None:
+            return _fill(embeds, is_image, image_features.flatten(0, 1), "image")
+        depth = (input_ids == token_ids.region_start).long() - (input_ids == token_ids.region_end).long()
+        in_region = depth.cumsum(dim=-1) > 0
         embeds = _fill(embeds, is_image & ~in_region, image_features.flatten(0, 1), "image")
-        if prompt_masks is not None:
-            region = _region_features(image_features, prompt_masks, prompt_mask_tiles)
-            embeds = _fill(embeds, is_image & in_region, region, "visual prompt")
-        return embeds
+        region = _region_features(image_features, prompt_masks, prompt_mask_tiles)
+        return _fill(embeds, is_image & in_region, region, "visual prompt")
 
     def forward(
         self,
@@ -914,6 +914,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             device = getattr(vars(module).get("_hf_hook"), "execution_device", None)
             if device is not None:
                 return torch.device(device)
+            if next(module.parameters(recurse=False), None) is not None:
+                break
         return self.device
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 from sa2va import Sa2VAChatConfig
-from sa2va.benchmarks.stages import Prescribed, Stages, peak_memory
+from sa2va.benchmarks.stages import Stages, peak_memory, prescribed
 
 ANSWER = "Sure, it is [SEG].<|im_end|>"
 TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "ivl_qwen2"
@@ -51,10 +51,8 @@ def measure(folder: str, dtype: str, device: str) -> dict:
     tokens = processor.tokenizer(ANSWER).input_ids
     picture = Image.radial_gradient("L").resize(PICTURE_SIZE)
     begun = time.perf_counter()
-    with Stages(model, processor) as stages:
-        output = model.predict_forward(
-            image=picture, text="Please segment the disk.", logits_processor=[Prescribed(tokens)]
-        )
+    with prescribed(model, tokens), Stages(model, processor) as stages:
+        output = model.predict_forward(image=picture, text="Please segment the disk.")
     total = time.perf_counter() - begun
     (mask,) = output.prediction_masks
     return {

@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAGroundingConfig, Sa2VAProcessor
-from sa2va.benchmarks.stages import STEPS, Prescribed, Stages, clock, median_ratio, peak_memory, replay
+from sa2va.benchmarks.stages import STEPS, Stages, clock, median_ratio, peak_memory, prescribed, replay
 from sa2va.demo.media import replacing
 
 TINY = Path(__file__).parents[1] / "sa2va-tiny"
@@ -50,6 +50,7 @@ STAGES = (  # in the order of work; reading is done in another thread
     "vision_tower",
     "prefill",
     "decode",
+    "generate",
     "seg_states",
     "sam2_encode",
     "mask_decoder",
@@ -107,17 +108,18 @@ class Answering:
         self.model, self.processor = model, model.load_processor()
         self.media = {"video" if is_video else "image": media}
         self.is_video = is_video
-        words = self.processor.tokenizer("[SEG]" * num_objects + "<|im_end|>").input_ids
-        self.generation = {"logits_processor": [Prescribed(words)], "max_new_tokens": len(words)}
+        self.words = self.processor.tokenizer("[SEG]" * num_objects + "<|im_end|>").input_ids
 
     def ours(self) -> list[np.ndarray]:
         """Masks bool [frames, h, w] of each object."""
-        return self.model.predict_forward(**self.media, text=QUESTION, **self.generation).prediction_masks
+        with prescribed(self.model, self.words):
+            return self.model.predict_forward(**self.media, text=QUESTION).prediction_masks
 
     def stream(self) -> None:
         """Goes through the video, holding one frame at a time."""
-        for _ in self.model.predict_stream(**self.media, text=QUESTION, **self.generation):
-            pass
+        with prescribed(self.model, self.words):
+            for _ in self.model.predict_stream(**self.media, text=QUESTION):
+                pass
 
     @torch.no_grad()
     def official(self) -> list[np.ndarray]:
@@ -132,8 +134,9 @@ class Answering:
         model, tokenizer = self.model, self.processor.tokenizer
         token_ids = model.special_token_ids(tokenizer)
         prompt = model._prompt(token_ids, [inputs])
-        arguments = model._generation_arguments(self.processor, self.generation)
-        written = model.causal_model.generate(**prompt, **arguments, output_hidden_states=True)
+        arguments = model._generation_arguments(self.processor, {})
+        with prescribed(model, self.words):
+            written = model.causal_model.generate(**prompt, **arguments, output_hidden_states=True)
         states = torch.cat([layers[-1] for layers in written.hidden_states], dim=1)
         answer = written.sequences[0]
         return model.text_hidden_fcs(states[0, -len(answer) :][answer == token_ids.seg])

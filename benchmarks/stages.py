@@ -8,7 +8,8 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,9 @@ class Stages:
 
     Attributes:
         seconds: by stage: "vision_tower", "prefill", "decode", "seg_states" (reading an answer again),
-            "sam2_encode", "mask_decoder", "memory_attention", "memory_encoder", "projections" (what lies between these
-            networks), and `STEPS` where there is a processor. Devices are synchronised around each.
+            "generate" (transformers' own work around these), "sam2_encode", "mask_decoder", "memory_attention",
+            "memory_encoder", "projections" (what lies between these networks), and `STEPS` where there is a processor.
+            Devices are synchronised around each.
         counts: how often each ran; "frames_encoded" is the number of frames that went through SAM 2's image encoder.
         calls: the networks' calls in order, except "seg_states", if `record`.
     """
@@ -60,6 +62,7 @@ class Stages:
                 begin = self._begin_network(stage)
                 self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(lambda module, *_: self._end(module)))
+        self._model.causal_model.generate = self._timed_generate(self._model.causal_model.generate)
         for stage, names in STEPS.items() if self._processor is not None else ():
             for name in names:
                 setattr(self._processor, name, self._timed_step(stage, getattr(self._processor, name)))
@@ -68,6 +71,7 @@ class Stages:
     def __exit__(self, *error) -> None:
         for handle in self._handles:
             handle.remove()
+        del self._model.causal_model.generate
         for names in STEPS.values() if self._processor is not None else ():
             for name in names:
                 delattr(self._processor, name)
@@ -97,6 +101,17 @@ class Stages:
             self.seconds[self._outermost[1]] += time.perf_counter() - self._begun
             self._outermost = None
 
+    def _timed_generate(self, generate: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            begun, inside = time.perf_counter(), sum(self.seconds.values())
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                inside = sum(self.seconds.values()) - inside
+                self.seconds["generate"] += time.perf_counter() - begun - inside
+
+        return timed
+
     def _timed_step(self, stage: str, step: Callable) -> Callable:
         def timed(*args, **kwargs):
             if self._outermost is None:
@@ -119,7 +134,13 @@ def _networks(model: Sa2VAChatModel) -> dict[str, Sequence[nn.Module]]:
         "mask_decoder": [sam2.sam_mask_decoder],
         "memory_attention": [sam2.memory_attention],
         "memory_encoder": [sam2.memory_encoder],
-        "projections": [model.mlp1, model.text_hidden_fcs, sam2.obj_ptr_proj, sam2.sam_prompt_encoder.pe_layer],
+        "projections": [  # the embedding of tokens counts to `language` where that computes it
+            model.get_input_embeddings(),
+            model.mlp1,
+            model.text_hidden_fcs,
+            sam2.obj_ptr_proj,
+            sam2.sam_prompt_encoder.pe_layer,
+        ],
     }
 
 
@@ -146,17 +167,24 @@ def replay(calls: Sequence[Call], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-class Prescribed:
-    """Logits processor that makes generation write fixed tokens, whatever the weights and the picture."""
+@contextmanager
+def prescribed(model: Sa2VAChatModel, token_ids: Sequence[int]) -> Iterator[None]:
+    """Has the model write these tokens in one answer, whatever its weights and the picture.
 
-    def __init__(self, token_ids: Sequence[int]):
-        self.token_ids = list(token_ids)
+    By a hook on the head: for each token of a logits processor transformers inspects signatures, which takes longer.
+    """
+    words = iter(token_ids)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, vocab] that leave only the next token."""
-        forced = torch.full_like(scores, -1e4)  # beams add scores up
-        forced[:, self.token_ids[min(input_ids.shape[1], len(self.token_ids) - 1)]] = 0
+    def force(head: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(logits, -torch.inf)
+        forced[..., next(words)] = 0
         return forced
+
+    handle = model.get_output_embeddings().register_forward_hook(force)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def median_ratio(measures: Sequence[float], others: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ RESIZES_AS_RECORDED = Version(PIL.__version__) >= Version("13")
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core, and so have the processes that its tests start
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+class Prescribed:
+    """Logits processor that makes generation write fixed tokens, whatever the weights and the picture."""
+
+    def __init__(self, token_ids: Sequence[int]):
+        self.token_ids = list(token_ids)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, vocab] that leave only the next token."""
+        forced = torch.full_like(scores, -1e4)  # beams add scores up
+        forced[:, self.token_ids[min(input_ids.shape[1], len(self.token_ids) - 1)]] = 0
+        return forced
 
 
 @dataclass(frozen=True)

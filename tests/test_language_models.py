@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, GoldenFamily
+from conftest import GOLDEN, GoldenFamily, Prescribed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, DynamicCache
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor
-from sa2va.benchmarks.stages import Prescribed
 from sa2va.modeling_sa2va import _WrittenStates
 
 FAMILIES = ("ivl_qwen2", "ivl_internlm2")

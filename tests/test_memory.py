@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import Prescribed
 from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_utils import select_closest_cond_frames
 
 from sa2va import Sa2VAChatConfig
-from sa2va.benchmarks.stages import Prescribed
 from sa2va.configuration_sa2va import Sa2VAGroundingConfig
 from sa2va.sam2_decoder import FrameFeatures, FrameMemory, MemoryBank
 

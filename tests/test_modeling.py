@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from conftest import Prescribed
 from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
 
 from sa2va import Sa2VAChatModel, Sa2VAOutput
-from sa2va.benchmarks.stages import Prescribed
 from sa2va.modeling_sa2va import _WrittenStates
 from sa2va.processing_sa2va import rle_to_masks
 
@@ -197,6 +197,12 @@ def test_tokenizer_and_processor_may_be_passed_as_either(golden_model, golden_pr
     case = golden.case("imgD1seg")
     given = golden_processor if give == "processor" else golden_processor.tokenizer
     assert golden_model.predict_forward(**case.arguments, **{name: given}).prediction == case.meta["prediction"]
+
+
+def test_regions_in_the_text_without_their_masks_are_refused(golden_model, golden):
+    inputs = golden_model.load_processor().prepare(**golden.case("img_vp").arguments)
+    with pytest.raises(ValueError, match="placeholders"):
+        golden_model.generate(inputs.input_ids, pixel_values=inputs.pixel_values)
 
 
 # ------------------------------------------------------------------------------------------------------ multi-turn

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import Prescribed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sa2va import processing_sa2va
-from sa2va.benchmarks.stages import Prescribed
 from sa2va.processing_sa2va import ReadAhead, open_video, rle_to_masks
 
 # ---------------------------------------------------------------------------------------------------------- streams
