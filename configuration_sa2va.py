@@ -304,7 +304,8 @@ def _check_parameters(name: str, config: dict[str, Any]) -> None:
     layers, width, inner = (config.get(key) for key in ("num_hidden_layers", "hidden_size", "intermediate_size"))
     if not all(isinstance(number, int) for number in (layers, width, inner)):
         return
-    if (count := layers * width * (4 * width + 3 * inner)) > _MAX_PARAMETERS:
+    words = config.get("vocab_size") or 0  # tokens have a row in the first matrix and one in the last
+    if (count := layers * width * (4 * width + 3 * inner) + 2 * words * width) > _MAX_PARAMETERS:
         raise ValueError(f"{name} describes about {count:.0e} parameters; more than {_MAX_PARAMETERS:.0e} are refused.")
 
 

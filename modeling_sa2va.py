@@ -1207,7 +1207,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             return [[0]]
         config, limit = arguments["generation_config"], self._fixed_rope_length()
         settings = {**self.causal_model.generation_config.to_diff_dict(), **config.to_diff_dict()}.keys()
-        if settings - _BLIND_TO_PADDING or arguments.keys() - {"generation_config", "tokenizer"}:
+        # Behind a stop string, padding with an end mark would look like one that was written.
+        is_ambiguous = config.stop_strings is not None and config.pad_token_id in _end_ids(config)
+        if settings - _BLIND_TO_PADDING or arguments.keys() - {"generation_config", "tokenizer"} or is_ambiguous:
             return [[i] for i in range(len(lengths))]
         longest = float("inf") if limit is None else limit - (config.max_new_tokens or limit)
         together = [i for i, length in enumerate(lengths) if length <= longest]
@@ -1922,14 +1924,19 @@ def _mask_with(prompt: dict[str, Tensor], answers: Tensor) -> Tensor:
     return torch.cat([prompt["attention_mask"], torch.ones_like(answers)], dim=1)
 
 
+def _end_ids(config: GenerationConfig) -> list[int]:
+    """The tokens that end an answer."""
+    ends = config.eos_token_id
+    return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [int(ends)]
+
+
 def _without_padding(sequences: Tensor, config: GenerationConfig) -> list[Tensor]:
     """Each answer [n] of a batch, up to its end; `generate` fills those that end early up to the longest."""
     if len(sequences) == 1:
         return [sequences[0]]
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    answers = []
+    ends, answers = sequences.new_tensor(_end_ids(config)), []
     for row in sequences:
-        found = torch.isin(row, row.new_tensor([i for i in ends if i is not None])).nonzero()
+        found = torch.isin(row, ends).nonzero()
         if not len(found):  # cut off, or ended by a stop string
             found = (row != config.pad_token_id).nonzero()[-1:]
         answers.append(row[: int(found[0]) + 1] if len(found) else row)

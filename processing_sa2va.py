@@ -21,6 +21,7 @@ import re
 import secrets
 import struct
 import tempfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,10 +60,13 @@ _ACCEPTED_VIDEOS = (
 )
 _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
 _EXIF_ORIENTATION = 0x0112
-_CORRUPT_FILE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)  # what Pillow's decoders raise
+_CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
+    *(AssertionError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError),
+)
 _FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 _ANIMATION_SUFFIXES = frozenset({".gif", ".webp", ".apng"})
-_BROKEN_IN_A_ROW = 64  # frames that can't be decoded, after which a file counts as cut off
+_MOST_BROKEN = 10_000  # frames that can't be decoded, after which a file counts as cut off
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
@@ -125,6 +129,8 @@ def _load_file(path: Path, max_pixels: int) -> Image.Image:
             image.load()
         except _CORRUPT_FILE_ERRORS as error:
             raise OSError(f"{str(path)!r} is a damaged image: {error}. Save it again.") from error
+        if image.mode == "P" and image.palette is None:
+            raise OSError(f"{str(path)!r} is a damaged image: its palette is gone. Save it again.")
         return _to_rgb(image, max_pixels)
 
 
@@ -427,20 +433,29 @@ def _read_animation(path: Path, problems: list[str]) -> _Decoders:
     """Frames of an animated gif or webp, up to its end or to the first damaged frame."""
     try:
         clip = Image.open(path)
-    except (*_CORRUPT_FILE_ERRORS, Image.DecompressionBombError) as error:
+    except _CORRUPT_FILE_ERRORS as error:
         raise ValueError(f"{str(path)!r} is no readable video: {error}. Convert it, for instance to mp4.") from error
     with clip:
         _check_area(*clip.size, MAX_IMAGE_PIXELS)
         for index in itertools.count():
             try:
-                clip.seek(index)
-                clip.load()
-            except EOFError:
-                return
+                frame = _frame_at(clip, index)
             except _CORRUPT_FILE_ERRORS as error:
-                _report(problems, f"{str(path)!r} is damaged at frame {index} ({error}); {index} frames are used.")
+                reason = str(error) or type(error).__name__
+                _report(problems, f"{str(path)!r} is damaged at frame {index} ({reason}); {index} frames are used.")
                 return
-            yield partial(_to_rgb, clip)
+            if frame is None:
+                return
+            yield frame.copy
+
+
+def _frame_at(clip: Image.Image, index: int) -> Image.Image | None:
+    """A frame of an animation, or None behind the last."""
+    try:
+        clip.seek(index)
+    except EOFError:
+        return None
+    return _to_rgb(clip)
 
 
 def _read_video_file(path: Path, problems: list[str]) -> _Decoders:
@@ -456,11 +471,14 @@ def _read_video_file(path: Path, problems: list[str]) -> _Decoders:
             )
         sides = (int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         _check_area(*(max(side, 1) for side in sides), MAX_IMAGE_PIXELS)  # 0 stands for unknown
-        announced, seen = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0
+        announced, seen, broken = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0, 0
         # Past a damaged frame the next call may succeed again, so a failure alone doesn't mean the end.
-        while capture.grab() or (seen < announced and any(capture.grab() for _ in range(_BROKEN_IN_A_ROW))):
-            yield partial(_retrieve, capture, path)
-            seen += 1
+        while broken == 0 or (seen + broken < announced and broken < _MOST_BROKEN):
+            if capture.grab():
+                yield partial(_retrieve, capture, path)
+                seen += 1
+            else:
+                broken += 1
         if seen < announced:
             _report(problems, f"{str(path)!r} announces {announced} frames, {seen} could be read and are used.")
     finally:

@@ -104,6 +104,17 @@ def test_settings_of_generate_mean_the_same_for_every_row(loaded, family, name):
     assert words_of(together(model, **options)) == words_of(one_by_one(model, **options))
 
 
+@pytest.mark.parametrize("family", ["ivl_qwen2", "ivl_internlm2", "qwen3vl"])
+def test_an_answer_that_a_stop_string_ends_is_not_padded_with_an_end_mark(loaded, family):
+    model = loaded(family)
+    options = {
+        "max_new_tokens": 10,
+        "stop_strings": ["e", "o"],
+        "pad_token_id": model.load_processor().tokenizer.eos_token_id,
+    }
+    assert words_of(together(model, **options)) == words_of(one_by_one(model, **options))
+
+
 @pytest.fixture
 def outgrown(loaded, monkeypatch):
     """InternLM2 whose rotary base grows from the second question on."""

@@ -312,6 +312,22 @@ def test_a_damaged_tail_ends_a_file_early(tmp_path):
     assert len(list(iter(frames))) == len(frames)
 
 
+def test_what_lies_behind_many_broken_frames_is_used(tmp_path):
+    path = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25, (160, 120))
+    ground = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
+    for index in range(120):
+        writer.write(cv2.circle(ground.copy(), (10 + index, 60), 12, (0, 0, 255), -1))
+    writer.release()
+    content = bytearray(path.read_bytes())
+    start, end = len(content) // 4, len(content) * 17 // 20
+    content[start:end] = bytes(end - start)
+    path.write_bytes(content)
+    frames = open_video(path)
+    assert 35 < len(frames) < 120 - 64  # both ends of the file
+    assert len(frames.problems) == 1 and "announces 120" in frames.problems[0]
+
+
 def test_a_damaged_tail_ends_a_gif_early(tmp_path):
     noise = [Image.effect_noise((64, 64), 90) for _ in range(6)]
     path = saved(noise[0], tmp_path / "clip.gif", save_all=True, append_images=noise[1:])
@@ -717,6 +733,11 @@ BAD_STATES = {
     ),
     "too much in all": (
         lambda have: have.config("vision_config", hidden_size=2**17, num_hidden_layers=999),
+        ValueError,
+        "parameters",
+    ),
+    "a dictionary for giants": (
+        lambda have: have.config("llm_config", hidden_size=2**18, vocab_size=2**24),
         ValueError,
         "parameters",
     ),
