@@ -251,7 +251,7 @@ def _inspect(files: "_Files") -> tuple[CheckpointReport, Any]:
     config, comparison = None, _Comparison()
     try:
         config = _read_config(files, tensors)
-        if tensors:
+        if tensors or not problems:
             entries = _entries_of(_model_without_memory(config))
             comparison = _compare(entries, {name: tensor.shape for name, tensor in tensors.items()})
     except CheckpointError as error:

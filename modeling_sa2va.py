@@ -666,9 +666,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         mask_labels: Sequence[Tensor] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_masks_in_batch: Tensor | int | None = None,
+        inputs_embeds: None = None,
+        use_cache: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> Sa2VATrainingOutput:
+    ) -> Sa2VATrainingOutput | tuple:
         """Text logits and losses, masks and mask losses. The recipe is section 3 of the paper.
 
         Args:
@@ -686,6 +688,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 the text loss is then the sum over this batch divided by it.
             num_masks_in_batch: the same for the mask losses: objects x frames. Without it they are means over this
                 batch, which count more often the more batches make a step.
+            inputs_embeds: None; pictures and `[SEG]` are found by their tokens.
+            use_cache: as other models have it; a whole conversation is read, so nothing is cached.
+            return_dict: False gives a tuple.
 
         Returns:
             `Sa2VATrainingOutput`.
@@ -693,8 +698,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: placeholders, `[SEG]` tokens, frames and masks do not match.
         """
-        if input_ids is None:
-            raise ValueError("forward needs input_ids [B, L]; build them with the processor.")
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("forward needs input_ids [B, L], not inputs_embeds; build them with the processor.")
         token_ids = self.special_token_ids()
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
@@ -714,7 +719,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             objects = is_seg.sum(dim=-1).tolist()
             self._add_masks(output, objects, grounding_pixel_values, mask_labels, num_masks_in_batch)
         output.loss = self._total_loss(output)
-        return output
+        return output.to_tuple() if return_dict is False else output
 
     def _read(
         self,
@@ -847,16 +852,21 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, pixel_values, prompt_masks, prompt_mask_tiles: as for `forward`.
-            **generate_kwargs: anything transformers' `generate` takes.
+            **generate_kwargs: anything transformers' `generate` takes. What is not given comes from `gen_config` and
+                the template, at whose end marks an answer stops.
 
         Returns:
             What the language model's `generate` returns; sequences hold only the new tokens.
+
+        Raises:
+            ValueError: no `input_ids`, or pictures that don't fit their placeholders.
         """
         if input_ids is None:
             raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
+        arguments = self._generation_arguments(self.load_processor(), generate_kwargs)
         embeds = self._prompt_embeds(self.special_token_ids(), input_ids, pixel_values, prompt_masks, prompt_mask_tiles)
         mask = None if attention_mask is None else attention_mask.to(embeds.device)
-        return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **generate_kwargs)
+        return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **arguments)
 
     def _prompt_embeds(
         self,
@@ -1017,8 +1027,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             ValueError, TypeError, OSError: as `predict_forward`, with the number of the sample.
             RuntimeError: out of memory with a single sample.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is too small: at least 1 sample is answered at a time.")
+        _check_count("batch_size", batch_size)
         options = _MaskOptions(
             mask_threshold, return_raw_masks, output_format, mask_sizes, return_mask_logits, encode_batch_size
         )
@@ -1192,6 +1201,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     ) -> list[Answer]:
         """Lets the language model answer questions, together where that changes none of the answers."""
         arguments = self._generation_arguments(processor, generate_kwargs)
+        config = arguments["generation_config"]
+        if config.num_return_sequences not in (None, 1):
+            raise ValueError("num_return_sequences must be 1: a prediction is one answer and its masks.")
+        config.return_dict_in_generate = True
         answers: dict[int, Answer] = {}
         for group in self._groups([question.input_ids.shape[1] for question in inputs], arguments):
             written = self._answer_together([inputs[i] for i in group], processor, arguments)
@@ -1232,6 +1245,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         for question in inputs:
             self._check_vocabulary(question.input_ids, token_ids)
         prompt = self._prompt(token_ids, inputs)
+        if arguments.get("assistant_model") is not None and "input_ids" not in prompt:
+            raise ValueError("assistant_model can't read pictures as this family gives them. Leave it out.")
         with _setting(_WRITTEN, _WrittenStates(len(inputs))) as written:
             generated = self.causal_model.generate(**prompt, **arguments)
         given = prompt["input_ids"].shape[1] if "input_ids" in prompt else 0  # embeddings are not given back
@@ -1255,12 +1270,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if not isinstance(config, GenerationConfig):
             raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
         config = copy.deepcopy(config)
-        for name in ("max_new_tokens", "max_length", "num_beams"):
-            if (value := given.get(name)) is not None and not (isinstance(value, Integral) and value >= 1):
-                raise ValueError(f"{name}={value!r} must be an integer, at least 1.")
+        _check_generation(given)
         arguments = config.update(**given)  # leaves what is no setting: streamer, logits_processor...
-        if config.num_return_sequences not in (None, 1):
-            raise ValueError("num_return_sequences must be 1: a prediction is one answer and its masks.")
         tokenizer = processor.tokenizer
         words = {word: _token_id(tokenizer, word) for word in processor.stop_words}
         if config.eos_token_id is None:
@@ -1270,11 +1281,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # An end mark that is several tokens (phi3_chat over a Qwen tokenizer) can only be seen in the text.
         spelled = [word for word, i in words.items() if i is None]
-        if spelled and config.stop_strings is None:
-            config.stop_strings = spelled
+        if spelled:
+            given = config.stop_strings
+            config.stop_strings = [*([given] if isinstance(given, str) else given or ()), *spelled]
         if config.stop_strings is not None:
             arguments.setdefault("tokenizer", tokenizer)
-        config.return_dict_in_generate = True
         return {"generation_config": config, **arguments}
 
     def _prompt(self, token_ids: SpecialTokenIds, inputs: Sequence[Sa2VAInputs]) -> dict[str, Tensor]:
@@ -1467,7 +1478,11 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         return self.model.model.language_model
 
     def special_token_ids(self, tokenizer=None) -> SpecialTokenIds:
-        """Ids of the special tokens; this family has no visual prompts, and -1 for theirs."""
+        """Ids of the special tokens; this family has no visual prompts, and -1 for theirs.
+
+        Raises:
+            ValueError: the tokenizer lacks `[SEG]`.
+        """
         tokenizer = self.load_processor().tokenizer if tokenizer is None else tokenizer
         seg = _token_id(tokenizer, "[SEG]")
         if seg is None:
@@ -1481,6 +1496,9 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         Args:
             input_ids, attention_mask: int64 [B, L].
             **kwargs: `pixel_values`, `image_grid_thw` and anything transformers' `generate` takes.
+
+        Raises:
+            ValueError: no `input_ids`.
         """
         if input_ids is None:
             raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
@@ -1625,8 +1643,8 @@ class _MaskOptions:
             raise ValueError(f"mask_sizes={self.mask_sizes!r} is unknown. Use one of {MASK_SIZES}.")
         if not isinstance(self.threshold, Real):
             raise TypeError(f"mask_threshold={self.threshold!r} is not a number. Give a probability between 0 and 1.")
-        if self.encode_batch_size is not None and self.encode_batch_size < 1:
-            raise ValueError(f"encode_batch_size={self.encode_batch_size} is too small: at least 1 frame is encoded.")
+        if self.encode_batch_size is not None:
+            _check_count("encode_batch_size", self.encode_batch_size)
         if not 0 < self.threshold < 1:
             raise ValueError(f"mask_threshold={self.threshold} is not a probability between 0 and 1.")
         if self.raw and self.output_format == "rle":
@@ -1922,6 +1940,23 @@ def _padded_in_front(inputs: Sequence[Sa2VAInputs]) -> tuple[Tensor, Tensor]:
 def _mask_with(prompt: dict[str, Tensor], answers: Tensor) -> Tensor:
     """Attention mask of prompts and what follows them, int64 [B, L + n]."""
     return torch.cat([prompt["attention_mask"], torch.ones_like(answers)], dim=1)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer, at least 1.")
+
+
+def _check_generation(given: Mapping[str, Any]) -> None:
+    """Refuses arguments of `generate` of which it would say less."""
+    for name in ("max_new_tokens", "max_length", "num_beams"):
+        if given.get(name) is not None:
+            _check_count(name, given[name])
+    for name in ("logits_processor", "stopping_criteria"):
+        if not all(map(callable, given.get(name) or ())):
+            raise TypeError(f"{name} must be a list of functions, got {given[name]!r}.")
+    if not hasattr(given.get("streamer"), "put") and given.get("streamer") is not None:
+        raise TypeError(f"streamer={given['streamer']!r} must have the methods put and end, as a TextStreamer has.")
 
 
 def _end_ids(config: GenerationConfig) -> list[int]:

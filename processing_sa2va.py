@@ -67,6 +67,7 @@ _CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
 _FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 _ANIMATION_SUFFIXES = frozenset({".gif", ".webp", ".apng"})
 _MOST_BROKEN = 10_000  # frames that can't be decoded, after which a file counts as cut off
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
@@ -944,6 +945,15 @@ AutoTokenizer.register(Sa2VAInternLM2Config, InternLM2Tokenizer, exist_ok=True)
 # ------------------------------------------------------------------------------------------------------- processor
 
 
+def _check_tokenizer_is_there(folder: Path) -> None:
+    """What transformers says of a folder without a tokenizer speaks of packages that are missing."""
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise OSError(
+            f"{folder} holds no tokenizer. Save one there, processor.save_pretrained(folder), or give the processor of "
+            "the checkpoint it comes from: processor=."
+        )
+
+
 class Sa2VAProcessor(ProcessorMixin):
     """Everything between a user and `Sa2VAChatModel` that needs no weights.
 
@@ -1043,16 +1053,22 @@ class Sa2VAProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: folder, or name on the Hugging Face Hub.
-            **kwargs: as in transformers; settings of the processor win over those of the files.
+            **kwargs: as in transformers; settings of the processor win over those of the files. Of a `config`, such as
+                that of a model, those do in which it differs from the checkpoint's config.json.
 
         Raises:
-            OSError: neither file is there.
+            OSError: neither file is there, or no tokenizer.
         """
-        if kwargs.get("config") is None:
-            hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-            kwargs["config"] = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
-        if cls is Sa2VAProcessor and getattr(kwargs["config"], "is_qwen_vl", False):
+        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        stored = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
+        if (config := kwargs.get("config")) is None:
+            config = kwargs["config"] = stored
+        if cls is Sa2VAProcessor and getattr(config, "is_qwen_vl", False):
             cls = Sa2VAProcessorQwen
+        if stored is not None:
+            before = cls._settings_of(stored)
+            kwargs = {k: v for k, v in cls._settings_of(config).items() if v != before.get(k)} | kwargs
+            _check_tokenizer_is_there(Path(pretrained_model_name_or_path, hub_kwargs.get("subfolder") or ""))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @staticmethod

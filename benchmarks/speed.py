@@ -134,7 +134,7 @@ class Answering:
         model, tokenizer = self.model, self.processor.tokenizer
         token_ids = model.special_token_ids(tokenizer)
         prompt = model._prompt(token_ids, [inputs])
-        arguments = model._generation_arguments(self.processor, {})
+        arguments = model._generation_arguments(self.processor, {"return_dict_in_generate": True})
         with prescribed(model, self.words):
             written = model.causal_model.generate(**prompt, **arguments, output_hidden_states=True)
         states = torch.cat([layers[-1] for layers in written.hidden_states], dim=1)

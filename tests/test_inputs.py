@@ -678,6 +678,20 @@ BAD_STATES = {
     "no new tokens": (lambda have: have.ask(max_new_tokens=0), ValueError, "max_new_tokens"),
     "new tokens in words": (lambda have: have.ask(max_new_tokens="ten"), ValueError, "max_new_tokens='ten'"),
     "no beams": (lambda have: have.ask(num_beams=0), ValueError, "num_beams"),
+    "half a beam": (lambda have: have.ask(num_beams=1.5), ValueError, "num_beams=1.5"),
+    "streamer is a number": (lambda have: have.ask(streamer=5), TypeError, "streamer=5"),
+    "logits_processor of numbers": (lambda have: have.ask(logits_processor=[5]), TypeError, "logits_processor"),
+    "an assistant that sees no picture": (
+        lambda have: have.ask(assistant_model=have.model.language_model),
+        ValueError,
+        "assistant_model",
+    ),
+    "half a frame together": (lambda have: have.ask(encode_batch_size=1.5), ValueError, "encode_batch_size=1.5"),
+    "half a sample together": (
+        lambda have: have.model.predict_batch([{"text": ASK}], batch_size=2.5),
+        ValueError,
+        "batch_size=2.5",
+    ),
     "temperature in words": (lambda have: have.ask(do_sample=True, temperature="hot"), ValueError, "temperature"),
     "generation_config is a dict": (lambda have: have.ask(generation_config={"num_beams": 2}), TypeError, "dict"),
     "processor is a number": (lambda have: have.ask(processor=5), TypeError, "processor="),
@@ -708,6 +722,11 @@ BAD_STATES = {
     "unknown argument of the processor": (lambda have: have.processor(plain(), ASK, size=3), TypeError, "size"),
     # training
     "forward without tokens": (lambda have: have.model(pixel_values=torch.zeros(1, 3, 448, 448)), ValueError, "input"),
+    "forward with embeddings": (
+        lambda have: have.forward(inputs_embeds=torch.zeros(1, 3, 64)),
+        ValueError,
+        "input_ids",
+    ),
     "tiles of another picture": (
         lambda have: have.forward(pixel_values=torch.zeros(2, 3, 448, 448)),
         ValueError,

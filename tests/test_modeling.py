@@ -191,6 +191,22 @@ def test_an_end_mark_of_several_tokens_stops_the_answer(golden_model, golden_pro
     assert output.prediction == "Yes.<|end|>"
 
 
+def test_stop_strings_of_a_call_are_added_to_such_an_end_mark(golden_model, golden_processor, picture):
+    processor = copy.deepcopy(golden_processor)
+    processor.template = "phi3_chat"
+    script = answer_with(golden_model, "Yes.<|end|>never said, never said, never said")
+    output = golden_model.predict_forward(image=picture, text="?", processor=processor, stop_strings="###", **script)
+    assert output.prediction == "Yes.<|end|>"
+
+
+def test_generate_stops_where_predict_forward_does(golden_model, golden_processor, golden):
+    case = golden.case("imgD1seg")
+    inputs = golden_processor(case.arguments["image"], case.arguments["text"])
+    (ids,) = golden_model.generate(**inputs)
+    assert golden_processor.tokenizer.decode(ids) == case.meta["prediction"]
+    assert golden_model.generate(**inputs, max_new_tokens=2, num_beams=2, num_return_sequences=2).shape == (2, 2)
+
+
 @pytest.mark.parametrize("name", ["tokenizer", "processor"])
 @pytest.mark.parametrize("give", ["processor", "its tokenizer"])
 def test_tokenizer_and_processor_may_be_passed_as_either(golden_model, golden_processor, golden, name, give):

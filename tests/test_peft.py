@@ -61,6 +61,13 @@ def test_a_training_step_changes_nothing_but_the_adapter(family, picture):
 
 
 @families
+def test_a_causal_lm_adapter_trains_with_what_its_wrapper_passes(family, picture):
+    wrapped = peft.get_peft_model(load(family), lora("q_proj", task_type="CAUSAL_LM"))
+    batch = training_batch(wrapped.get_base_model().load_processor(), picture)
+    assert wrapped(**batch, use_cache=False).loss.requires_grad
+
+
+@families
 def test_a_merged_model_answers_as_the_adapted_one(family):
     golden = GoldenFamily(family)
     case = golden.case(next(name for name in golden.cases if name.endswith("1seg")))

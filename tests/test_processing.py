@@ -329,6 +329,22 @@ def test_saved_settings_win_over_config_and_arguments_over_both(processor, tmp_p
     assert Sa2VAProcessor.from_pretrained(tmp_path, max_dynamic_patch=3).max_dynamic_patch == 3
 
 
+def test_what_was_changed_in_a_config_wins_over_saved_settings(processor, tmp_path):
+    config = Sa2VAChatConfig.from_pretrained(CHECKPOINT)
+    config.save_pretrained(tmp_path)
+    Sa2VAProcessor(processor.tokenizer, max_dynamic_patch=6).save_pretrained(tmp_path)
+    config.grounding_config.num_key_frames = 2
+    loaded = Sa2VAProcessor.from_pretrained(tmp_path, config=config)
+    assert (loaded.num_key_frames, loaded.max_dynamic_patch) == (2, 6)
+    assert Sa2VAProcessor.from_pretrained(tmp_path, config=config, num_key_frames=3).num_key_frames == 3
+
+
+def test_a_folder_without_a_tokenizer_says_so(processor, tmp_path):
+    Sa2VAChatConfig.from_pretrained(CHECKPOINT).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="holds no tokenizer"):
+        Sa2VAProcessor.from_pretrained(tmp_path)
+
+
 def test_settings_do_not_leak_into_the_tokenizer(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     assert "max_dynamic_patch" not in json.loads((tmp_path / "tokenizer_config.json").read_text())

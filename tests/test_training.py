@@ -122,6 +122,12 @@ def test_placeholders_that_do_not_fit_the_picture_are_refused(tiny):
         model(**arguments | {"pixel_values": arguments["pixel_values"].repeat(2, 1, 1, 1)})
 
 
+def test_forward_gives_a_tuple_where_that_is_asked_for(tiny):
+    model, processor = tiny
+    arguments = arguments_of(batch_of(processor, "refer"))
+    assert isinstance(model(**arguments, return_dict=False), tuple)
+
+
 def test_labels_cover_exactly_the_answers(tiny):
     _, processor = tiny
     scene = make_sample(0, 1, task="followup")
