@@ -786,6 +786,7 @@ def pack_checkpoint(
         CheckpointError: `source` is no checkpoint that loads, or what would be written names secrets or local paths.
     """
     out = Path(out).absolute()
+    _put_back(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
     with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
@@ -823,10 +824,21 @@ def _temporary_sibling(path: Path, purpose: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _replaced(out: Path) -> Path:
+    """Where the old `out` is while a new one takes its place."""
+    return out.resolve().with_name(f".{out.name}.old")
+
+
+def _put_back(out: Path) -> None:
+    """Undoes a replacement in whose middle a process was killed."""
+    if not out.exists() and _replaced(out).exists():
+        _replaced(out).rename(out)
+
+
 def _put_in_place(folder: Path, out: Path) -> None:
     """Renames a finished folder to `out`; what was there goes when the new one stands."""
-    old = out.resolve().with_name(f".{out.name}.old")
-    if out.exists():  # else a killed process may have left the only copy there
+    old = _replaced(out)
+    if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     try:

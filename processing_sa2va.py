@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config, copy_code
 
@@ -418,10 +418,10 @@ def _frames_of_path(path: Path) -> VideoFrames:
 
 
 def _report(problems: list[str], problem: str) -> None:
-    """Notes and warns of something that can't be read, once for all passes over a file."""
+    """Notes and warns of something that can't be read, once however often it is met."""
     if problem not in problems:
         problems.append(problem)
-        logger.warning(problem)
+        logger.warning_once(problem)
 
 
 def _natural_order(file: Path) -> tuple[list[int | str], str]:
@@ -859,7 +859,7 @@ class SentencePieceModel:
             fields = list(_message_fields(Path(path).read_bytes()))
             trainer, normalizer = (dict(_message_fields(dict(fields)[number])) for number in (2, 3))
             pieces = [_piece(dict(_message_fields(value))) for number, value in fields if number == 1]
-        except (KeyError, TypeError, UnicodeDecodeError, struct.error) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
             raise ValueError(f"{str(path)!r} is no SentencePiece model. Download the file again.") from error
         if trainer.get(3) != 2 or trainer.get(24) or not normalizer.get(5, True):  # another model, or spaces elsewhere
             raise ValueError(f"{str(path)!r} is a SentencePiece model, but no byte-pair encoding as InternLM2 has it.")
@@ -930,12 +930,12 @@ def _message_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 def _variable_length_integer(stream: io.BytesIO) -> int:
     """The next integer of a message, 7 bits a byte, lowest first; 0 at the end."""
     value = 0
-    for shift in itertools.count(0, 7):
+    for shift in range(0, 64, 7):
         byte = int.from_bytes(stream.read(1), "little")
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value
-    return value
+    raise ValueError("An integer of a message has more than 64 bits.")
 
 
 # By the name in their tokenizer_config.json, so that AutoTokenizer takes it rather than the code it points to.
@@ -1609,8 +1609,9 @@ def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
 
     A process that is killed leaves the old weights or the new, never a mixture, and no half file. Files are replaced
     one by one, weights after the rest; shards get names that no older ones have, and one last step makes the new
-    weights those that are read: `model.safetensors` or the index. What a killed process leaves behind, `.saving-*`, may
-    be deleted. While saving, the disk holds both.
+    weights those that are read: `model.safetensors` or the index. Right before it config.json is replaced: only a
+    model of another shape, saved over another by a process that dies between the two, leaves a folder that doesn't
+    load. What a killed process leaves behind, `.saving-*`, may be deleted. While saving, the disk holds both.
 
     Raises:
         NotADirectoryError: `folder` is a file.
@@ -1630,7 +1631,8 @@ def _publish(new: Path, folder: Path) -> None:
         _rename_shards(new / SAFE_WEIGHTS_INDEX_NAME, folder)
     order = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
     files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
-    for file in sorted(files, key=lambda file: (str(file) in order, file.suffix == ".safetensors")):
+    # The config last but for what makes the weights current: so close that hardly anything ends a process between them.
+    for file in sorted(files, key=lambda f: (str(f) in order, str(f) == CONFIG_NAME, f.suffix == ".safetensors")):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (new / file).replace(folder / file)
     names = {str(file) for file in files}

@@ -364,6 +364,27 @@ def test_a_card_is_kept_once_somebody_has_changed_it(packed, tmp_path):
     assert any("license did not change it" in note for note in report.notes)
 
 
+def test_what_a_process_that_died_was_replacing_comes_back(packed, tmp_path, monkeypatch):
+    source, out = packed / "sa2vai_qwen2", shutil.copytree(packed / "sa2vai_qwen2", tmp_path / "out")
+    (out / "README.md").write_text((out / "README.md").read_text() + "\nMy own words\n")
+    before, rename = weights_of(out), Path.rename
+
+    def dies_after_the_first(self, target):
+        if self.name == ".out.packing":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(Path, "rename", dies_after_the_first)
+        pack(source, out, overwrite=True)
+    assert not out.exists()
+    with pytest.raises(FileExistsError):
+        pack(source, out)
+    assert "My own words" in (out / "README.md").read_text() and weights_of(out).keys() == before.keys()
+    pack(source, out, overwrite=True)
+    assert "My own words" in (out / "README.md").read_text() and not list(tmp_path.glob(".*"))
+
+
 def test_a_card_that_somebody_wrote_goes_along_with_its_picture_or_into_a_new_one(source, tmp_path):
     header = (
         "---\nlicense: cc-by-4.0\nbase_model: me/base\nbase_model_relation: finetune\nlanguage: [de]\n---\n# Mine\n"

@@ -75,7 +75,7 @@ def dying(monkeypatch):
 
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (0, 3), (1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (2, 3)])
 def test_a_save_that_dies_at_any_step_leaves_the_old_weights_or_the_new(before, after, tmp_path, dying):
-    seen = []
+    seen, configs = [], []
     for steps in range(14):
         folder = tmp_path / str(steps)
         folder.mkdir()
@@ -88,9 +88,12 @@ def test_a_save_that_dies_at_any_step_leaves_the_old_weights_or_the_new(before, 
         except Died:
             pass
         seen.append(numbers_read(folder))
+        config = folder / "config.json"
+        configs.append(json.loads(config.read_text())["number"] if config.exists() else None)
     old = {1.0} if before else set()
     assert seen[0] == old and seen[-1] == {2.0}
     assert all(numbers in (old, {2.0}) for numbers in seen)
+    assert sum(config not in numbers for config, numbers in zip(configs, seen, strict=True) if numbers) <= 2
     assert not list(folder.glob(".saving-*"))
     assert len(list(folder.glob("*.safetensors"))) == after
 

@@ -248,11 +248,18 @@ def test_a_decoded_answer_behind_its_prompt_has_the_same_ids_again(family):
         assert processor.tokenizer(prompt + text).input_ids == ids, repr(answer)
 
 
-def test_what_is_no_sentencepiece_model_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1477754\n",
+        b"\xff" * 400_000,
+        b"\x0a" + b"\xff" * 9 + b"\x01",  # a piece of 2^64 bytes
+    ],
+    ids=["a pointer", "a number without end", "a piece without end"],
+)
+def test_what_is_no_sentencepiece_model_is_refused(content, tmp_path):
     shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("golden*", "model*"))
-    (tmp_path / "tokenizer.model").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1477754\n"
-    )
+    (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match="no SentencePiece model"):
         AutoTokenizer.from_pretrained(tmp_path)
 
