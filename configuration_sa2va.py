@@ -623,7 +623,11 @@ def has_prompt_decoder(name_or_path: str, revision: str | None = None) -> bool:
 
 @contextmanager
 def reading_weights(name_or_path: str) -> Iterator[None]:
-    """Turns what damaged weight files and indices raise into OSError with the command that says more."""
+    """Turns what damaged weight files and indices raise into OSError with the command that says more.
+
+    Raises:
+        OSError: the weights can't be read.
+    """
     from safetensors import SafetensorError
 
     try:

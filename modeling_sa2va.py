@@ -1101,6 +1101,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     ) -> "Sa2VAStream":
         """`predict_forward` frame by frame: memory does not grow with the length of the video.
 
+        Only frames before the first key frame have to be held, as they are tracked backwards from it.
+
         Arguments and errors are those of `predict_forward`. The answer is written before the first frame comes; an
         answer without `[SEG]` gives frames with no objects. With `output_format="rle"` masks are encoded as they come.
 
@@ -1111,6 +1113,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         Returns:
             A generator of `Sa2VAFrame` for frame 0, 1, 2... (`Sa2VAStream`). Nothing is done before the first is asked
             for.
+
+        Raises:
+            ValueError, TypeError, OSError: as `predict_forward`, when the first frame is asked for; a `resume` that is
+                no state of this model's streams; neither image nor video.
         """
         options = _MaskOptions(
             mask_threshold, return_raw_masks, output_format, mask_sizes, encode_batch_size=encode_batch_size
@@ -1177,6 +1183,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             raise ValueError("resume is no state of a stream. Give what stream.state() returned, unchanged.") from error
         if model != grounding:
             raise ValueError(f"resume comes from a model with {model}, this one has {grounding}. Use the same model.")
+        if prompts.dtype != (dtype := _dtype(self.text_hidden_fcs)):
+            raise ValueError(f"resume comes from a model in {prompts.dtype}, this one is in {dtype}. Load it so.")
         nothing = torch.zeros(1, 0, dtype=torch.long)
         return Sa2VAInputs("", nothing, nothing, frames=open_video(video), is_video=True, size=progress.size)
 
@@ -1282,8 +1290,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         # An end mark that is several tokens (phi3_chat over a Qwen tokenizer) can only be seen in the text.
         spelled = [word for word, i in words.items() if i is None]
         if spelled:
-            given = config.stop_strings
-            config.stop_strings = [*([given] if isinstance(given, str) else given or ()), *spelled]
+            own = config.stop_strings
+            config.stop_strings = [*([own] if isinstance(own, str) else own or ()), *spelled]
         if config.stop_strings is not None:
             arguments.setdefault("tokenizer", tokenizer)
         return {"generation_config": config, **arguments}

@@ -1086,7 +1086,11 @@ class Sa2VAProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """transformers' hook that reads processor_config.json; what that lacks comes from `config`."""
+        """transformers' hook that reads processor_config.json; what that lacks comes from `config`.
+
+        Raises:
+            OSError: neither is there.
+        """
         config = kwargs.pop("config", None)
         saved, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if config is None and "grounding_image_size" not in saved:

@@ -559,8 +559,8 @@ class Sam2Decoder(nn.Module):
     ) -> Iterator[tuple[int, MaskPrediction]]:
         """Tracks conditioned objects through a video and yields every frame in order.
 
-        Frames before the first key frame are tracked backwards from it and so are kept, as they came, until then.
-        Memory does not grow with the length of the video.
+        Frames before the first key frame are tracked backwards from it and so are kept, as they came, until then, and
+        their predictions until they are yielded. Otherwise memory does not grow with the length of the video.
 
         Args:
             state: from `condition`. It moves along: when a frame is yielded, it is what the frames after it need.

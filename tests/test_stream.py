@@ -121,6 +121,11 @@ BAD_RESUMES = {
         {},
         "Use the same model",
     ),
+    "another dtype": (
+        lambda state: {k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in state.items()},
+        {},
+        "in torch.bfloat16, this one is in torch.float32",
+    ),
 }
 
 
