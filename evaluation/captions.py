@@ -16,14 +16,16 @@ import itertools
 import math
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from transformers.utils import logging
 
 from sa2va.evaluation.metrics import Overlaps, mean, overlap_precision
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 MODES = ("strict", "glamm")
 IOU_THRESHOLD = 0.5
@@ -173,7 +175,7 @@ def text_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) ->
     from pycocoevalcap.cider.cider import Cider
 
     if not has_java():
-        warnings.warn("METEOR and CIDEr need Java, and there is none here: install a Java runtime.", stacklevel=2)
+        logger.warning_once("METEOR and CIDEr need Java, and there is none here: install a Java runtime.")
         found = {index: [_plain_words(caption)] for index, caption in enumerate(captions)}
         wanted = {index: [_plain_words(text) for text in texts] for index, texts in enumerate(references)}
         return {"meteor": None, "cider": None, "cider_plain": float(Cider().compute_score(wanted, found)[0])}

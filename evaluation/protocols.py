@@ -19,12 +19,12 @@ evaluation takes the first `[SEG]` alone; so do these protocols, unless `merge` 
 """
 
 import itertools
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers.utils import logging
 
 from sa2va import Sa2VAOutput
 from sa2va.data.samples import Sample, Turn
@@ -47,6 +47,8 @@ from sa2va.evaluation.metrics import (
 )
 from sa2va.evaluation.predict import join_masks, output_of
 from sa2va.processing_sa2va import masks_to_rle, rle_to_masks
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 ANNOTATORS = 4  # of Ref-DAVIS17
 Scores = dict[str, dict[str, float | None]]  # by group of turns and name, 0..1 (CIDEr: 0..10)
@@ -274,7 +276,7 @@ def summarize_grounding(measurements: Sequence[Measurement], text_encoder: str |
         try:
             similarity = captions.bert_similarity(text_encoder)
         except OSError as error:
-            warnings.warn(f"No recall as GLaMM counts it, for want of {text_encoder}: {error}", stacklevel=2)
+            logger.warning_once(f"No recall as GLaMM counts it, for want of {text_encoder}: {error}")
     in_order = sorted(measurements, key=lambda item: item.sample_id)  # as COCO's evaluation orders images
     overlaps, texts, references = zip(*(item.value for item in in_order), strict=True)
     scores = {mode: grounding_scores(overlaps, mode, similarity) for mode in captions.MODES}

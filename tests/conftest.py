@@ -1,6 +1,7 @@
 """Shared fixtures: the golden checkpoint and its recordings, loaded once."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from packaging.version import Version
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import logging as transformers_logging
 
 import sa2va  # noqa: F401  registers the Auto classes
 
@@ -39,6 +41,26 @@ class Prescribed:
         forced = torch.full_like(scores, -1e4)  # beams add scores up
         forced[:, self.token_ids[min(input_ids.shape[1], len(self.token_ids) - 1)]] = 0
         return forced
+
+
+class Heard(logging.Handler):
+    """Keeps what transformers' logger is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def heard():
+    transformers_logging.warning_once.cache_clear()
+    handler = Heard()
+    transformers_logging.add_handler(handler)
+    yield handler.messages
+    transformers_logging.remove_handler(handler)
 
 
 @dataclass(frozen=True)

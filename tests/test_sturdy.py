@@ -2,7 +2,6 @@
 
 import gc
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -220,26 +219,6 @@ def test_calls_print_nothing(golden, golden_model, golden_processor, tmp_path, c
     AutoModel.from_pretrained(golden.folder).save_pretrained(tmp_path)
     golden_processor.save_pretrained(tmp_path)
     assert capfd.readouterr().out == ""  # transformers' progress bars go to stderr
-
-
-class Heard(logging.Handler):
-    """Keeps what transformers' logger is told."""
-
-    def __init__(self):
-        super().__init__()
-        self.messages: list[str] = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-
-@pytest.fixture
-def heard():
-    transformers_logging.warning_once.cache_clear()
-    handler = Heard()
-    transformers_logging.add_handler(handler)
-    yield handler.messages
-    transformers_logging.remove_handler(handler)
 
 
 def test_a_warning_comes_once_and_by_transformers_logger(golden, heard):
