@@ -1126,6 +1126,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         grounding = {"image_size": config.image_size, "d_model": config.d_model}
 
         def start() -> Sa2VAInputs:
+            """Checks what was given, and writes or takes up the answer."""
             if resume is not None:
                 if image is not None or video is None or text is not None or past_text or mask_prompts is not None:
                     raise ValueError("resume goes on with an answer that is written: give it with video= alone.")
@@ -1963,14 +1964,16 @@ def _check_generation(given: Mapping[str, Any]) -> None:
     for name in ("logits_processor", "stopping_criteria"):
         if not all(map(callable, given.get(name) or ())):
             raise TypeError(f"{name} must be a list of functions, got {given[name]!r}.")
-    if not hasattr(given.get("streamer"), "put") and given.get("streamer") is not None:
-        raise TypeError(f"streamer={given['streamer']!r} must have the methods put and end, as a TextStreamer has.")
+    if (streamer := given.get("streamer")) is not None and not hasattr(streamer, "put"):
+        raise TypeError(f"{streamer=} must have the methods put and end, as a TextStreamer has.")
 
 
 def _end_ids(config: GenerationConfig) -> list[int]:
     """The tokens that end an answer."""
     ends = config.eos_token_id
-    return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [int(ends)]
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, list | tuple) else [int(ends)]
 
 
 def _without_padding(sequences: Tensor, config: GenerationConfig) -> list[Tensor]:

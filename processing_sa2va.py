@@ -127,12 +127,17 @@ def _load_file(path: Path, max_pixels: int) -> Image.Image:
     with image:
         _check_area(*image.size, max_pixels)
         try:
-            image.load()
+            _decode(image)
         except _CORRUPT_FILE_ERRORS as error:
             raise OSError(f"{str(path)!r} is a damaged image: {error}. Save it again.") from error
-        if image.mode == "P" and image.palette is None:
-            raise OSError(f"{str(path)!r} is a damaged image: its palette is gone. Save it again.")
         return _to_rgb(image, max_pixels)
+
+
+def _decode(image: Image.Image) -> None:
+    """Reads the pixels of an opened file; what is damaged raises one of `_CORRUPT_FILE_ERRORS`."""
+    image.load()
+    if image.mode == "P" and image.palette is None:
+        raise OSError("its palette is gone")
 
 
 def _to_rgb(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -440,23 +445,23 @@ def _read_animation(path: Path, problems: list[str]) -> _Decoders:
         _check_area(*clip.size, MAX_IMAGE_PIXELS)
         for index in itertools.count():
             try:
-                frame = _frame_at(clip, index)
+                if not _is_at(clip, index):
+                    return
+                _decode(clip)
             except _CORRUPT_FILE_ERRORS as error:
                 reason = str(error) or type(error).__name__
                 _report(problems, f"{str(path)!r} is damaged at frame {index} ({reason}); {index} frames are used.")
                 return
-            if frame is None:
-                return
-            yield frame.copy
+            yield partial(_to_rgb, clip)
 
 
-def _frame_at(clip: Image.Image, index: int) -> Image.Image | None:
-    """A frame of an animation, or None behind the last."""
+def _is_at(clip: Image.Image, index: int) -> bool:
+    """Goes to a frame of an animation; False behind the last."""
     try:
         clip.seek(index)
     except EOFError:
-        return None
-    return _to_rgb(clip)
+        return False
+    return True
 
 
 def _read_video_file(path: Path, problems: list[str]) -> _Decoders:

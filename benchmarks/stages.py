@@ -158,13 +158,13 @@ def replay(calls: Sequence[Call], device: torch.device) -> float:
         if kwargs.get(_CACHE) is not None:
             kwargs[_CACHE] = caches.setdefault(id(kwargs[_CACHE]), DynamicCache())
         fresh.append((call.module, call.args, kwargs))
-    synchronize(device)
-    begun = time.perf_counter()
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def call_all() -> None:
         for module, args, kwargs in fresh:
             module(*args, **kwargs)
-    synchronize(device)
-    return time.perf_counter() - begun
+
+    return clock(call_all, device)
 
 
 @contextmanager

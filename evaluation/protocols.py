@@ -149,6 +149,7 @@ def by_kind(summarize: Callable[[Sequence[Any]], dict[str, float | None]]) -> Ca
     """Scores of all values, and of those of each `info["kind"]`, where a data set has kinds."""
 
     def summarize_groups(measurements: Sequence[Measurement]) -> Scores:
+        """What `summarize` makes of all values, "all", and of each kind."""
         groups: dict[str, list] = defaultdict(list)
         for item in measurements:
             for group in ("all", item.info.get("kind")):

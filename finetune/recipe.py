@@ -288,6 +288,7 @@ def run_idle_parts(model: Sa2VAChatModel) -> None:
 
     @functools.wraps(forward)
     def forward_with_idle_parts(**inputs: Any) -> Any:
+        """The model's `forward`; the loss also holds 0 times what this process had no use for."""
         if not model.training or inputs.get("labels") is None:
             return forward(**inputs)
         is_blind, device = inputs.get("pixel_values") is None, inputs["input_ids"].device
