@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -76,8 +77,10 @@ from .processing_sa2va import (
     ReadAhead,
     Sa2VAInputs,
     Sa2VAProcessor,
+    collate_inputs,
     masks_to_rle,
     open_video,
+    prepare_samples,
     replacing_files,
 )
 from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState
@@ -85,6 +88,8 @@ from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
 IGNORE_INDEX = -100
+_MOST_BEAMS = 1000  # more than anybody searches with; far more take all memory there is
+_MOST_ABSENT = 2 * 10**9  # parameters that a checkpoint may lack: all of SAM 2 and of the vision tower of a small one
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 # transformers 5.24 gave the key-value cache of every model a new name.
@@ -432,6 +437,21 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 "SAM 2: pass dtype=torch.float32, or device_map to use an accelerator."
             )
         return (model, report) if wants_report else model
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs) -> None:
+        """transformers' step that allocates what a checkpoint lacks, to be drawn at random.
+
+        Raises:
+            ValueError: that is most of a large model, so that its config.json is not to be believed.
+        """
+        lacking = set(missing_keys) - self.all_tied_weights_keys.keys()
+        count = sum(self.get_parameter_or_buffer(name).numel() for name in lacking)
+        if count > _MOST_ABSENT:
+            raise ValueError(
+                f"The checkpoint lacks {len(lacking)} tensors of {count:.1e} numbers that its config.json asks for; up "
+                f"to {_MOST_ABSENT:.0e} are drawn at random. Is a file missing, or is config.json of another model?"
+            )
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """transformers' `save_pretrained`: in the released layout, quantized models in that of transformers.
@@ -872,7 +892,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self,
         token_ids: SpecialTokenIds,
         input_ids: Tensor,
-        pixel_values: Tensor | None,
+        pixel_values: Tensor | None = None,
         prompt_masks: Tensor | None = None,
         prompt_mask_tiles: Tensor | None = None,
     ) -> Tensor:
@@ -1033,7 +1053,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         )
         processor = self._resolve_processor(tokenizer, processor)
         num_frames = generate_kwargs.pop("sample_num_frames", num_frames)
-        prepared = _prepare_samples(processor, samples, num_frames=num_frames, frame_sampling=frame_sampling)
+        prepared = prepare_samples(processor, samples, num_frames=num_frames, frame_sampling=frame_sampling)
 
         def look(batch: Sequence[Sa2VAInputs]) -> list[tuple[Sa2VAInputs, Answer, MaskPrediction | None]]:
             answers = self._answers(batch, processor, generate_kwargs)
@@ -1279,7 +1299,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if not isinstance(config, GenerationConfig):
             raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
         config = copy.deepcopy(config)
-        _check_generation(given)
+        _check_generation(config, given)
         arguments = config.update(**given)  # leaves what is no setting: streamer, logits_processor...
         tokenizer = processor.tokenizer
         words = {word: _token_id(tokenizer, word) for word in processor.stop_words}
@@ -1287,7 +1307,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             ends = {i for i in (*words.values(), tokenizer.eos_token_id) if i is not None}
             config.eos_token_id = sorted(ends) or None
         if config.pad_token_id is None:
-            config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            config.pad_token_id = processor.pad_token_id
         # An end mark that is several tokens (phi3_chat over a Qwen tokenizer) can only be seen in the text.
         spelled = [word for word, i in words.items() if i is None]
         if spelled:
@@ -1299,9 +1319,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
     def _prompt(self, token_ids: SpecialTokenIds, inputs: Sequence[Sa2VAInputs]) -> dict[str, Tensor]:
         """Questions as arguments of `causal_model.generate`, padded in front."""
-        input_ids, mask = _padded_in_front(inputs)
-        pixels, regions = (_joined([getattr(x, name) for x in inputs]) for name in ("pixel_values", "prompt_masks"))
-        embeds = self._prompt_embeds(token_ids, input_ids, pixels, regions, _region_tiles(inputs))
+        batch = collate_inputs(inputs)
+        mask = batch.pop("attention_mask")
+        embeds = self._prompt_embeds(token_ids, **batch)
         return {"inputs_embeds": embeds, "attention_mask": mask.to(embeds.device)}
 
     def _seg_states(
@@ -1324,7 +1344,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             return [torch.zeros(size, dtype=_dtype(self.text_hidden_fcs), device=answers[0].device)] * len(answers)
         states = None if written is None else written.of(answers)
         if states is None or states.shape[1] < longest:
-            read = _padded([ids[:longest] for ids in answers])  # nothing before looks at what is put behind
+            read = pad_sequence([ids[:longest] for ids in answers], True)  # nothing before looks at what is put behind
             states = self._answer_states(prompt, read, _prompt_cache(cache, *prompt["attention_mask"].shape))
             states = states[:, -read.shape[1] :]
         return [row[found.to(row.device)] for row, found in zip(states, positions, strict=True)]
@@ -1531,15 +1551,9 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         return read[-1] if self.config.qwen_vl_type == "qwen3_vl" else output.last_hidden_state
 
     def _prompt(self, token_ids: SpecialTokenIds, inputs: Sequence[Sa2VAInputs]) -> dict[str, Tensor]:
-        input_ids, mask = _padded_in_front(inputs)
-        prompt = {
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "mm_token_type_ids": self._token_types(input_ids),
-            "pixel_values": _joined([question.pixel_values for question in inputs]),
-            "image_grid_thw": _joined([question.image_grid_thw for question in inputs]),
-        }
-        return {name: value.to(self.execution_device) for name, value in prompt.items() if value is not None}
+        prompt = collate_inputs(inputs)
+        prompt["mm_token_type_ids"] = self._token_types(prompt["input_ids"])
+        return {name: value.to(self.execution_device) for name, value in prompt.items()}
 
     def _answer_states(self, prompt: dict[str, Tensor], answers: Tensor, cache: DynamicCache | None) -> Tensor:
         with _setting(_READ, []) as read:
@@ -1912,40 +1926,6 @@ def _region_features(image_features: Tensor, masks: Tensor, tiles: Tensor | None
     return image_features[tiles.to(image_features.device)][masks.flatten(1).to(image_features.device)]
 
 
-def _region_tiles(inputs: Sequence[Sa2VAInputs]) -> Tensor | None:
-    """The tile of each region, int64 [R], counted through all samples.
-
-    Regions lie on the thumbnail of an image, its last tile, and on the first key frame of a video.
-    """
-    tiles, before = [], 0
-    for question in inputs:
-        count = 0 if question.pixel_values is None else len(question.pixel_values)
-        if question.prompt_masks is not None:
-            tile = before if question.is_video else before + count - 1
-            tiles.append(torch.full((len(question.prompt_masks),), tile))
-        before += count
-    return _joined(tiles)
-
-
-def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """Those that are there, one after the other."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    return torch.cat(given) if given else None
-
-
-def _padded(rows: Sequence[Tensor], in_front: bool = False) -> Tensor:
-    """Rows of different lengths [n] -> [B, longest], zeros behind them or in front."""
-    missing = [max(map(len, rows)) - len(row) for row in rows]
-    return torch.stack([F.pad(row, (n, 0) if in_front else (0, n)) for row, n in zip(rows, missing, strict=True)])
-
-
-def _padded_in_front(inputs: Sequence[Sa2VAInputs]) -> tuple[Tensor, Tensor]:
-    """Tokens and attention mask, int64 [B, L], of questions that end together. Masked tokens may be any, here 0."""
-    columns = ([getattr(x, name)[0] for x in inputs] for name in ("input_ids", "attention_mask"))
-    input_ids, mask = (_padded(rows, in_front=True) for rows in columns)
-    return input_ids, mask
-
-
 def _mask_with(prompt: dict[str, Tensor], answers: Tensor) -> Tensor:
     """Attention mask of prompts and what follows them, int64 [B, L + n]."""
     return torch.cat([prompt["attention_mask"], torch.ones_like(answers)], dim=1)
@@ -1956,11 +1936,13 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be an integer, at least 1.")
 
 
-def _check_generation(given: Mapping[str, Any]) -> None:
-    """Refuses arguments of `generate` of which it would say less."""
+def _check_generation(config: GenerationConfig, given: Mapping[str, Any]) -> None:
+    """Refuses arguments of `generate`, given or in its config, of which it would say less, or too late."""
     for name in ("max_new_tokens", "max_length", "num_beams"):
-        if given.get(name) is not None:
-            _check_count(name, given[name])
+        if (value := given.get(name, getattr(config, name))) is not None:
+            _check_count(name, value)
+            if name == "num_beams" and value > _MOST_BEAMS:
+                raise ValueError(f"num_beams={value}: each beam holds the whole prompt; {_MOST_BEAMS} are the most.")
     for name in ("logits_processor", "stopping_criteria"):
         if not all(map(callable, given.get(name) or ())):
             raise TypeError(f"{name} must be a list of functions, got {given[name]!r}.")
@@ -1999,24 +1981,6 @@ def _as_answer(processor: Sa2VAProcessor, question: Sa2VAInputs, new_ids: Tensor
         phrases=processor.phrases(prediction) if question.frames is not None else [],
         prompts=prompts,
     )
-
-
-def _prepare_samples(
-    processor: Sa2VAProcessor, samples: Iterable[Mapping[str, Any]], **defaults: Any
-) -> Iterator[Sa2VAInputs]:
-    """Samples of `predict_batch`, one at a time; errors name the sample."""
-    accepted = inspect.signature(processor.prepare).parameters.keys()
-    for number, sample in enumerate(samples):
-        if not isinstance(sample, Mapping) or sample.keys() - accepted:
-            given = sorted(sample.keys() - accepted) if isinstance(sample, Mapping) else type(sample).__name__
-            raise TypeError(f"samples[{number}] can't hold {given}. Give dictionaries with some of {[*accepted]}.")
-        try:
-            inputs = processor.prepare(**{**defaults, **sample})
-        except (TypeError, ValueError, OSError) as error:
-            if len(error.args) == 1:
-                error.args = (f"samples[{number}]: {error}",)
-            raise
-        yield inputs
 
 
 def _in_batches(work: Callable[[Sequence[Any]], Any], items: Iterator[Any], size: int) -> Iterator[Any]:

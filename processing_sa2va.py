@@ -12,6 +12,7 @@ the released Sa2VA (arXiv 2501.04001).
 """
 
 import colorsys
+import inspect
 import io
 import itertools
 import json
@@ -39,6 +40,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
@@ -676,6 +678,87 @@ class Sa2VAInputs:
     key_images: list[Image.Image] = field(default_factory=list)
 
 
+def prepare_samples(
+    processor: "Sa2VAProcessor", samples: Iterable[Mapping[str, Any]], **defaults: Any
+) -> Iterator[Sa2VAInputs]:
+    """Prepares calls one by one, as they are asked for; errors name the sample.
+
+    Args:
+        processor: whose `prepare` takes the samples.
+        samples: its arguments.
+        **defaults: arguments of all samples that don't have their own.
+
+    Raises:
+        TypeError, ValueError, OSError: see `Sa2VAProcessor.prepare`.
+    """
+    accepted = inspect.signature(processor.prepare).parameters.keys()
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Mapping) or sample.keys() - accepted:
+            given = sorted(sample.keys() - accepted) if isinstance(sample, Mapping) else type(sample).__name__
+            raise TypeError(f"samples[{number}] can't hold {given}. Give dictionaries with some of {[*accepted]}.")
+        try:
+            inputs = processor.prepare(**{**defaults, **sample})
+        except (TypeError, ValueError, OSError) as error:
+            if len(error.args) == 1:
+                error.args = (f"samples[{number}]: {error}",)
+            raise
+        yield inputs
+
+
+def collate_inputs(
+    inputs: Sequence[Sa2VAInputs], pad_token_id: int = 0, padding_side: str = "left"
+) -> dict[str, Tensor]:
+    """Several prepared calls as one batch: the arguments of a model's `generate` and `forward`.
+
+    Args:
+        inputs: the calls.
+        pad_token_id: fills up shorter texts; the attention mask hides it.
+        padding_side: "left", so that all texts end together and can be continued, or "right".
+
+    Returns:
+        `input_ids` and `attention_mask`, int64 [B, L]. Of the calls that have them, one behind the other,
+        `pixel_values`, `image_grid_thw` and `prompt_masks` (see `Sa2VAInputs`); with the last also
+        `prompt_mask_tiles`, int64 [R]: which tile of the batch each region lies on.
+    """
+    fill = {"input_ids": pad_token_id, "attention_mask": 0}
+    batch = {
+        name: pad_sequence([getattr(x, name)[0] for x in inputs], True, value, padding_side)
+        for name, value in fill.items()
+    }
+    for name in ("pixel_values", "image_grid_thw", "prompt_masks"):
+        if given := [value for x in inputs if (value := getattr(x, name)) is not None]:
+            batch[name] = torch.cat(given)
+    if "prompt_masks" in batch:
+        batch["prompt_mask_tiles"] = _region_tiles(inputs)
+    return batch
+
+
+def _region_tiles(inputs: Sequence[Sa2VAInputs]) -> Tensor:
+    """The tile of each region, int64 [R], counted through all calls: an image's thumbnail, a video's first frame."""
+    tiles, before = [], 0
+    for call in inputs:
+        count = 0 if call.pixel_values is None else len(call.pixel_values)
+        regions = 0 if call.prompt_masks is None else len(call.prompt_masks)
+        tiles += [before if call.is_video else before + count - 1] * regions
+        before += count
+    return torch.tensor(tiles)
+
+
+def _as_samples(texts: Sequence[str], **columns: Any) -> list[dict[str, Any]]:
+    """What goes with each of several texts, as arguments of `prepare`; a column is a list, or None for all."""
+    if not texts:
+        raise ValueError("text is an empty list. Give the user's words, or a list with those of each sample.")
+    rows = {}
+    for name, column in columns.items():
+        is_shared = column is None or (isinstance(column, str) and name == "past_text")
+        items = column if isinstance(column, list | tuple) else [column] * (len(texts) if is_shared else 1)
+        if len(items) != len(texts):
+            given = f"a list of {len(items)}" if isinstance(column, list | tuple) else f"one {type(column).__name__}"
+            raise ValueError(f"{len(texts)} texts are as many samples; {name} of them is {given}. Give one for each.")
+        rows[name] = [item if name == "video" else _single(item) for item in items]
+    return [dict(zip(("text", *rows), sample, strict=True)) for sample in zip(texts, *rows.values(), strict=True)]
+
+
 def _single(value: Any) -> Any:
     """The only item of a one-item list, in which batch-minded callers wrap a sample."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
@@ -1139,7 +1222,7 @@ class Sa2VAProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Keys of what a call returns."""
-        return [*super().model_input_names, "pixel_values", "prompt_masks"]
+        return [*super().model_input_names, "pixel_values", "prompt_masks", "prompt_mask_tiles"]
 
     def image_tokens(self, num_tiles: int, is_video: bool) -> list[int]:
         """Tokens in each block of a picture: all tiles of an image in one block, or a block for each key frame."""
@@ -1360,31 +1443,50 @@ class Sa2VAProcessor(ProcessorMixin):
         num_frames: int | None = None,
         frame_sampling: str | Sequence[int] | None = None,
         return_tensors: str | None = None,
-        **kwargs,
+        padding: bool | str = True,
+        padding_side: str = "left",
     ) -> BatchFeature:
-        """`prepare` in the manner of transformers, for one sample.
+        """`prepare` in the manner of transformers: the arguments of the model's `generate` and `forward`.
+
+        A list of texts is a batch, with as many images, videos, `past_text` and `mask_prompts`, each in a list that may
+        hold None. Masks come from the model's `predict_forward` and `predict_batch`, which prepare by themselves.
 
         Args:
-            images: one image, or a list with one.
-            text: the user's words, or a list with one string.
-            videos: one video; a list is taken for its frames.
-            past_text, mask_prompts, num_frames, frame_sampling: see `prepare`.
+            images: one image, or a list with one for each text.
+            text: the user's words, or a list of them.
+            videos: one video (a list is taken for its frames); in a batch a list of videos.
+            past_text, mask_prompts, num_frames, frame_sampling: see `prepare`; the last two are the same for all.
             return_tensors: "pt" (also None) or "np".
-            **kwargs: only `padding`, which one sample doesn't need.
+            padding: True or "longest" fills shorter texts up; False refuses a batch that would need it.
+            padding_side: "left" to `generate`, "right" for `forward`.
 
         Returns:
-            `input_ids`, `attention_mask` and, if there are any, `pixel_values`, `prompt_masks`: see `Sa2VAInputs`.
+            `input_ids`, `attention_mask` and what there is of `pixel_values`, `image_grid_thw`, `prompt_masks`,
+            `prompt_mask_tiles`: see `collate_inputs`.
 
         Raises:
-            TypeError: an unknown argument; see also `prepare`.
+            TypeError, ValueError, OSError: see `prepare`.
+            ValueError: not as many of something as texts, texts of different lengths that may not be padded, or
+                another kind of padding.
         """
-        if unknown := kwargs.keys() - {"padding"}:
-            raise TypeError(f"Unknown arguments {sorted(unknown)}. See Sa2VAProcessor.prepare for the accepted ones.")
-        images, text = _single(images), _single(text)
-        inputs = self.prepare(images, videos, text, past_text, mask_prompts, num_frames, frame_sampling)
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "prompt_masks")
-        data = {name: value for name in names if (value := getattr(inputs, name)) is not None}
-        return BatchFeature(data, tensor_type=return_tensors)
+        if padding not in (True, False, "longest") or padding_side not in ("left", "right"):
+            raise ValueError(f"{padding=}, {padding_side=}: padding is True or False, on the 'left' or 'right'.")
+        shared = {"num_frames": num_frames, "frame_sampling": frame_sampling}
+        given = {"image": images, "video": videos, "past_text": past_text, "mask_prompts": mask_prompts}
+        if isinstance(text, list | tuple):
+            inputs = list(prepare_samples(self, _as_samples(text, **given), **shared))
+        else:
+            inputs = [self.prepare(**{**given, "image": _single(images)}, text=text, **shared)]
+        lengths = {x.input_ids.shape[1] for x in inputs}
+        if len(lengths) > 1 and not padding:
+            raise ValueError(f"Texts of {sorted(lengths)} tokens need padding=True to make one batch.")
+        return BatchFeature(collate_inputs(inputs, self.pad_token_id or 0, padding_side), tensor_type=return_tensors)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The token that fills up shorter texts of a batch: the tokenizer's own, else its end mark, if it has one."""
+        own = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if own is None else own
 
     def resize_logits(self, logits: Tensor, size: tuple[int, int], two_steps: bool = True) -> Tensor:
         """Mask logits [N, 1, s, s] -> float32 [N, h, w] for size (h, w).

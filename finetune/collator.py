@@ -6,19 +6,20 @@ on any number of processes and workers.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sa2va import Sa2VAProcessor
 from sa2va.data import templates
 from sa2va.data.registry import Dataset
 from sa2va.data.samples import Media, ObjectMasks, Sample, Turn
 from sa2va.modeling_sa2va import IGNORE_INDEX
-from sa2va.processing_sa2va import Sa2VAInputs
+from sa2va.processing_sa2va import Sa2VAInputs, collate_inputs
 
 SEG = "[SEG]"
 
@@ -69,22 +70,13 @@ class SampleCollator:
 
     def __call__(self, samples: Sequence[tuple[int, Sample]]) -> dict[str, Any]:
         rows = [self._named_row(index, sample) for index, sample in samples]
-        tokenizer = self.processor.tokenizer
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
-        batch = {
-            "input_ids": _padded(ids, pad),
-            "labels": _padded(labels, IGNORE_INDEX),
-            "attention_mask": _padded([torch.ones_like(row) for row in ids], 0),
+        inputs, labels = ([row[name] for row in rows] for name in ("inputs", "labels"))
+        return {
+            **collate_inputs(inputs, self.processor.pad_token_id, padding_side="right"),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "grounding_pixel_values": [row["grounding_pixel_values"] for row in rows],
             "mask_labels": [row["mask_labels"] for row in rows],
         }
-        for name in ("pixel_values", "image_grid_thw", "prompt_masks"):
-            if found := [row[name] for row in rows if row[name] is not None]:
-                batch[name] = torch.cat(found)
-        if "prompt_masks" in batch:
-            batch["prompt_mask_tiles"] = _region_tiles(rows)
-        return batch
 
     def _named_row(self, index: int, sample: Sample) -> dict[str, Any]:
         try:
@@ -101,15 +93,11 @@ class SampleCollator:
             frames = choose_frames(sample.media, objects, self.num_frames, rng, with_first=bool(sample.regions))
             pictures = sample.media.read(frames)
         picture = self._picture(sample, pictures)
-        input_ids, labels, first = self._conversation(turns, picture)
+        inputs, labels = self._conversation(turns, picture)
         kept = labels.count(self.processor.tokenizer.convert_tokens_to_ids(SEG))  # fewer in a conversation cut short
         row = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "pixel_values": first.pixel_values,
-            "image_grid_thw": first.image_grid_thw,
-            "prompt_masks": first.prompt_masks,
-            "is_video": first.is_video,
+            "inputs": inputs,
+            "labels": torch.tensor(labels),
             "grounding_pixel_values": None,
             "mask_labels": None,
         }
@@ -117,7 +105,7 @@ class SampleCollator:
             size = (pictures[0].height, pictures[0].width)
             masks = np.stack([thing.read(frames, size) for thing in objects[:kept]])
             row["mask_labels"] = torch.from_numpy(masks)
-            row["grounding_pixel_values"] = self.processor.grounding_pixel_values(pictures, is_video=first.is_video)
+            row["grounding_pixel_values"] = self.processor.grounding_pixel_values(pictures, is_video=inputs.is_video)
         return row
 
     def _picture(self, sample: Sample, pictures: list[Image.Image]) -> dict[str, Any]:
@@ -133,8 +121,8 @@ class SampleCollator:
             arguments["mask_prompts"] = np.concatenate([region.read([0], size) for region in sample.regions])
         return arguments
 
-    def _conversation(self, turns: Sequence[Turn], picture: dict[str, Any]) -> tuple[list[int], list[int], Sa2VAInputs]:
-        """Token ids and labels of all turns, at most `max_length`, and the first question as prepared."""
+    def _conversation(self, turns: Sequence[Turn], picture: dict[str, Any]) -> tuple[Sa2VAInputs, list[int]]:
+        """All turns, at most `max_length` tokens, with the picture of the first, and their labels."""
         processor, tokenizer = self.processor, self.processor.tokenizer
         first, past_text, input_ids, labels = None, "", [], []
         for turn in turns:
@@ -150,7 +138,8 @@ class SampleCollator:
             input_ids += asked + answered + newline
             labels += [IGNORE_INDEX] * len(asked) + answered + [IGNORE_INDEX] * len(newline)
             past_text = f"{prompt}{answer}\n"
-        return input_ids[: self.max_length], labels[: self.max_length], first
+        ids = torch.tensor([input_ids[: self.max_length]])
+        return replace(first, input_ids=ids, attention_mask=torch.ones_like(ids)), labels[: self.max_length]
 
 
 def answer_of(turn: Turn, is_video: bool) -> str:
@@ -205,18 +194,3 @@ def choose_frames(
     known = sorted(known - set(first))
     drawn = rng.choice(known, min(num_frames - len(first), len(known)), replace=False) if known else []
     return first + sorted(int(frame) for frame in drawn)
-
-
-def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
-
-
-def _region_tiles(rows: Sequence[dict[str, Any]]) -> Tensor:
-    """For each visual prompt of a batch the tile it lies on: an image's last (thumbnail), a clip's first."""
-    tiles, start = [], 0
-    for row in rows:
-        count = 0 if row["pixel_values"] is None else len(row["pixel_values"])
-        regions = 0 if row["prompt_masks"] is None else len(row["prompt_masks"])
-        tiles += [start if row["is_video"] else start + count - 1] * regions
-        start += count
-    return torch.tensor(tiles)

@@ -60,6 +60,25 @@ def test_all_recorded_calls_of_a_family_in_one_batch_give_the_recorded_text_and_
             assert mask.shape == wanted.shape and iou(mask, wanted) >= 0.999, case.name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_continues_a_batch_of_the_processor_as_predict_forward_does_each(loaded, family):
+    model, cases = loaded(family), {case.name: case for case in cases_of(family)}
+    processor = model.load_processor()
+    names = [name for name in cases if "past" not in name and "multiturn" not in name]
+    given = [cases[name].arguments for name in names]
+    regions = [one.get("mask_prompts") for one in given]
+    batch = processor(
+        images=[one.get("image") for one in given],
+        text=[one["text"] for one in given],
+        videos=[one.get("video") for one in given],
+        mask_prompts=regions if any(region is not None for region in regions) else None,
+    )
+    written = model.generate(**batch, max_new_tokens=96)
+    for name, ids in zip(names, written[:, -96:], strict=True):
+        text = processor.tokenizer.decode(ids)
+        assert cases[name].meta["prediction"] in text, name
+
+
 # Words alone are enough to see whether rows disturb each other: an untrained model writes something else at once.
 QUESTIONS = ["Hi", "What can you do, and why would anyone want it?", "Tell me a story about a red star. " * 3]
 SETTINGS = {

@@ -9,9 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, GenerationConfig
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel
 from sa2va.hub_upload import CheckpointError, check_checkpoint, convert_pickles
@@ -679,6 +680,12 @@ BAD_STATES = {
     "new tokens in words": (lambda have: have.ask(max_new_tokens="ten"), ValueError, "max_new_tokens='ten'"),
     "no beams": (lambda have: have.ask(num_beams=0), ValueError, "num_beams"),
     "half a beam": (lambda have: have.ask(num_beams=1.5), ValueError, "num_beams=1.5"),
+    "more beams than memory holds": (lambda have: have.ask(num_beams=10**5), ValueError, "1000 are the most"),
+    "so many beams in a config": (
+        lambda have: have.ask(generation_config=GenerationConfig(num_beams=10**5)),
+        ValueError,
+        "1000 are the most",
+    ),
     "streamer is a number": (lambda have: have.ask(streamer=5), TypeError, "streamer=5"),
     "logits_processor of numbers": (lambda have: have.ask(logits_processor=[5]), TypeError, "logits_processor"),
     "an assistant that sees no picture": (
@@ -718,7 +725,21 @@ BAD_STATES = {
     ),
     "generate without tokens": (lambda have: have.model.generate(), ValueError, "input_ids"),
     "a list of images": (lambda have: have.processor([plain(), plain()], ASK), TypeError, "list"),
-    "two texts": (lambda have: have.processor(plain(), [ASK, ASK]), TypeError, "list"),
+    "two texts about one image": (lambda have: have.processor(plain(), [ASK, ASK]), ValueError, "image of them is one"),
+    "two texts about three images": (
+        lambda have: have.processor([plain()] * 3, [ASK, ASK]),
+        ValueError,
+        "2 texts .* image of them is a list of 3",
+    ),
+    "no texts": (lambda have: have.processor(text=[]), ValueError, "empty list"),
+    "a second text that is none": (lambda have: have.processor(text=[ASK, 5]), TypeError, r"samples\[1\]: "),
+    "a batch without padding": (
+        lambda have: have.processor(text=["Hi", ASK * 2], padding=False),
+        ValueError,
+        "padding=True",
+    ),
+    "padding to the most": (lambda have: have.processor(text=ASK, padding="max_length"), ValueError, "'max_length'"),
+    "padding in the middle": (lambda have: have.processor(text=ASK, padding_side="both"), ValueError, "'both'"),
     "unknown argument of the processor": (lambda have: have.processor(plain(), ASK, size=3), TypeError, "size"),
     # training
     "forward without tokens": (lambda have: have.model(pixel_values=torch.zeros(1, 3, 448, 448)), ValueError, "input"),
@@ -827,6 +848,16 @@ BAD_STATES = {
         lambda have: have.load(lambda config: config["llm_config"].update(intermediate_size=192)),
         ValueError,
         "hub_upload.py check",
+    ),
+    "one tensor for billions of parameters": (
+        lambda have: have.load(
+            lambda config: config["llm_config"].update(
+                intermediate_size=200_000, num_hidden_layers=100, layer_types=["full_attention"] * 100
+            ),
+            model=safetensors.torch.save({"scale": torch.ones(1)}),
+        ),
+        ValueError,
+        r"lacks .* tensors of 9.6e\+09 numbers",
     ),
     "pickled weights": (
         lambda have: AutoModel.from_pretrained(pickled_copy(have)),

@@ -268,15 +268,44 @@ def test_call_returns_what_prepare_does(processor, pictures):
     given = {"text": "Hi", "mask_prompts": pictures["vpA"]}
     called = processor(images=pictures["imgA"], return_tensors="pt", **given)
     prepared = processor.prepare(pictures["imgA"], **given)
-    assert (
-        set(called) == {"input_ids", "attention_mask", "pixel_values", "prompt_masks"} == {*processor.model_input_names}
-    )
-    assert all(torch.equal(called[name], getattr(prepared, name)) for name in called)
+    names = {"input_ids", "attention_mask", "pixel_values", "prompt_masks"}
+    assert set(called) == names | {"prompt_mask_tiles"} == {*processor.model_input_names}
+    assert all(torch.equal(called[name], getattr(prepared, name)) for name in names)
+    assert set(called["prompt_mask_tiles"].tolist()) == {len(called["pixel_values"]) - 1}  # on the thumbnail
 
 
 def test_call_takes_one_item_lists_and_gives_arrays(processor, pictures):
     called = processor(images=[pictures["imgA"]], text=["Hi"], return_tensors="np", padding=True)
     assert all(isinstance(value, np.ndarray) for value in called.values())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_list_of_texts_is_a_batch(processor, pictures, side):
+    samples = [{"image": pictures["imgA"]}, {}, {"video": pictures["vid3"]}]
+    alone = [processor.prepare(text="Hi" * n, **sample) for n, sample in enumerate(samples, 1)]
+    batch = processor(
+        images=[pictures["imgA"], None, None],
+        text=["Hi", "HiHi", "HiHiHi"],
+        videos=[None, None, pictures["vid3"]],
+        padding_side=side,
+    )
+    assert torch.equal(batch["pixel_values"], torch.cat([alone[0].pixel_values, alone[2].pixel_values]))
+    for row, mask, one in zip(batch["input_ids"], batch["attention_mask"], alone, strict=True):
+        assert torch.equal(row[mask.bool()], one.input_ids[0])
+        assert (row[~mask.bool()] == processor.tokenizer.pad_token_id).all()
+        assert mask[-1 if side == "left" else 0] == 1
+
+
+def test_regions_of_a_batch_lie_on_tiles_of_their_own_sample(processor, pictures):
+    region = np.ones((1, 8, 8))
+    batch = processor(
+        images=[pictures["imgA"], None, pictures["imgA"]],
+        text=["Hi"] * 3,
+        videos=[None, pictures["vid3"], None],
+        mask_prompts=[region, np.concatenate([region, region]), None],
+    )
+    tiles = len(processor.prepare(pictures["imgA"], text="Hi").pixel_values)
+    assert batch["prompt_mask_tiles"].tolist() == [tiles - 1, tiles, tiles]
 
 
 def test_call_with_words_alone_has_no_pixels(processor):
