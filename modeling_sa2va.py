@@ -89,7 +89,7 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 
 IGNORE_INDEX = -100
 _MOST_BEAMS = 1000  # more than anybody searches with; far more take all memory there is
-_MOST_ABSENT = 2 * 10**9  # parameters that a checkpoint may lack: all of SAM 2 and of the vision tower of a small one
+_MOST_ABSENT = 2 * 10**9  # parameters that a checkpoint may lack; SAM 2 and a vision tower are 0.5 * 10**9
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
 # transformers 5.24 gave the key-value cache of every model a new name.

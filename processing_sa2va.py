@@ -5,6 +5,7 @@
 * `ReadAhead`      the next frames are read while a model looks at this one
 * `Sa2VAProcessor` picture + words -> `Sa2VAInputs`; frames -> SAM 2's input; logits -> masks; answer -> phrases
 * `InternLM2Tokenizer` the tokenizer that Sa2VA-8B and -26B ship as a SentencePiece model
+* `prepare_samples`, `collate_inputs`: several calls, one by one and as one batch
 * `masks_to_rle`, `rle_to_masks`, `draw_overlay`: masks for files and for eyes
 
 Tiling follows InternVL 1.5 (arXiv 2404.16821, "dynamic high resolution"); prompts and SAM 2's input follow
@@ -48,6 +49,7 @@ from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
+MAX_REGIONS = 1000  # each adds up to a tile's tokens
 MAX_IMAGE_PIXELS = 178_956_970  # where Pillow stops too: a guard against decompression bombs
 MAX_FRAME_NUMBER, MAX_KEY_FRAMES = 2**31, 10**6
 MAX_SIDE = 2**13  # of a tile or of SAM 2's input
@@ -103,9 +105,14 @@ def load_image(image: Any, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
 
 
 def _existing_path(path: str | os.PathLike, what: str) -> Path:
-    found = Path(path).expanduser()
-    if not found.exists():
+    try:
+        found = Path(path).expanduser() if str(path) else None
+    except RuntimeError as error:  # "~" of a user that isn't there
+        raise FileNotFoundError(f"There is no {what} at {str(path)!r}: {error}") from error
+    if found is None or not found.exists():
         raise FileNotFoundError(f"There is no {what} at {str(path)!r}. Give the path of a local file (no URL).")
+    if not (found.is_file() or found.is_dir()):
+        raise OSError(f"{str(path)!r} is no file or folder but a device or pipe. Save what it gives to a file.")
     return found
 
 
@@ -122,7 +129,7 @@ def _load_file(path: Path, max_pixels: int) -> Image.Image:
         raise IsADirectoryError(f"{str(path)!r} is a folder, not an image. Pass a folder of frames as video=.")
     try:
         image = Image.open(path)
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the second under python -W error
         raise ValueError(f"{str(path)!r}: {error} Resize it, or raise PIL.Image.MAX_IMAGE_PIXELS.") from error
     except _CORRUPT_FILE_ERRORS as error:
         raise OSError(f"{str(path)!r} is no readable image: {error}. Pass a video file as video=.") from error
@@ -403,16 +410,18 @@ def _frames_of(video: Any) -> VideoFrames:
         raise ValueError(f"A video array has 4 axes, TxHxWxC or TxCxHxW; got shape {tuple(video.shape)}.")
     if isinstance(video, Image.Image):
         raise TypeError("A video can't be a single PIL image. Pass it as image=, or as a list of one frame.")
-    if isinstance(video, bytes | bytearray | Mapping | set) or not isinstance(video, Iterable):
+    is_sequence = hasattr(video, "__len__") and hasattr(video, "__getitem__")
+    if isinstance(video, bytes | bytearray | Mapping | set) or not (is_sequence or isinstance(video, Iterable)):
         raise TypeError(f"A video can't be a {type(video).__name__}. Give {_ACCEPTED_VIDEOS}.")
-    if hasattr(video, "__len__") and hasattr(video, "__getitem__"):
-        return _frames_of_sequence(video)
-    return VideoFrames(_OneShotSource(video))
+    return _frames_of_sequence(video) if is_sequence else VideoFrames(_OneShotSource(video))
 
 
 def _frames_of_sequence(items: Any) -> VideoFrames:
-    length = len(items)
-    return VideoFrames(lambda _: (partial(load_image, items[index]) for index in range(length)), length)
+    return VideoFrames(partial(_read_sequence, items), len(items))
+
+
+def _read_sequence(items: Any, keep: bool = False) -> _Decoders:
+    return (partial(load_image, items[index]) for index in range(len(items)))
 
 
 def _frames_of_path(path: Path) -> VideoFrames:
@@ -421,7 +430,7 @@ def _frames_of_path(path: Path) -> VideoFrames:
         return _frames_of_sequence(sorted(files, key=_natural_order))
     read = _read_animation if path.suffix.lower() in _ANIMATION_SUFFIXES else _read_video_file
     problems: list[str] = []
-    return VideoFrames(lambda _: read(path, problems), problems=problems)
+    return VideoFrames(partial(read, path, problems), problems=problems)
 
 
 def _report(problems: list[str], problem: str) -> None:
@@ -437,7 +446,7 @@ def _natural_order(file: Path) -> tuple[list[int | str], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], file.name
 
 
-def _read_animation(path: Path, problems: list[str]) -> _Decoders:
+def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Decoders:
     """Frames of an animated gif or webp, up to its end or to the first damaged frame."""
     try:
         clip = Image.open(path)
@@ -466,10 +475,14 @@ def _is_at(clip: Image.Image, index: int) -> bool:
     return True
 
 
-def _read_video_file(path: Path, problems: list[str]) -> _Decoders:
+def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _Decoders:
     """Frames of a video file, upright, without those that can't be decoded."""
     import cv2
 
+    try:
+        str(_existing_path(path, "video")).encode()  # OpenCV dies of a name that is not UTF-8
+    except UnicodeEncodeError as error:
+        raise OSError(f"The path {str(path)!r} is not in UTF-8, so OpenCV can't open it. Rename it.") from error
     capture = cv2.VideoCapture(str(path))
     try:
         if not capture.isOpened():
@@ -679,28 +692,31 @@ class Sa2VAInputs:
 
 
 def prepare_samples(
-    processor: "Sa2VAProcessor", samples: Iterable[Mapping[str, Any]], **defaults: Any
+    processor: "Sa2VAProcessor", samples: Iterable[Mapping[str, Any]], name: str = "samples", **defaults: Any
 ) -> Iterator[Sa2VAInputs]:
-    """Prepares calls one by one, as they are asked for; errors name the sample.
+    """Prepares calls one by one, as they are asked for; errors say which it was.
 
     Args:
         processor: whose `prepare` takes the samples.
         samples: its arguments.
+        name: what the caller calls them, for errors.
         **defaults: arguments of all samples that don't have their own.
 
     Raises:
         TypeError, ValueError, OSError: see `Sa2VAProcessor.prepare`.
     """
-    accepted = inspect.signature(processor.prepare).parameters.keys()
+    _, *accepted = inspect.signature(Sa2VAProcessor.prepare).parameters
+    if not isinstance(samples, Iterable):
+        raise TypeError(f"{name} can't be a {type(samples).__name__}. Give dictionaries with some of {accepted}.")
     for number, sample in enumerate(samples):
-        if not isinstance(sample, Mapping) or sample.keys() - accepted:
-            given = sorted(sample.keys() - accepted) if isinstance(sample, Mapping) else type(sample).__name__
-            raise TypeError(f"samples[{number}] can't hold {given}. Give dictionaries with some of {[*accepted]}.")
+        if not isinstance(sample, Mapping) or sample.keys() - {*accepted}:
+            given = [*sample.keys() - {*accepted}] if isinstance(sample, Mapping) else type(sample).__name__
+            raise TypeError(f"{name}[{number}] can't hold {given}. Give dictionaries with some of {accepted}.")
         try:
             inputs = processor.prepare(**{**defaults, **sample})
         except (TypeError, ValueError, OSError) as error:
             if len(error.args) == 1:
-                error.args = (f"samples[{number}]: {error}",)
+                error.args = (f"{name}[{number}]: {error}",)
             raise
         yield inputs
 
@@ -741,27 +757,39 @@ def _region_tiles(inputs: Sequence[Sa2VAInputs]) -> Tensor:
         regions = 0 if call.prompt_masks is None else len(call.prompt_masks)
         tiles += [before if call.is_video else before + count - 1] * regions
         before += count
-    return torch.tensor(tiles)
+    return torch.tensor(tiles, dtype=torch.long)
 
 
 def _as_samples(texts: Sequence[str], **columns: Any) -> list[dict[str, Any]]:
-    """What goes with each of several texts, as arguments of `prepare`; a column is a list, or None for all."""
+    """Several texts and what goes with each, as arguments of `prepare`.
+
+    A column is a list, or None for all; one `past_text` may be that of all.
+    """
     if not texts:
         raise ValueError("text is an empty list. Give the user's words, or a list with those of each sample.")
-    rows = {}
+    rows = {"text": texts}
     for name, column in columns.items():
-        is_shared = column is None or (isinstance(column, str) and name == "past_text")
-        items = column if isinstance(column, list | tuple) else [column] * (len(texts) if is_shared else 1)
+        if column is None or (name == "past_text" and isinstance(column, str)):
+            column = [column] * len(texts)
+        items = column if isinstance(column, list | tuple) else [column]
         if len(items) != len(texts):
-            given = f"a list of {len(items)}" if isinstance(column, list | tuple) else f"one {type(column).__name__}"
-            raise ValueError(f"{len(texts)} texts are as many samples; {name} of them is {given}. Give one for each.")
-        rows[name] = [item if name == "video" else _single(item) for item in items]
-    return [dict(zip(("text", *rows), sample, strict=True)) for sample in zip(texts, *rows.values(), strict=True)]
+            given = f"{len(items)} in a list" if items is column else f"one {type(column).__name__}"
+            raise ValueError(f"{name}={given}, but text is a list of {len(texts)}. Give a list with one for each text.")
+        rows[{"images": "image", "videos": "video"}.get(name, name)] = items
+    rows["image"] = [_single(image) for image in rows["image"]]
+    return [dict(zip(rows, sample, strict=True)) for sample in zip(*rows.values(), strict=True)]
 
 
 def _single(value: Any) -> Any:
     """The only item of a one-item list, in which batch-minded callers wrap a sample."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+def _one_video(value: Any) -> Any:
+    """The only item of a one-item list, if that can only be a whole video: a list of frames, or no picture's path."""
+    item = _single(value)
+    is_file = isinstance(item, str | os.PathLike) and Path(item).suffix.lower() not in _FRAME_SUFFIXES
+    return item if is_file or isinstance(item, list | tuple) else value
 
 
 # ------------------------------------------------------------------------------------------------- pixels and tiles
@@ -1293,7 +1321,7 @@ class Sa2VAProcessor(ProcessorMixin):
 
         Raises:
             TypeError: no array of numbers.
-            ValueError: several arrays, wrong shape, no region, NaN.
+            ValueError: several arrays, wrong shape, no region or absurdly many or large ones, NaN.
         """
         wanted = "Give one array of numbers or bools [regions, height, width], or a list with just that."
         if isinstance(mask_prompts, list | tuple) and len(mask_prompts) != 1:
@@ -1304,6 +1332,9 @@ class Sa2VAProcessor(ProcessorMixin):
             raise TypeError(f"mask_prompts hold a {kind}. {wanted}")
         if masks.ndim != 3 or 0 in masks.shape:
             raise ValueError(f"mask_prompts have shape {tuple(masks.shape)}. {wanted} No side may be 0.")
+        if len(masks) > MAX_REGIONS:
+            raise ValueError(f"mask_prompts are {len(masks)} regions, more than {MAX_REGIONS}. {wanted}")
+        _check_area(masks.shape[2], masks.shape[1], MAX_IMAGE_PIXELS)
         if not np.isfinite(masks).all():
             raise ValueError(f"mask_prompts hold NaN or infinite values. {wanted} 0 is outside.")
         inside = torch.from_numpy(np.ascontiguousarray(masks != 0)).to(torch.uint8)[:, None]
@@ -1448,15 +1479,15 @@ class Sa2VAProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """`prepare` in the manner of transformers: the arguments of the model's `generate` and `forward`.
 
-        A list of texts is a batch, with as many images, videos, `past_text` and `mask_prompts`, each in a list that may
-        hold None. Masks come from the model's `predict_forward` and `predict_batch`, which prepare by themselves.
+        A list of texts is a batch, be it of one, with as many images, videos, `past_text` and `mask_prompts`, each in a
+        list that may hold None. Masks come from the model's `predict_*`, which prepare by themselves.
 
         Args:
             images: one image, or a list with one for each text.
             text: the user's words, or a list of them.
             videos: one video (a list is taken for its frames); in a batch a list of videos.
             past_text, mask_prompts, num_frames, frame_sampling: see `prepare`; the last two are the same for all.
-            return_tensors: "pt" (also None) or "np".
+            return_tensors: "pt" (also None), or "np", which the model does not take.
             padding: True or "longest" fills shorter texts up; False refuses a batch that would need it.
             padding_side: "left" to `generate`, "right" for `forward`.
 
@@ -1472,21 +1503,21 @@ class Sa2VAProcessor(ProcessorMixin):
         if padding not in (True, False, "longest") or padding_side not in ("left", "right"):
             raise ValueError(f"{padding=}, {padding_side=}: padding is True or False, on the 'left' or 'right'.")
         shared = {"num_frames": num_frames, "frame_sampling": frame_sampling}
-        given = {"image": images, "video": videos, "past_text": past_text, "mask_prompts": mask_prompts}
+        given = {"images": images, "videos": videos, "past_text": past_text, "mask_prompts": mask_prompts}
         if isinstance(text, list | tuple):
-            inputs = list(prepare_samples(self, _as_samples(text, **given), **shared))
+            inputs = list(prepare_samples(self, _as_samples(text, **given), "text", **shared))
         else:
-            inputs = [self.prepare(**{**given, "image": _single(images)}, text=text, **shared)]
+            inputs = [self.prepare(_single(images), _one_video(videos), text, past_text, mask_prompts, **shared)]
         lengths = {x.input_ids.shape[1] for x in inputs}
         if len(lengths) > 1 and not padding:
             raise ValueError(f"Texts of {sorted(lengths)} tokens need padding=True to make one batch.")
-        return BatchFeature(collate_inputs(inputs, self.pad_token_id or 0, padding_side), tensor_type=return_tensors)
+        return BatchFeature(collate_inputs(inputs, self.pad_token_id, padding_side), tensor_type=return_tensors)
 
     @property
-    def pad_token_id(self) -> int | None:
-        """The token that fills up shorter texts of a batch: the tokenizer's own, else its end mark, if it has one."""
-        own = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if own is None else own
+    def pad_token_id(self) -> int:
+        """The token that fills up shorter texts of a batch: the tokenizer's own, else its end mark, else 0."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token_id for token_id in known if token_id is not None)
 
     def resize_logits(self, logits: Tensor, size: tuple[int, int], two_steps: bool = True) -> Tensor:
         """Mask logits [N, 1, s, s] -> float32 [N, h, w] for size (h, w).
@@ -1794,19 +1825,60 @@ def rle_to_masks(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:
     Raises:
         ValueError: the masks differ in size, or an encoding is damaged.
     """
+    masks = [decode_rle(rle) for rle in rles]
+    if len({mask.shape for mask in masks}) > 1:
+        raise ValueError("The run-length encoded masks differ in size. Decode frames of one size at a time.")
+    return np.stack(masks) if masks else np.zeros((0, 0, 0), dtype=bool)
+
+
+def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
+    """The mask, bool [h, w], of one run-length encoding as COCO has it.
+
+    Args:
+        rle: "size" [h, w] and "counts", compressed (text or bytes) or as a list of numbers.
+
+    Raises:
+        ValueError: another thing, or run lengths that don't fill the size. (pycocotools believes what it is given, and
+            reads and writes outside its memory where run lengths are cut off.)
+    """
     from pycocotools import mask as coco
 
-    for rle in rles:
-        try:
-            height, width = rle["size"]
-            _check_area(as_index(width), as_index(height), MAX_IMAGE_PIXELS)
-        except (KeyError, TypeError) as error:
-            raise ValueError('A run-length encoded mask is {"size": [h, w], "counts": str}, not this.') from error
-    if len({tuple(rle["size"]) for rle in rles}) > 1:
-        raise ValueError("The run-length encoded masks differ in size. Decode frames of one size at a time.")
-    if not rles:
-        return np.zeros((0, 0, 0), dtype=bool)
-    return coco.decode([dict(rle) for rle in rles]).transpose(2, 0, 1).astype(bool)
+    try:
+        height, width = map(as_index, rle["size"])
+        counts = rle["counts"]
+        _check_area(width, height, MAX_IMAGE_PIXELS)
+        is_text = isinstance(counts, str | bytes)
+        lengths = _run_lengths(counts) if is_text else np.array([as_index(count) for count in counts], dtype=np.int64)
+    except (KeyError, TypeError, OverflowError) as error:
+        raise ValueError('A run-length encoded mask is {"size": [h, w], "counts": text or list}, not this.') from error
+    if not len(lengths) or lengths.min() < 0 or lengths.sum() != height * width:
+        raise ValueError(
+            f"Run lengths must be >= 0 and add up to {height}x{width} = {height * width}, not {lengths.sum()}."
+        )
+    if not is_text:
+        return coco.decode(coco.frPyObjects({"size": [height, width], "counts": lengths.tolist()}, height, width)) > 0
+    return coco.decode({"size": [height, width], "counts": counts}) > 0
+
+
+def _run_lengths(counts: str | bytes) -> np.ndarray:
+    """Compressed run lengths as int64 [runs], as rleFrString of COCO's maskApi.c reads them.
+
+    A character holds five bits, least first, and whether more follow; behind the third, numbers are differences to the
+    one two before.
+    """
+    codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8).astype(np.int64) - 48
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise ValueError(f"The run lengths {counts[:40]!r}... are cut off, or were never compressed by COCO's code.")
+    ends = np.flatnonzero(codes & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    place = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    if place.max() > 6:
+        raise ValueError(f"The run lengths {counts[:40]!r}... hold a number beyond any mask.")
+    lengths = np.add.reduceat((codes & 31) << 5 * place, starts)
+    lengths -= np.where(codes[ends] & 16, 1 << 5 * (place[ends] + 1), 0)  # the sign
+    for first in (1, 2):
+        lengths[first::2] = lengths[first::2].cumsum()
+    return lengths
 
 
 def _as_bool_masks(masks: np.ndarray | Tensor) -> np.ndarray:
@@ -1838,8 +1910,10 @@ def draw_overlay(
         uint8 [h, w, 3], RGB.
 
     Raises:
-        ValueError: masks that are not bool [N, h, w], or not N phrases.
+        ValueError: masks that are not bool [N, h, w], not N phrases, or another `alpha`.
     """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha} is an opacity: give a number from 0 to 1.")
     picture, masks = load_image(image), _as_bool_masks(masks)
     if masks.shape[1:] != (picture.height, picture.width):
         raise ValueError(f"Masks are {masks.shape[1:]}, the picture is {(picture.height, picture.width)} (h, w).")
@@ -1848,8 +1922,8 @@ def draw_overlay(
     canvas = Image.fromarray(_paint(np.array(picture), masks, alpha))
     taken: list[tuple[int, int, int, int]] = []
     for index, phrase in enumerate(phrases or ()):
-        if phrase and masks[index].any():
-            _write_label(canvas, masks[index], phrase, object_color(index), taken)
+        if phrase.strip() and masks[index].any():
+            _write_label(canvas, masks[index], " ".join(phrase.split()), object_color(index), taken)
     return np.array(canvas)
 
 
@@ -1910,11 +1984,14 @@ __all__ = [
     "Sa2VAProcessorQwen",
     "VideoFrames",
     "choose_tiling",
+    "collate_inputs",
+    "decode_rle",
     "draw_overlay",
     "load_image",
     "masks_to_rle",
     "object_color",
     "open_video",
+    "prepare_samples",
     "replacing_files",
     "rle_to_masks",
     "select_key_frames",

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from sa2va.processing_sa2va import load_image, open_video
+from sa2va.processing_sa2va import decode_rle, load_image, open_video
 
 Size: TypeAlias = tuple[int, int]  # (h, w) in pixels
 
@@ -188,26 +188,7 @@ def decode_mask(encoded: Encoded, size: Size) -> np.ndarray:
         ValueError: an encoding that is broken or of another size.
         OSError: a mask file that can't be read.
     """
-    return _decode_run_lengths(encoded, size) if isinstance(encoded, Mapping) else encoded.decode(size)
-
-
-def _decode_run_lengths(encoded: Mapping[str, Any], size: Size) -> np.ndarray:
-    from pycocotools import mask as coco
-
-    try:
-        height, width = map(int, encoded["size"])
-        counts = encoded["counts"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'Run lengths need "size": [h, w] and "counts"; got keys {sorted(encoded)}.') from error
-    if isinstance(counts, str | bytes):
-        rle = {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
-    elif sum(counts) != height * width or min(counts) < 0:
-        raise ValueError(
-            f"Run lengths must be >= 0 and add up to {height}x{width} = {height * width}, not {sum(counts)}."
-        )
-    else:
-        rle = coco.frPyObjects({"size": [height, width], "counts": list(counts)}, height, width)
-    return _of_size(coco.decode(rle).astype(bool), size)
+    return _of_size(decode_rle(encoded), size) if isinstance(encoded, Mapping) else encoded.decode(size)
 
 
 def _of_size(mask: np.ndarray, size: Size) -> np.ndarray:

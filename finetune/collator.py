@@ -139,7 +139,8 @@ class SampleCollator:
             labels += [IGNORE_INDEX] * len(asked) + answered + [IGNORE_INDEX] * len(newline)
             past_text = f"{prompt}{answer}\n"
         ids = torch.tensor([input_ids[: self.max_length]])
-        return replace(first, input_ids=ids, attention_mask=torch.ones_like(ids)), labels[: self.max_length]
+        whole = replace(first, prompt=past_text, input_ids=ids, attention_mask=torch.ones_like(ids))
+        return whole, labels[: self.max_length]
 
 
 def answer_of(turn: Turn, is_video: bool) -> str:

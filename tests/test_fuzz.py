@@ -227,6 +227,20 @@ def test_any_encoding_of_masks(rles):
     assert len(masks_to_rle(masks)) == len(masks)
 
 
+@examples(200)
+@given(stnp.arrays(bool, (1, 9, 7)), st.integers(0, 30), st.binary(max_size=3), st.integers(0, 3))
+def test_a_damaged_encoding_is_refused_or_fills_its_size(masks, place, instead, left_out):
+    (rle,) = masks_to_rle(masks)
+    counts = rle["counts"].encode()
+    damaged = counts[:place] + instead + counts[place + left_out :]
+    try:
+        found = rle_to_masks([{**rle, "counts": damaged}])
+    except ValueError:
+        return
+    (again,) = masks_to_rle(found)
+    assert found.shape == masks.shape and np.array_equal(rle_to_masks([again]), found)
+
+
 @examples(60)
 @given(st.dictionaries(st.sampled_from(sorted(Sa2VAProcessor._settings_of(Sa2VAChatConfig()))), JSON, max_size=3))
 def test_any_settings_of_a_processor(processor, changes):

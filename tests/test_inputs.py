@@ -725,14 +725,14 @@ BAD_STATES = {
     ),
     "generate without tokens": (lambda have: have.model.generate(), ValueError, "input_ids"),
     "a list of images": (lambda have: have.processor([plain(), plain()], ASK), TypeError, "list"),
-    "two texts about one image": (lambda have: have.processor(plain(), [ASK, ASK]), ValueError, "image of them is one"),
+    "two texts about one image": (lambda have: have.processor(plain(), [ASK, ASK]), ValueError, "images=one Image"),
     "two texts about three images": (
         lambda have: have.processor([plain()] * 3, [ASK, ASK]),
         ValueError,
-        "2 texts .* image of them is a list of 3",
+        "images=3 in a list, but text is a list of 2",
     ),
     "no texts": (lambda have: have.processor(text=[]), ValueError, "empty list"),
-    "a second text that is none": (lambda have: have.processor(text=[ASK, 5]), TypeError, r"samples\[1\]: "),
+    "a second text that is none": (lambda have: have.processor(text=[ASK, 5]), TypeError, r"text\[1\]: "),
     "a batch without padding": (
         lambda have: have.processor(text=["Hi", ASK * 2], padding=False),
         ValueError,
@@ -927,8 +927,27 @@ BAD_STATES = {
     "decode what does not fill its size": (
         lambda have: rle_to_masks([{"size": [2, 2], "counts": "zz"}]),
         ValueError,
-        "Invalid RLE",
+        "cut off",
     ),
+    "decode what is cut off": (
+        lambda have: rle_to_masks([{"size": [40, 40], "counts": "m8?["}]),
+        ValueError,
+        "cut off",
+    ),
+    "decode no run": (lambda have: rle_to_masks([{"size": [40, 40], "counts": ""}]), ValueError, "cut off"),
+    "decode too few runs": (
+        lambda have: rle_to_masks([{"size": [40, 40], "counts": "0"}]),
+        ValueError,
+        "add up to 40x40",
+    ),
+    "decode a size alone": (lambda have: rle_to_masks([{"size": [40, 40]}]), ValueError, "counts"),
+    "decode a number of runs": (lambda have: rle_to_masks([{"size": [2, 2], "counts": 4}]), ValueError, "counts"),
+    "decode an endless run": (
+        lambda have: rle_to_masks([{"size": [2, 2], "counts": "o" * 20 + "0"}]),
+        ValueError,
+        "beyond any mask",
+    ),
+    "paint beyond opaque": (lambda have: draw_overlay(plain(), [], alpha=5), ValueError, "alpha=5"),
     "paint masks of another size": (
         lambda have: draw_overlay(plain(), np.ones((1, 2, 2), bool)),
         ValueError,
