@@ -23,6 +23,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from numbers import Integral, Real
+from operator import index as as_index
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ from .configuration_sa2va import (
     reading_weights,
 )
 from .processing_sa2va import (
+    MAX_IMAGE_PIXELS,
     ReadAhead,
     Sa2VAInputs,
     Sa2VAProcessor,
@@ -328,6 +330,11 @@ class Sa2VAInternLM2ForCausalLM(LlamaForCausalLM):
         self.model.rotary_emb = Sa2VAInternLM2RotaryEmbedding(config)
 
 
+def _register_layout(class_name: str) -> None:
+    """Has transformers rename what the released checkpoints call otherwise than `sam2` does, in models of a class."""
+    register_checkpoint_conversion_mapping(class_name, [WeightRenaming("g_weight", "gamma")], overwrite=True)
+
+
 class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     """Chat, referring segmentation and grounded captions on images and videos.
 
@@ -352,6 +359,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def __init_subclass__(cls, **kwargs):
+        """Has a subclass read and write checkpoints by the layout rules of this class, which go by names."""
+        super().__init_subclass__(**kwargs)
+        _register_layout(cls.__name__)
 
     def __init__(self, config: Sa2VAChatConfig):
         super().__init__(config)
@@ -662,9 +674,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             ValueError: the placeholders in the text do not match the features.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        if image_features is None:
-            return embeds
         is_image = input_ids == token_ids.image
+        if image_features is None:
+            if prompt_masks is not None or bool(is_image.any()):
+                raise ValueError("The text shows a picture, or regions of one, but there are no pixel_values.")
+            return embeds
         image_features = image_features.to(embeds)
         if prompt_masks is None:
             return _fill(embeds, is_image, image_features.flatten(0, 1), "image")
@@ -886,7 +900,21 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         arguments = self._generation_arguments(self.load_processor(), generate_kwargs)
         embeds = self._prompt_embeds(self.special_token_ids(), input_ids, pixel_values, prompt_masks, prompt_mask_tiles)
         mask = None if attention_mask is None else attention_mask.to(embeds.device)
-        return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **arguments)
+        return self._write({"inputs_embeds": embeds, "attention_mask": mask}, arguments)
+
+    def _write(self, prompt: dict[str, Tensor | None], arguments: dict[str, Any]) -> Any:
+        """transformers' `generate` of the part that writes.
+
+        transformers keeps the length of the longest static cache it was asked for; if there was no room, all later
+        calls would ask for it again.
+        """
+        model, before = self.causal_model, getattr(self.causal_model, "_previous_max_cache_length", -1)
+        _check_against_prompt(prompt, arguments)
+        try:
+            return model.generate(**prompt, **arguments)
+        except BaseException:
+            model._previous_max_cache_length = before
+            raise
 
     def _prompt_embeds(
         self,
@@ -1135,8 +1163,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             for.
 
         Raises:
-            ValueError, TypeError, OSError: as `predict_forward`, when the first frame is asked for; a `resume` that is
-                no state of this model's streams; neither image nor video.
+            ValueError, TypeError, OSError: as `predict_forward`, when the first frame is asked for; neither image nor
+                video; a `resume` that is no state of a stream, or of a model of another SAM 2 or dtype (that it is of
+                another with the same can't be told), or beyond the video's end.
         """
         options = _MaskOptions(
             mask_threshold, return_raw_masks, output_format, mask_sizes, encode_batch_size=encode_batch_size
@@ -1148,8 +1177,12 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         def start() -> Sa2VAInputs:
             """Checks what was given, and writes or takes up the answer."""
             if resume is not None:
-                if image is not None or video is None or text is not None or past_text or mask_prompts is not None:
-                    raise ValueError("resume goes on with an answer that is written: give it with video= alone.")
+                asked = (image, text, past_text or None, mask_prompts, num_frames, frame_sampling)
+                if video is None or generate_kwargs or any(value is not None for value in asked):
+                    raise ValueError(
+                        "resume goes on with an answer that is written: give it with video= alone, and how masks are "
+                        "wanted."
+                    )
                 return self._resume(resume, video, progress, grounding)
             count = generate_kwargs.pop("sample_num_frames", num_frames)
             inputs = processor.prepare(image, video, text, past_text, mask_prompts, count, frame_sampling)
@@ -1197,11 +1230,16 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             prompts = tensors.pop("prompts").to(device)
             progress.tracking = TrackingState.from_tensors(tensors, self.config.grounding_config, device)
             progress.answer = Answer(words["prediction"], words["past_text"], words["phrases"], prompts)
-            progress.size, model = tuple(words["size"]), words["model"]
-            if len(prompts) and not progress.tracking.banks:
-                raise ValueError("There is nothing to track: it comes from an image.")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError("resume is no state of a stream. Give what stream.state() returned, unchanged.") from error
+            height, width = progress.size = tuple(map(as_index, words["size"]))
+            model = words["model"]
+            if not 0 < height * width <= MAX_IMAGE_PIXELS or min(height, width) < 1:
+                raise ValueError(f"It is of frames of {height}x{width}.")
+            if len(prompts) != progress.tracking.num_objects:
+                raise ValueError(f"It tracks {progress.tracking.num_objects} objects of {len(prompts)}.")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"resume is no state of a stream of a video. Give what stream.state() returned, unchanged. ({error})"
+            ) from error
         if model != grounding:
             raise ValueError(f"resume comes from a model with {model}, this one has {grounding}. Use the same model.")
         if prompts.dtype != (dtype := _dtype(self.text_hidden_fcs)):
@@ -1274,10 +1312,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         for question in inputs:
             self._check_vocabulary(question.input_ids, token_ids)
         prompt = self._prompt(token_ids, inputs)
-        if arguments.get("assistant_model") is not None and "input_ids" not in prompt:
-            raise ValueError("assistant_model can't read pictures as this family gives them. Leave it out.")
         with _setting(_WRITTEN, _WrittenStates(len(inputs))) as written:
-            generated = self.causal_model.generate(**prompt, **arguments)
+            generated = self._write(prompt, arguments)
         given = prompt["input_ids"].shape[1] if "input_ids" in prompt else 0  # embeddings are not given back
         answers = _without_padding(generated.sequences[:, given:], arguments["generation_config"])
         states = self._seg_states(prompt, answers, token_ids.seg, generated.get(_CACHE), written)
@@ -1300,7 +1336,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
         config = copy.deepcopy(config)
         _check_generation(config, given)
+        if given.get("max_length") is not None:
+            config.max_new_tokens = None  # else transformers would follow that
         arguments = config.update(**given)  # leaves what is no setting: streamer, logits_processor...
+        self._check_static_cache(config)
         tokenizer = processor.tokenizer
         words = {word: _token_id(tokenizer, word) for word in processor.stop_words}
         if config.eos_token_id is None:
@@ -1316,6 +1355,17 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if config.stop_strings is not None:
             arguments.setdefault("tokenizer", tokenizer)
         return {"generation_config": config, **arguments}
+
+    def _check_static_cache(self, config: GenerationConfig) -> None:
+        """Refuses to set room aside for more tokens than the model has positions."""
+        kind = config.cache_implementation or self.causal_model.generation_config.cache_implementation or ""
+        most = max(self.config.get_text_config().max_position_embeddings, self.gen_config.max_new_tokens or 0)
+        wanted = config.max_length if config.max_new_tokens is None else config.max_new_tokens
+        if "static" in kind and (wanted or 0) > most:
+            raise ValueError(
+                f"A static cache, which compile_parts uses, sets room aside for all {wanted} tokens; this model has "
+                f"{most} positions. Lower max_new_tokens, or pass cache_implementation='dynamic'."
+            )
 
     def _prompt(self, token_ids: SpecialTokenIds, inputs: Sequence[Sa2VAInputs]) -> dict[str, Tensor]:
         """Questions as arguments of `causal_model.generate`, padded in front."""
@@ -1524,7 +1574,8 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
 
         Args:
             input_ids, attention_mask: int64 [B, L].
-            **kwargs: `pixel_values`, `image_grid_thw` and anything transformers' `generate` takes.
+            **kwargs: `pixel_values`, `image_grid_thw` and anything transformers' `generate` takes. What is not given
+                comes from `gen_config` and the template, at whose end marks an answer stops.
 
         Raises:
             ValueError: no `input_ids`.
@@ -1532,9 +1583,11 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         if input_ids is None:
             raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
         kwargs.setdefault("mm_token_type_ids", self._token_types(input_ids))
-        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
+        prompt |= {name: kwargs.pop(name) for name, value in list(kwargs.items()) if isinstance(value, Tensor)}
+        arguments = self._generation_arguments(self.load_processor(), kwargs)
         device = self.execution_device
-        return self.model.generate(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+        return self._write({k: None if v is None else v.to(device) for k, v in prompt.items()}, arguments)
 
     def _token_types(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.config.image_token_id).long()
@@ -1825,8 +1878,13 @@ def _released_layout(model: PreTrainedModel) -> list[WeightTransform]:
     Left to itself, transformers would reverse the rules that loading needed, or for a model that was not loaded also
     its own for Qwen2.5-VL files older than any Sa2VA.
     """
+
+    def is_ours(module: nn.Module) -> bool:
+        """Whether its class is one of this file, or derived from one."""
+        return any(kind.__module__ == __name__ for kind in type(module).__mro__)
+
     rules = get_model_conversion_mapping(model, add_legacy=False)
-    return [rule for rule in rules if type(model.get_submodule(rule.scope_prefix or "")).__module__ == __name__]
+    return [rule for rule in rules if is_ours(model.get_submodule(rule.scope_prefix or ""))]
 
 
 def pickled_weights_message(name_or_path: str) -> str:
@@ -1923,6 +1981,11 @@ def _region_features(image_features: Tensor, masks: Tensor, tiles: Tensor | None
     """
     if tiles is None:
         tiles = torch.full((len(masks),), len(image_features) - 1)
+    if tiles.shape != masks.shape[:1] or not 0 <= int(tiles.min()) <= int(tiles.max()) < len(image_features):
+        raise ValueError(
+            f"prompt_mask_tiles={tiles.tolist()} must hold, for each of the {len(masks)} prompt_masks, one of the "
+            f"{len(image_features)} tiles, counted from 0."
+        )
     return image_features[tiles.to(image_features.device)][masks.flatten(1).to(image_features.device)]
 
 
@@ -1948,6 +2011,22 @@ def _check_generation(config: GenerationConfig, given: Mapping[str, Any]) -> Non
             raise TypeError(f"{name} must be a list of functions, got {given[name]!r}.")
     if (streamer := given.get("streamer")) is not None and not hasattr(streamer, "put"):
         raise TypeError(f"{streamer=} must have the methods put and end, as a TextStreamer has.")
+
+
+def _check_against_prompt(prompt: Mapping[str, Tensor | None], arguments: Mapping[str, Any]) -> None:
+    """Refuses settings of `generate` that don't go with this prompt."""
+    config = arguments["generation_config"]
+    length = prompt.get("inputs_embeds", prompt.get("input_ids")).shape[1]
+    if config.max_new_tokens is None and config.max_length is not None and config.max_length <= length:
+        raise ValueError(
+            f"max_length={config.max_length} counts the prompt, which takes {length} tokens. Give max_new_tokens."
+        )
+    if "input_ids" in prompt:
+        return
+    if arguments.get("assistant_model") is not None:
+        raise ValueError("assistant_model can't read pictures as this family gives them. Leave it out.")
+    if config.guidance_scale not in (None, 1):
+        raise ValueError("guidance_scale needs prompts in tokens, and pictures of this family aren't. Leave it out.")
 
 
 def _end_ids(config: GenerationConfig) -> list[int]:
@@ -2064,7 +2143,7 @@ def _check_compilable(parts: Sequence[nn.Module], config: CompileConfig, device:
         probe(torch.zeros(2, device=device))
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        if config.backend != "inductor":
+        if config.backend != "inductor" or "mode=" in reason:
             raise ValueError(f"torch.compile does not work with {config.to_dict()}: {reason}") from error
         raise OSError(
             f"torch.compile does not work here: {reason}. It needs a C++ compiler on a CPU (g++, clang or MSVC) and "
@@ -2400,8 +2479,7 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,
 )
-for _name in ("Sa2VAChatModel", "Sa2VAChatModelQwen"):
-    register_checkpoint_conversion_mapping(_name, [WeightRenaming("g_weight", "gamma")], overwrite=True)
+_register_layout("Sa2VAChatModel")
 
 __all__ = [
     "Sa2VAChatModel",

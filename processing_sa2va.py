@@ -273,7 +273,11 @@ class VideoFrames:
         return self.read()
 
     def read(self, start: int = 0) -> Iterator[Image.Image]:
-        """Yields every frame from number `start` on and keeps none; those before are passed over, not converted."""
+        """Yields every frame from number `start` on and keeps none; those before are passed over, not converted.
+
+        Raises:
+            ValueError: the video ends before.
+        """
         seen = 0
         with closing(self._source(False)) as decoders:
             for decode in decoders:
@@ -281,6 +285,8 @@ class VideoFrames:
                     yield decode()
                 seen += 1
         self._length = seen
+        if seen < start:
+            raise ValueError(f"The video has {seen} frames, so none after the first {start}. Is it the same video?")
 
     def __len__(self) -> int:
         return self.count()

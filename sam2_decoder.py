@@ -366,6 +366,11 @@ class MemoryBank:
         """An empty bank that looks as far as the config says."""
         return cls(config.num_maskmem, config.max_object_pointers, config.max_cond_frames_in_attn)
 
+    @property
+    def num_objects(self) -> int:
+        """How many objects are remembered; all frames have the same."""
+        return next((len(memory.object_pointers) for memory in self.conditioning.values()), 0)
+
     def restart(self) -> "MemoryBank":
         """A bank with the same conditioning frames and nothing tracked yet."""
         return replace(self, recent={})
@@ -444,12 +449,17 @@ class TrackingState:
         given = {name: tensor for name, tensor in named.items() if tensor is not None}
         return {name: torch.clone(t, memory_format=torch.contiguous_format).cpu() for name, t in given.items()}
 
+    @property
+    def num_objects(self) -> int:
+        """How many objects are tracked."""
+        return sum(bank.num_objects for bank in self.banks)
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], config: Sa2VAGroundingConfig, device) -> "TrackingState":
         """The inverse of `to_tensors`.
 
         Raises:
-            KeyError, TypeError, ValueError: these are no such tensors.
+            KeyError, TypeError, ValueError: these are no such tensors, or don't fit each other and the config.
         """
         tree: dict[str, Any] = {}
         for name, tensor in tensors.items():
@@ -472,7 +482,28 @@ class TrackingState:
             for _, bank in sorted(tree.get("banks", {}).items(), key=lambda item: int(item[0]))
         ]
         predictions = {int(t): MaskPrediction(**parts) for t, parts in tree.get("predictions", {}).items()}
-        return cls(banks, predictions, int(tree["next_frame"]))
+        state = cls(banks, predictions, int(tree["next_frame"]))
+        state._check(config)
+        return state
+
+    def _check(self, config: Sa2VAGroundingConfig) -> None:
+        """Raises a ValueError if tensors don't fit each other or SAM 2."""
+        num_cells = (config.image_size // 16) ** 2
+        found = [(self.next_frame >= 0, True)]
+        for bank in self.banks:
+            found.append((bank.position.shape, (num_cells, 1, config.mem_dim)))
+            for memory in (*bank.conditioning.values(), *bank.recent.values()):
+                found.append((memory.object_pointers.shape, (bank.num_objects, config.d_model)))
+                if memory.features is not None:
+                    found.append((memory.features.shape, (num_cells, bank.num_objects, config.mem_dim)))
+        for prediction in self.predictions.values():
+            found += [
+                (scores.shape, (self.num_objects,)) for scores in (prediction.iou_scores, prediction.object_scores)
+            ]
+            found.append((prediction.logits.shape, (self.num_objects, 1, *(config.image_size // 4,) * 2)))
+        for given, wanted in found:
+            if given != wanted:
+                raise ValueError(f"It holds {given} where {wanted} belongs.")
 
 
 class Sam2Decoder(nn.Module):

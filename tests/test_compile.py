@@ -86,6 +86,18 @@ def test_generate_uses_the_compiled_step_too(compiled, expected):
     assert compiled.generate(**given).tolist() == before.tolist()
 
 
+def test_a_cache_that_found_no_room_is_not_asked_for_again(compiled, expected, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(compiled.language_model), "_sample", no_room)
+        with pytest.raises(torch.OutOfMemoryError):
+            compiled.predict_forward(**IMAGE, max_new_tokens=2000)
+    assert compiled.language_model._previous_max_cache_length < 2000
+    assert same(answer(compiled, IMAGE), expected[0])
+
+
 def test_threads_share_compiled_parts(compiled, expected):
     with ThreadPoolExecutor(3) as pool:
         outputs = list(pool.map(lambda question: answer(compiled, question), [IMAGE, QUESTION, IMAGE]))

@@ -1,6 +1,7 @@
 """Every kind of image, video, call and checkpoint that a user may try: what works, and what a wrong one is told."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,9 @@ def bomb(folder):
 BAD_IMAGES = {
     "missing file": (lambda folder: folder / "none.png", FileNotFoundError, "none.png"),
     "a web address": (lambda _: "https://example.com/a.png", FileNotFoundError, "no URL"),
+    "no path": (lambda _: "", FileNotFoundError, "no image at ''"),
+    "home of nobody": (lambda _: "~nobody-at-all/a.png", FileNotFoundError, "nobody-at-all"),
+    "a pipe": (lambda folder: pipe(folder / "pipe.png"), OSError, "device or pipe"),
     "a folder": (lambda folder: folder, IsADirectoryError, "video="),
     "no picture inside": (text_file, OSError, "words.png"),
     "cut file": (truncated_png, OSError, "cut.png"),
@@ -406,12 +410,19 @@ def headless_mp4(folder):
     return path
 
 
+def pipe(path):
+    os.mkfifo(path)
+    return path
+
+
 BAD_VIDEOS = {
     "empty list": (lambda _: [], ValueError, "empty"),
     "empty array": (lambda _: np.zeros((0, 4, 6, 3), np.uint8), ValueError, "empty"),
     "empty generator": (lambda _: iter(()), ValueError, "empty"),
     "empty folder": (empty_folder, ValueError, "empty"),
     "missing file": (lambda folder: folder / "none.mp4", FileNotFoundError, "none.mp4"),
+    "a pipe": (lambda folder: pipe(folder / "pipe.mp4"), OSError, "device or pipe"),
+    "a name that is not UTF-8": (lambda folder: text_file(folder, "\udcff.mp4"), OSError, "not in UTF-8"),
     "no video inside": (lambda folder: text_file(folder, "words.mp4"), ValueError, "words.mp4"),
     "cut mp4": (headless_mp4, ValueError, "clip.mp4"),
     "no gif inside": (lambda folder: text_file(folder, "words.gif"), ValueError, "words.gif"),
@@ -543,6 +554,12 @@ BAD_CALLS = {
     "empty list of regions": ({"text": ASK, "mask_prompts": []}, ValueError, "list of 0"),
     "no region": ({"text": ASK, "mask_prompts": np.ones((0, 4, 6))}, ValueError, r"\(0, 4, 6\)"),
     "region without pixels": ({"text": ASK, "mask_prompts": np.ones((1, 0, 6))}, ValueError, r"\(1, 0, 6\)"),
+    "more regions than words": ({"text": ASK, "mask_prompts": np.ones((1001, 4, 6))}, ValueError, "more than 1000"),
+    "a region as large as a city": (
+        {"text": ASK, "mask_prompts": np.broadcast_to(np.uint8(1), (1, 10**5, 10**5))},
+        ValueError,
+        "100000x100000",
+    ),
     "NaN region": ({"text": ASK, "mask_prompts": REGION * np.nan}, ValueError, "NaN"),
     "region in words": ({"text": ASK, "mask_prompts": "the left half"}, TypeError, "str"),
     "region of strings": ({"text": ASK, "mask_prompts": np.full((1, 6, 8), "a")}, TypeError, "numbers"),
@@ -686,6 +703,17 @@ BAD_STATES = {
         ValueError,
         "1000 are the most",
     ),
+    "shorter than its question": (
+        lambda have: have.ask(max_length=5, max_new_tokens=None),
+        ValueError,
+        "max_length=5 co",
+    ),
+    "guided away from no words": (lambda have: have.ask(guidance_scale=2.0), ValueError, "guidance_scale"),
+    "room for more tokens than positions": (
+        lambda have: have.ask(max_new_tokens=10**9, cache_implementation="static"),
+        ValueError,
+        "static cache",
+    ),
     "streamer is a number": (lambda have: have.ask(streamer=5), TypeError, "streamer=5"),
     "logits_processor of numbers": (lambda have: have.ask(logits_processor=[5]), TypeError, "logits_processor"),
     "an assistant that sees no picture": (
@@ -694,6 +722,12 @@ BAD_STATES = {
         "assistant_model",
     ),
     "half a frame together": (lambda have: have.ask(encode_batch_size=1.5), ValueError, "encode_batch_size=1.5"),
+    "no samples at all": (lambda have: have.model.predict_batch(None), TypeError, "NoneType"),
+    "a sample of numbers": (
+        lambda have: have.model.predict_batch([{5: "a", "b": 1}]),
+        TypeError,
+        r"samples\[0\] can't",
+    ),
     "half a sample together": (
         lambda have: have.model.predict_batch([{"text": ASK}], batch_size=2.5),
         ValueError,
@@ -752,6 +786,19 @@ BAD_STATES = {
         lambda have: have.forward(pixel_values=torch.zeros(2, 3, 448, 448)),
         ValueError,
         "placeholders",
+    ),
+    "a picture without pixels": (lambda have: have.forward(pixel_values=None), ValueError, "no pixel_values"),
+    "generate about a picture without pixels": (
+        lambda have: have.model.generate(have.processor(plain(), ASK)["input_ids"]),
+        ValueError,
+        "no pixel_values",
+    ),
+    "regions on a tile that is not there": (
+        lambda have: have.model.generate(
+            **{**have.processor(plain(), ASK, mask_prompts=REGION), "prompt_mask_tiles": torch.tensor([99])}
+        ),
+        ValueError,
+        r"prompt_mask_tiles=\[99\]",
     ),
     "frames of another batch": (lambda have: have.forward(grounding_pixel_values=[None] * 2), ValueError, "2"),
     "masks of another batch": (lambda have: have.forward(mask_labels=[]), ValueError, "mask_labels of 0"),

@@ -147,3 +147,18 @@ def test_a_qwen3_language_model_builds_and_answers(golden, golden_processor, pic
     model = Sa2VAChatModel(config).eval()
     output = model.predict_forward(image=picture, text="?", processor=golden_processor, max_new_tokens=3)
     assert type(model.language_model).__name__ == "Qwen3ForCausalLM" and isinstance(output.prediction, str)
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_a_subclass_reads_and_writes_the_released_layout(family, tmp_path):
+    folder = ROOT / "tests" / "golden" / family
+    plain = AutoModel.from_pretrained(folder)
+
+    class Mine(type(plain)):
+        pass
+
+    mine, report = Mine.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    mine.save_pretrained(tmp_path)
+    released, written = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert all(torch.equal(written[name], tensor) for name, tensor in released.items())

@@ -1,6 +1,7 @@
 """The processor against the golden data, and each of its promises."""
 
 import json
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from itertools import groupby, pairwise, product
@@ -257,6 +258,14 @@ def test_words_alone_have_no_picture(processor):
     inputs = processor.prepare(text="Hi")
     assert inputs.pixel_values is inputs.frames is inputs.prompt_masks is inputs.size is None
     assert (inputs.key_frames, inputs.is_video) == ([], False)
+
+
+def test_inputs_go_from_one_process_to_another(processor, pictures, tmp_path):
+    Image.fromarray(pictures["imgA"]).save(tmp_path / "a.png")
+    for given in ({"image": tmp_path / "a.png"}, {"video": pictures["vid3"]}, {"video": tmp_path}):
+        inputs = processor.prepare(**given, text="Hi")
+        again = pickle.loads(pickle.dumps(inputs))
+        assert all(np.array_equal(a, b) for a, b in zip(again.frames, inputs.frames, strict=True))
 
 
 def test_inputs_can_not_be_changed(processor):

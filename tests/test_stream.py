@@ -121,6 +121,26 @@ BAD_RESUMES = {
         {},
         "Use the same model",
     ),
+    "settings of an answer": (lambda state: state, {"max_new_tokens": 5}, "how masks are wanted"),
+    "half a memory": (
+        lambda state: {k: v[: len(v) // 2] if k.endswith(".features") else v for k, v in state.items()},
+        {},
+        "no state of a stream",
+    ),
+    "objects that are not tracked": (
+        lambda state: {**state, "prompts": state["prompts"].repeat(2, 1)},
+        {},
+        "tracks 2 objects of 4",
+    ),
+    "frames as large as a city": (
+        lambda state: {
+            **state,
+            "description": torch.tensor(list(bytes(state["description"]).replace(b"[30, 40]", b"[100000, 100000]"))),
+        },
+        {},
+        "100000x100000",
+    ),
+    "a shorter video": (lambda state: state, {"video": 2}, "has 2 frames, so none after the first 4"),
     "another dtype": (
         lambda state: {k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in state.items()},
         {},
@@ -133,7 +153,8 @@ BAD_RESUMES = {
 def test_a_state_that_does_not_fit_is_explained(golden_model, whole, small, name):
     change, more, words = BAD_RESUMES[name]
     with pytest.raises(ValueError, match=words):
-        next(golden_model.predict_stream(video=small, resume=change(whole[3][1]), **more))
+        length = more.get("video", len(small))
+        next(golden_model.predict_stream(**{**more, "video": small[:length]}, resume=change(whole[3][1])))
 
 
 # ---------------------------------------------------------------------------------------------------- reading ahead
