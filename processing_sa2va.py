@@ -62,6 +62,7 @@ _ACCEPTED_IMAGES = "a PIL image, a path, or an array or tensor (HxW, HxWxC, CxHx
 _ACCEPTED_VIDEOS = (
     "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
 )
+_EXAMPLE_PART = '{"type": "image", "image": "a.png"}'
 _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
 _EXIF_ORIENTATION = 0x0112
 _CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
@@ -791,6 +792,23 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
+def _parts_of(content: Any) -> dict[str, Any]:
+    """The "text" of a message, and its "image" or "video"."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not (isinstance(parts, list | tuple) and all(isinstance(part, Mapping) for part in parts)):
+        raise TypeError(f"The content of a message is text or a list of dictionaries, got {content!r}.")
+    found: dict[str, Any] = {}
+    for part in parts:
+        kind = part.get("type")
+        given = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
+        if kind not in ("text", "image", "video") or given is None or (kind == "text" and not isinstance(given, str)):
+            raise ValueError(f"{dict(part)!r} is no text, image or video with its type, such as {_EXAMPLE_PART}.")
+        if kind in found and kind != "text":
+            raise ValueError(f"A message holds more than one {kind}; a conversation is about one.")
+        found[kind] = found.get(kind, "") + given if kind == "text" else given
+    return found
+
+
 def _one_video(value: Any) -> Any:
     """The only item of a one-item list, if that can only be a whole video: a list of frames, or no picture's path."""
     item = _single(value)
@@ -1518,6 +1536,67 @@ class Sa2VAProcessor(ProcessorMixin):
         if len(lengths) > 1 and not padding:
             raise ValueError(f"Texts of {sorted(lengths)} tokens need padding=True to make one batch.")
         return BatchFeature(collate_inputs(inputs, self.pad_token_id, padding_side), tensor_type=return_tensors)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        add_generation_prompt: bool = True,
+        num_frames: int | None = None,
+        frame_sampling: str | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature | Tensor | str | list[str]:
+        """Conversations as other models of transformers take them, written as `predict_forward` writes them.
+
+        Args:
+            conversation: messages {"role": "user" or "assistant", "content": words or a list of parts}, in turns, the
+                last one the user's; or a list of such conversations, which is a batch. Parts are {"type": "text",
+                "text": words} and, in one turn of the user, {"type": "image" or "video", "image", "video", "path" or
+                "url": see `load_image`, `open_video`}.
+            tokenize: True gives what a call of the processor does, False the prompts, with all tokens of pictures in
+                them, to look at.
+            return_dict: False gives the `input_ids` alone.
+            add_generation_prompt: always True: a prompt ends where the answer begins.
+            num_frames, frame_sampling: see `prepare`.
+            **kwargs: other arguments of a call: `return_tensors`, `padding`, `padding_side`.
+
+        Raises:
+            TypeError, ValueError, OSError: no such conversation; see also `prepare`.
+        """
+        if not add_generation_prompt:
+            raise ValueError("Prompts end where the answer begins: leave add_generation_prompt=False out.")
+        sampling = {"num_frames": num_frames, "frame_sampling": frame_sampling}
+        is_one = not conversation or isinstance(conversation[0], Mapping)
+        asked = [self._last_question(turns, **sampling) for turns in ([conversation] if is_one else conversation)]
+        if not tokenize:
+            prompts = [self.prepare(**question, **sampling).prompt for question in asked]
+            return prompts[0] if is_one else prompts
+        images, videos, texts, past = ([q[name] for q in asked] for name in ("image", "video", "text", "past_text"))
+        batch = self(images, texts, videos, past, **sampling, **kwargs)
+        return batch if return_dict else batch["input_ids"]
+
+    def _last_question(self, conversation: Sequence[Mapping[str, Any]], **sampling: Any) -> dict[str, Any]:
+        """The last turn of a conversation as arguments of `prepare`, the others as its `past_text`."""
+        question: dict[str, Any] = {"image": None, "video": None, "past_text": ""}
+        for number, message in enumerate(conversation):
+            role = ("user", "assistant")[number % 2]
+            if not isinstance(message, Mapping) or message.get("role") != role:
+                given = message.get("role") if isinstance(message, Mapping) else message
+                raise ValueError(f"Message {number} is of {given!r}; user and assistant take turns, the user begins.")
+            parts = _parts_of(message.get("content"))
+            words = parts.pop("text", "")
+            if role == "user":
+                if len(parts) + sum(question[kind] is not None for kind in ("image", "video")) > 1:
+                    raise ValueError("A conversation is about one image or one video.")
+                question |= {"text": words, **parts}
+            else:
+                end = "" if words.endswith(tuple(self.stop_words)) else self.stop_words[0]
+                question["past_text"] = f"{self.prepare(**question, **sampling).prompt}{words}{end}\n"
+        if len(conversation) % 2 == 0:
+            raise ValueError("A conversation ends with what the user asks.")
+        return question
 
     @property
     def pad_token_id(self) -> int:

@@ -173,3 +173,15 @@ def test_the_losses_reach_the_language_model(models, family):
     )
     output.loss.backward()
     assert output.mask_loss > 0 and model.get_decoder().layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", ["qwen25vl", "qwen3vl"])
+def test_messages_are_written_as_calls_are(models, family):
+    processor, picture = models[family].load_processor(), np.zeros((56, 84, 3), np.uint8)
+    asked = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Hi"}]}]
+    asked += [{"role": "assistant", "content": "Ho."}, {"role": "user", "content": "Why?"}]
+    past_text = processor.prepare(picture, text="Hi").prompt + "Ho.<|im_end|>\n"
+    alone = processor.prepare(picture, text="Why?", past_text=past_text)
+    found = processor.apply_chat_template(asked, tokenize=True, return_dict=True)
+    assert torch.equal(found["input_ids"], alone.input_ids)
+    assert torch.equal(found["pixel_values"], alone.pixel_values)

@@ -502,6 +502,11 @@ PAST = f"<|im_start|>user\n{TOKENS}Hi.<|im_end|>\n<|im_start|>assistant\nHello.<
 PAST_REGION = PAST.replace("Hi.", "\nregion1<vp>" + "<IMG_CONTEXT>" * 256 + "</vp>.\n")
 REGION = np.ones((1, 4, 6))
 
+SPOKEN = [
+    {"role": "user", "content": [{"type": "image", "image": plain(size=(6, 6))}, {"type": "text", "text": ASK}]},
+    {"role": "assistant", "content": "Sure."},
+]
+
 # arguments of a call -> the error and words of its message; a picture of 1 tile is added unless the row has its own
 BAD_CALLS = {
     "no text": ({}, TypeError, "text must be a string"),
@@ -774,6 +779,49 @@ BAD_STATES = {
     ),
     "padding to the most": (lambda have: have.processor(text=ASK, padding="max_length"), ValueError, "'max_length'"),
     "padding in the middle": (lambda have: have.processor(text=ASK, padding_side="both"), ValueError, "'both'"),
+    "a conversation of nobody": (lambda have: have.processor.apply_chat_template([]), ValueError, "ends with"),
+    "a message of the system": (
+        lambda have: have.processor.apply_chat_template([{"role": "system", "content": "Be kind."}]),
+        ValueError,
+        "'system'; user and assistant",
+    ),
+    "a conversation that is over": (
+        lambda have: have.processor.apply_chat_template(SPOKEN[:2]),
+        ValueError,
+        "ends with what the user asks",
+    ),
+    "a second picture": (
+        lambda have: have.processor.apply_chat_template([*SPOKEN[:2], SPOKEN[0]]),
+        ValueError,
+        "about one image",
+    ),
+    "two pictures at once": (
+        lambda have: have.processor.apply_chat_template([{"role": "user", "content": SPOKEN[0]["content"] * 2}]),
+        ValueError,
+        "more than one image",
+    ),
+    "a picture and a clip": (
+        lambda have: have.processor.apply_chat_template(
+            [{"role": "user", "content": [*SPOKEN[0]["content"], {"type": "video", "video": [plain()]}]}]
+        ),
+        ValueError,
+        "about one image",
+    ),
+    "content of a number": (
+        lambda have: have.processor.apply_chat_template([{"role": "user", "content": 5}]),
+        TypeError,
+        "got 5",
+    ),
+    "a part without type": (
+        lambda have: have.processor.apply_chat_template([{"role": "user", "content": [{"text": "Hi"}]}]),
+        ValueError,
+        "with its type",
+    ),
+    "a prompt without an end": (
+        lambda have: have.processor.apply_chat_template(SPOKEN[:1], add_generation_prompt=False),
+        ValueError,
+        "add_generation_prompt",
+    ),
     "unknown argument of the processor": (lambda have: have.processor(plain(), ASK, size=3), TypeError, "size"),
     # training
     "forward without tokens": (lambda have: have.model(pixel_values=torch.zeros(1, 3, 448, 448)), ValueError, "input"),

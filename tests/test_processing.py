@@ -317,6 +317,21 @@ def test_regions_of_a_batch_lie_on_tiles_of_their_own_sample(processor, pictures
     assert batch["prompt_mask_tiles"].tolist() == [tiles - 1, tiles, tiles]
 
 
+def test_messages_are_written_as_calls_are(processor, pictures):
+    picture = {"type": "image", "image": pictures["imgA"]}
+    first = [{"role": "user", "content": [picture, {"type": "text", "text": "Hi"}]}]
+    asked = processor.prepare(pictures["imgA"], text="Hi")
+    assert processor.apply_chat_template(first) == asked.prompt
+    second = [*first, {"role": "assistant", "content": "Ho."}, {"role": "user", "content": "Why?"}]
+    again = processor.prepare(pictures["imgA"], text="Why?", past_text=f"{asked.prompt}Ho.<|im_end|>\n")
+    assert processor.apply_chat_template(second) == again.prompt
+    batch = processor.apply_chat_template([first, second], tokenize=True, return_dict=True, padding_side="right")
+    rows = zip(batch["input_ids"], batch["attention_mask"], [asked, again], strict=True)
+    assert all(torch.equal(ids[mask.bool()], alone.input_ids[0]) for ids, mask, alone in rows)
+    assert torch.equal(batch["pixel_values"], torch.cat([asked.pixel_values, again.pixel_values]))
+    assert torch.equal(processor.apply_chat_template(first, tokenize=True), asked.input_ids)
+
+
 def test_call_with_words_alone_has_no_pixels(processor):
     assert set(processor(text="Hi")) == {"input_ids", "attention_mask"}
 
