@@ -1981,7 +1981,7 @@ def _region_features(image_features: Tensor, masks: Tensor, tiles: Tensor | None
     """
     if tiles is None:
         tiles = torch.full((len(masks),), len(image_features) - 1)
-    if tiles.shape != masks.shape[:1] or not 0 <= int(tiles.min()) <= int(tiles.max()) < len(image_features):
+    if tiles.shape != masks.shape[:1] or bool(((tiles < 0) | (tiles >= len(image_features))).any()):
         raise ValueError(
             f"prompt_mask_tiles={tiles.tolist()} must hold, for each of the {len(masks)} prompt_masks, one of the "
             f"{len(image_features)} tiles, counted from 0."

@@ -1590,6 +1590,8 @@ class Sa2VAProcessor(ProcessorMixin):
             if role == "user":
                 if len(parts) + sum(question[kind] is not None for kind in ("image", "video")) > 1:
                     raise ValueError("A conversation is about one image or one video.")
+                if "video" in parts:
+                    parts["video"] = open_video(parts["video"])  # an iterator can be read for every turn then
                 question |= {"text": words, **parts}
             else:
                 end = "" if words.endswith(tuple(self.stop_words)) else self.stop_words[0]

@@ -332,6 +332,14 @@ def test_messages_are_written_as_calls_are(processor, pictures):
     assert torch.equal(processor.apply_chat_template(first, tokenize=True), asked.input_ids)
 
 
+def test_messages_may_be_about_an_iterator_of_frames(processor, pictures):
+    video = {"type": "video", "video": iter(pictures["vid3"])}
+    messages = [{"role": "user", "content": [video, {"type": "text", "text": "Hi"}]}]
+    messages += [{"role": "assistant", "content": "Ho."}, {"role": "user", "content": "Why?"}]
+    found = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    assert torch.equal(found["pixel_values"], processor.prepare(video=pictures["vid3"], text="Hi").pixel_values)
+
+
 def test_call_with_words_alone_has_no_pixels(processor):
     assert set(processor(text="Hi")) == {"input_ids", "attention_mask"}
 
