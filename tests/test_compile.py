@@ -161,6 +161,8 @@ def test_wrong_options_are_told():
         model.compile_parts(full_graph=True)
     with pytest.raises(ValueError, match="no-such-backend"):
         model.compile_parts(backend="no-such-backend")
+    with pytest.raises(ValueError, match="no-such-mode"):
+        model.compile_parts(mode="no-such-mode")
 
 
 def test_offloaded_parts_are_refused(tmp_path):
