@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,7 @@ UPLOADED = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"),
     *(CARD, REQUIREMENTS_FILE, *DOCUMENTS),
 )
+LEFT_BY_TOOLS = (".cache", ".gitattributes", "__pycache__")  # by hf download, the Hub and Python
 MAX_HUB_FILE = 50_000_000_000  # bytes; the Hub takes no larger file
 CHUNK_BYTES = 2**25
 TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -638,7 +640,7 @@ def _convert_pickle(pickle: Path, target: Path) -> dict[str, int]:
 
     try:
         tensors = torch.load(pickle, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(pickle))
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, struct.error, AttributeError, KeyError) as error:
         raise CheckpointError(f"{pickle} can't be read as tensors, so it is not converted: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{pickle} holds more than tensors by their names. Save the model's state_dict alone.")
@@ -777,18 +779,17 @@ def pack_checkpoint(
         facts: for the model card. A card that somebody wrote or changed, in `source` or before in `out`, is kept.
         max_shard_size: bytes, or "5GB"; files that are larger are split. Default: what the Hub takes, 50 GB.
         skip_test: don't load the result and run it once in a process of its own.
-        overwrite: replace `out` if it is there.
+        overwrite: replace `out` if it is there and holds nothing but a model repository.
         token: for private repositories on the Hub.
         model_id: name that the card's examples use; default the name of `out`.
 
     Raises:
-        OSError: `source` is not there, `out` is, or the Hub can't be asked.
+        OSError: `source` is not there, `out` is and may not be replaced, or the Hub can't be asked.
         CheckpointError: `source` is no checkpoint that loads, or what would be written names secrets or local paths.
     """
     out = Path(out).absolute()
     _put_back(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
+    _check_replaceable(out, overwrite)
     with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
         origin = _find_origin(str(source), revision, token, merged)
         old_card = (out if (out / CARD).is_file() else origin.documents) / CARD
@@ -810,6 +811,23 @@ def pack_checkpoint(
         _put_in_place(target, out)
     weights = "merged" if origin.base is not None else weights
     return PackReport(str(out), report.family, weights, card, not skip_test, sizes, notes)
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where writing `out` would remove what is not a model repository."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
+    if not out.is_dir():
+        return
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
+        raise FileExistsError(f"{out} is, or holds, the current or home folder, which --overwrite does not replace.")
+    names = {path.name for path in out.iterdir()} - {*_uploaded_names(out), *LEFT_BY_TOOLS}
+    if names:
+        some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+        raise FileExistsError(
+            f"{out} also holds {some}, which is of no model repository and which --overwrite would remove. Move that "
+            "away, or name a new folder."
+        )
 
 
 @contextmanager

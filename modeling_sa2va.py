@@ -90,6 +90,7 @@ from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
 IGNORE_INDEX = -100
+_NO_PIXELS = "The text shows a picture, or regions of one, but there are no pixel_values. Give those of the processor."
 _MOST_BEAMS = 1000  # more than anybody searches with; far more take all memory there is
 _MOST_ABSENT = 2 * 10**9  # parameters that a checkpoint may lack; SAM 2 and a vision tower are 0.5 * 10**9
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
@@ -677,7 +678,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         is_image = input_ids == token_ids.image
         if image_features is None:
             if prompt_masks is not None or bool(is_image.any()):
-                raise ValueError("The text shows a picture, or regions of one, but there are no pixel_values.")
+                raise ValueError(_NO_PIXELS)
             return embeds
         image_features = image_features.to(embeds)
         if prompt_masks is None:
@@ -1582,6 +1583,7 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         """
         if input_ids is None:
             raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
+        self._check_pixels(input_ids, kwargs)
         kwargs.setdefault("mm_token_type_ids", self._token_types(input_ids))
         prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
         prompt |= {name: kwargs.pop(name) for name, value in list(kwargs.items()) if isinstance(value, Tensor)}
@@ -1589,12 +1591,18 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         device = self.execution_device
         return self._write({k: None if v is None else v.to(device) for k, v in prompt.items()}, arguments)
 
+    def _check_pixels(self, input_ids: Tensor, given: Mapping[str, Any]) -> None:
+        """transformers would go on with the placeholders' own embeddings."""
+        if given.get("pixel_values") is None and bool(self._token_types(input_ids).any()):
+            raise ValueError(_NO_PIXELS)
+
     def _token_types(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.config.image_token_id).long()
 
     def _read(self, token_ids: SpecialTokenIds, input_ids: Tensor, **kwargs) -> TextStates:
         if "prompt_masks" in kwargs:
             raise ValueError("prompt_masks are not supported around Qwen-VL; only the InternVL family knows regions.")
+        self._check_pixels(input_ids, kwargs)
         kwargs = {"mm_token_type_ids": self._token_types(input_ids), **kwargs}
         with _setting(_READ, []) as read:
             output = self.model.model(input_ids=input_ids, use_cache=False, **kwargs)
@@ -2021,12 +2029,10 @@ def _check_against_prompt(prompt: Mapping[str, Tensor | None], arguments: Mappin
         raise ValueError(
             f"max_length={config.max_length} counts the prompt, which takes {length} tokens. Give max_new_tokens."
         )
-    if "input_ids" in prompt:
-        return
-    if arguments.get("assistant_model") is not None:
+    if arguments.get("assistant_model") is not None and "input_ids" not in prompt:
         raise ValueError("assistant_model can't read pictures as this family gives them. Leave it out.")
     if config.guidance_scale not in (None, 1):
-        raise ValueError("guidance_scale needs prompts in tokens, and pictures of this family aren't. Leave it out.")
+        raise ValueError("guidance_scale needs a model that reads the prompt in tokens. Leave it out.")
 
 
 def _end_ids(config: GenerationConfig) -> list[int]:

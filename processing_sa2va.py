@@ -800,8 +800,9 @@ def _parts_of(content: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in parts:
         kind = part.get("type")
-        given = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
-        if kind not in ("text", "image", "video") or given is None or (kind == "text" and not isinstance(given, str)):
+        keys = (kind, "path", "url") if kind in ("text", "image", "video") else ()
+        given = next((part[key] for key in keys if part.get(key) is not None), None)
+        if given is None or (kind == "text" and not isinstance(given, str)):
             raise ValueError(f"{dict(part)!r} is no text, image or video with its type, such as {_EXAMPLE_PART}.")
         if kind in found and kind != "text":
             raise ValueError(f"A message holds more than one {kind}; a conversation is about one.")
@@ -1546,6 +1547,7 @@ class Sa2VAProcessor(ProcessorMixin):
         add_generation_prompt: bool = True,
         num_frames: int | None = None,
         frame_sampling: str | Sequence[int] | None = None,
+        chat_template: None = None,
         **kwargs: Any,
     ) -> BatchFeature | Tensor | str | list[str]:
         """Conversations as other models of transformers take them, written as `predict_forward` writes them.
@@ -1560,13 +1562,20 @@ class Sa2VAProcessor(ProcessorMixin):
             return_dict: False gives the `input_ids` alone.
             add_generation_prompt: always True: a prompt ends where the answer begins.
             num_frames, frame_sampling: see `prepare`.
+            chat_template: None; the words around a question are those that the checkpoint was trained with.
             **kwargs: other arguments of a call: `return_tensors`, `padding`, `padding_side`.
 
         Raises:
             TypeError, ValueError, OSError: no such conversation; see also `prepare`.
         """
+        if not isinstance(conversation, list | tuple):
+            raise TypeError(
+                f"A conversation is a list of messages, or a list of such lists; got {conversation!r:.100}."
+            )
         if not add_generation_prompt:
             raise ValueError("Prompts end where the answer begins: leave add_generation_prompt=False out.")
+        if chat_template is not None:
+            raise ValueError("chat_template must be None: checkpoints were trained with one way of asking.")
         sampling = {"num_frames": num_frames, "frame_sampling": frame_sampling}
         is_one = not conversation or isinstance(conversation[0], Mapping)
         asked = [self._last_question(turns, **sampling) for turns in ([conversation] if is_one else conversation)]
@@ -1593,6 +1602,8 @@ class Sa2VAProcessor(ProcessorMixin):
                 if "video" in parts:
                     parts["video"] = open_video(parts["video"])  # an iterator can be read for every turn then
                 question |= {"text": words, **parts}
+            elif parts:
+                raise ValueError(f"Message {number}, of the assistant, holds {sorted(parts)}. Answers are words.")
             else:
                 end = "" if words.endswith(tuple(self.stop_words)) else self.stop_words[0]
                 question["past_text"] = f"{self.prepare(**question, **sampling).prompt}{words}{end}\n"
@@ -1931,20 +1942,26 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     from pycocotools import mask as coco
 
     try:
-        height, width = map(as_index, rle["size"])
+        height, width = map(_as_count, rle["size"])
         counts = rle["counts"]
         _check_area(width, height, MAX_IMAGE_PIXELS)
         is_text = isinstance(counts, str | bytes)
-        lengths = _run_lengths(counts) if is_text else np.array([as_index(count) for count in counts], dtype=np.int64)
+        lengths = _run_lengths(counts) if is_text else np.array([*map(_as_count, counts)], dtype=np.int64)
     except (KeyError, TypeError, OverflowError) as error:
         raise ValueError('A run-length encoded mask is {"size": [h, w], "counts": text or list}, not this.') from error
-    if not len(lengths) or lengths.min() < 0 or lengths.sum() != height * width:
+    is_possible = len(lengths) and 0 <= lengths.min() <= lengths.max() <= height * width  # else the sum may overflow
+    if not is_possible or lengths.sum() != height * width:
         raise ValueError(
             f"Run lengths must be >= 0 and add up to {height}x{width} = {height * width}, not {lengths.sum()}."
         )
     if not is_text:
         return coco.decode(coco.frPyObjects({"size": [height, width], "counts": lengths.tolist()}, height, width)) > 0
     return coco.decode({"size": [height, width], "counts": counts}) > 0
+
+
+def _as_count(value: Any) -> int:
+    """An integer, also one that a tool wrote as 2.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else as_index(value)
 
 
 def _run_lengths(counts: str | bytes) -> np.ndarray:

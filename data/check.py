@@ -46,8 +46,8 @@ def validate(name: str, root: str | os.PathLike, split: str, *, limit: int | Non
         where = _place(dataset, index)
         try:
             sample = dataset[index]
-        except ValueError as error:
-            problems.append(str(error))
+        except (ValueError, OSError) as error:
+            problems.append(f"{where}: {error}" if isinstance(error, OSError) else str(error))
             continue
         if sample.id in places:
             problems.append(f"{where}: has the id {sample.id!r} of {places[sample.id]}; ids must be unique.")
@@ -69,11 +69,18 @@ def _problems(sample: Sample) -> Iterator[str]:
             yield f"turn {number}: {turn.answer.count(SEG)} {SEG} in the answer, but {len(turn.objects)} objects."
     if not sample.turns:
         yield "there are no turns."
-    missing = [path for path in sample.media.paths if not path.exists()]
+    missing = [path for path in sample.media.paths if not _exists(path)]
     if missing:
         yield f"there is no file {str(missing[0])!r}" + (f" (and {len(missing) - 1} more)." if missing[1:] else ".")
     elif sample.media:
         yield from _mask_problems(sample)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for any file
+        return False
 
 
 def _mask_problems(sample: Sample) -> Iterator[str]:

@@ -121,6 +121,8 @@ def _results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     results = {}
     for path in (arguments.output, *_parts(arguments.output)):
         for record in _read(path):
+            if not isinstance(record, dict) or not isinstance(record.get("file"), str):
+                raise ValueError(f"{str(path)!r} holds other lines than answers. Give another --output, or remove it.")
             if record.get("question") != arguments.text:
                 raise ValueError(
                     f"{str(path)!r} holds answers to {record.get('question')!r}. Give another --output, or remove it."
@@ -131,8 +133,14 @@ def _results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file; a line that a stopped process left unfinished is none."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return (json.loads(line) for line in lines if line.endswith("\n"))
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder. Give --output the name of a file.")
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} holds no JSON lines ({error}). Give another --output.") from error
 
 
 def _answer_all(names: list[str], arguments: argparse.Namespace, state: PartialState) -> None:

@@ -188,7 +188,7 @@ def parse_marks(value: Any) -> tuple[Mark, ...]:
     try:
         marks = tuple(Mark(one["kind"], tuple((float(x), float(y)) for x, y in one["points"])) for one in value or ())
         usable = all(kind in MARK_KINDS and points and np.isfinite(points).all() for kind, points in marks)
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         marks, usable = (), False
     if not usable or len(marks) > MAX_MARKS:
         raise ValueError(

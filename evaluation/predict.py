@@ -88,7 +88,13 @@ def _turn_record(question: str, output: Sa2VAOutput) -> dict[str, Any]:
 
 
 def output_of(turn: Mapping[str, Any]) -> Sa2VAOutput:
-    """What the model gave in a turn of a line: prediction, phrases, masks (bool [frames, h, w]) and their scores."""
+    """What the model gave in a turn of a line: prediction, phrases, masks (bool [frames, h, w]) and their scores.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none of our turns.
+    """
+    if not isinstance(turn["prediction"], str):
+        raise TypeError(f"its words are {turn['prediction']!r}")
     return Sa2VAOutput(
         prediction=turn["prediction"],
         prediction_masks=[rle_to_masks(rles) for rles in turn["masks"]],

@@ -135,11 +135,19 @@ def measure_sample(
         ValueError: the prediction is of another sample, or masks that do not fit the picture.
         OSError: masks that can't be read.
     """
-    if len(record["turns"]) != len(sample.turns):
-        raise ValueError(f"Sample {sample.id!r} has {len(sample.turns)} turns, its prediction {len(record['turns'])}.")
+    try:
+        answers = [output_of(turn) for turn in record["turns"]]
+        size, frames = tuple(record["size"]), record["frames"]
+        shapes = {mask.shape for answer in answers for mask in answer.prediction_masks}
+        if shapes - {(frames, *size)}:
+            raise ValueError(f"masks of {sorted(shapes)}, not all of frames, height and width {(frames, *size)}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"The prediction of sample {sample.id!r} is damaged ({error!r}). Remove its line.") from error
+    if len(answers) != len(sample.turns):
+        raise ValueError(f"Sample {sample.id!r} has {len(sample.turns)} turns, its prediction {len(answers)}.")
     measurements = []
-    for index, answered in enumerate(record["turns"]):
-        asked = Asked(sample, index, output_of(answered), tuple(record["size"]), record["frames"], merge)
+    for index, answer in enumerate(answers):
+        asked = Asked(sample, index, answer, size, frames, merge)
         if asked.labelled:
             measurements.append(Measurement(sample.id, index, *protocol.measure(asked), sample.info))
     return measurements

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
+from transformers.utils import logging
 
 from sa2va.data.registry import DATASETS, Dataset, open_dataset
 from sa2va.demo.media import replacing
@@ -39,9 +40,12 @@ from sa2va.evaluation.protocols import (
 from sa2va.evaluation.report import code_version, format_table, library_versions, percent, worst, worst_page
 from sa2va.evaluation.submissions import FOLDERS, write_submission
 
+logger = logging.get_logger(f"transformers.{__name__}")
+
 OUTPUTS = Path("outputs/evaluation")
 SETTINGS, PREDICTIONS = "settings.json", "predictions"
 NO_TRUTH = "Nothing to score: the truth of this split is not published."
+NO_PREDICTIONS = "Nothing to score: no sample has a prediction."
 PATIENCE = timedelta(days=7)  # a process waits for the others as long as their samples take
 
 
@@ -124,6 +128,8 @@ def _predict(
 
 def _check_settings(asked: dict[str, Any], output: Path) -> None:
     """Predictions made in different ways must not be mixed."""
+    if not (output / SETTINGS).is_file() and any((output / PREDICTIONS).glob("*.jsonl")):
+        raise ValueError(f"{str(output)!r} holds predictions, but no {SETTINGS}. Give another --output, or remove it.")
     before = _saved(output)["settings"] if (output / SETTINGS).is_file() else asked
     if differing := [name for name in asked | before if asked.get(name) != before.get(name)]:
         told = ", ".join(f"{name} {before.get(name)!r} and not {asked.get(name)!r}" for name in differing)
@@ -135,9 +141,13 @@ def _versions() -> dict[str, Any]:
 
 
 def _saved(output: Path) -> dict[str, Any]:
-    if not (output / SETTINGS).is_file():
-        raise FileNotFoundError(f"There are no predictions in {str(output)!r}. Run without --metrics_only.")
-    return json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+    path = output / SETTINGS
+    if not path.is_file():
+        raise FileNotFoundError(f"There are no predictions: {str(path)!r} is not there. Run without --metrics_only.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}. Give another --output, or remove its folder.") from error
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -155,6 +165,8 @@ def _score(
     saved = _saved(output)
     predictions = Predictions(output / PREDICTIONS)
     there = {sample.id: index for index, sample in ((i, dataset[i]) for i in indices) if sample.id in predictions}
+    if len(there) < len(indices):
+        logger.warning(f"{len(indices) - len(there)} of {len(indices)} samples have no prediction and are left out.")
     measurements: list[Measurement] = []
     for name, index in tqdm(there.items(), desc="scores", file=sys.stderr):
         measurements += measure_sample(protocol, dataset[index], predictions[name], arguments.merge)
@@ -194,7 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result))
     elif result:
         count = result["samples"]
-        print(format_table(result["scores"]) if result["scores"] else NO_TRUTH)
+        nothing = NO_TRUTH if count["predicted"] else NO_PREDICTIONS
+        print(format_table(result["scores"]) if result["scores"] else nothing)
         print(f"{count['predicted']} of {count['data_set']} samples")
     return 0
 

@@ -138,9 +138,20 @@ class SampleCollator:
             input_ids += asked + answered + newline
             labels += [IGNORE_INDEX] * len(asked) + answered + [IGNORE_INDEX] * len(newline)
             past_text = f"{prompt}{answer}\n"
+        self._check_cut(input_ids, labels)
         ids = torch.tensor([input_ids[: self.max_length]])
         whole = replace(first, prompt=past_text, input_ids=ids, attention_mask=torch.ones_like(ids))
         return whole, labels[: self.max_length]
+
+    def _check_cut(self, input_ids: list[int], labels: list[int]) -> None:
+        """Refuses a conversation that is cut off in its picture, or before the first answer."""
+        image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+        begins = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), 0)
+        needed = max(begins + 1, len(input_ids) - input_ids[::-1].index(image) if image in input_ids else 0)
+        if needed > self.max_length:
+            raise ValueError(
+                f"max_length={self.max_length} leaves nothing to learn: raise it to {needed} tokens at least."
+            )
 
 
 def answer_of(turn: Turn, is_video: bool) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -381,18 +382,25 @@ class RecipeTrainer(Trainer):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; a kill may leave another one behind.
-
-    Its state is what `Trainer` writes last.
-    """
+    """The newest checkpoint that is whole; a kill, or a full disk, may leave others behind."""
     numbered = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for checkpoint in reversed(numbered):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return checkpoint
-    return None
+    return next(filter(_is_whole, reversed(numbered)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's state, which `Trainer` writes last, and its weights are there and not cut off.
+
+    Weights may also be a folder: FSDP and DeepSpeed write a part for each process.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        weights = list(checkpoint.glob("*.safetensors"))
+        for file in weights:  # opening compares its length with what its header says
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return bool(weights) or any(path.is_dir() for path in checkpoint.iterdir())
 
 
 def _find_start(output: Path, resume: bool) -> str | None:

@@ -185,3 +185,12 @@ def test_messages_are_written_as_calls_are(models, family):
     found = processor.apply_chat_template(asked, tokenize=True, return_dict=True)
     assert torch.equal(found["input_ids"], alone.input_ids)
     assert torch.equal(found["pixel_values"], alone.pixel_values)
+
+
+@pytest.mark.parametrize("call", ["generate", "forward"])
+@pytest.mark.parametrize("family", ["qwen25vl", "qwen3vl"])
+def test_a_picture_without_its_pixels_is_refused(models, family, call):
+    model = models[family]
+    inputs = model.load_processor()(np.zeros((56, 84, 3), np.uint8), "Hi")
+    with pytest.raises(ValueError, match="no pixel_values"):
+        getattr(model, call)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])

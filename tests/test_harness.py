@@ -293,6 +293,47 @@ def test_predictions_made_in_different_ways_are_not_mixed(command, tmp_path, cap
     assert "num_frames None and not 3" in capsys.readouterr().err
 
 
+def test_samples_without_a_prediction_are_told(command, tmp_path, capsys, heard):
+    assert command("refcoco", tmp_path, "--limit", "2") == 0
+    path = tmp_path / "predictions" / "process-0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0])
+    assert command("refcoco", tmp_path, "--limit", "2", "--metrics_only") == 0
+    assert "1 of 2 samples have no prediction" in heard[-1]
+    path.write_text("")
+    assert command("refcoco", tmp_path, "--limit", "2", "--metrics_only") == 0
+    assert "no sample has a prediction" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"turns": None},
+        {"turns": [{"prediction": None}]},
+        {"turns": [{"prediction": "[SEG]", "masks": [[{"size": [2, 2], "counts": "zz"}]]}]},
+        {"size": [3, 3]},
+    ],
+    ids=str,
+)
+def test_a_damaged_prediction_is_named(command, tmp_path, capsys, damage):
+    assert command("refcoco", tmp_path, "--limit", "1") == 0
+    path = tmp_path / "predictions" / "process-0.jsonl"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | damage) + "\n")
+    assert command("refcoco", tmp_path, "--limit", "1", "--metrics_only") == 2
+    assert f"prediction of sample {record['id']!r} is damaged" in capsys.readouterr().err
+
+
+def test_predictions_that_nobody_says_how_they_were_made_are_not_added_to(command, tmp_path, capsys):
+    assert command("refcoco", tmp_path, "--limit", "1") == 0
+    (tmp_path / "settings.json").write_text("{")
+    assert command("refcoco", tmp_path, "--limit", "1") == 2
+    (tmp_path / "settings.json").unlink()
+    assert command("refcoco", tmp_path, "--limit", "1") == 2
+    errors = capsys.readouterr().err
+    assert "settings.json' is damaged" in errors and "holds predictions, but no settings.json" in errors
+
+
 def test_samples_of_one_id_and_pictures_that_are_missing_are_named(command, tmp_path, capsys):
     line = {"id": "a", "image": "none.png", "turns": [{"question": "Why?", "answer": "So."}]}
     for count, message in ((2, "Two samples have the id 'a'"), (1, "sample 'a': There is no image")):

@@ -714,6 +714,19 @@ BAD_STATES = {
         "max_length=5 co",
     ),
     "guided away from no words": (lambda have: have.ask(guidance_scale=2.0), ValueError, "guidance_scale"),
+    "one message": (lambda have: have.processor.apply_chat_template(SPOKEN[0]), TypeError, "list of messages"),
+    "a picture of the assistant's": (
+        lambda have: have.processor.apply_chat_template(
+            [SPOKEN[0], {"role": "assistant", "content": SPOKEN[0]["content"]}, {"role": "user", "content": "Hi"}]
+        ),
+        ValueError,
+        "of the assistant, holds",
+    ),
+    "a template of the caller's": (
+        lambda have: have.processor.apply_chat_template(SPOKEN[:1], chat_template="{{ messages }}"),
+        ValueError,
+        "chat_template must be None",
+    ),
     "room for more tokens than positions": (
         lambda have: have.ask(max_new_tokens=10**9, cache_implementation="static"),
         ValueError,
@@ -1037,6 +1050,11 @@ BAD_STATES = {
     ),
     "decode a size alone": (lambda have: rle_to_masks([{"size": [40, 40]}]), ValueError, "counts"),
     "decode a number of runs": (lambda have: rle_to_masks([{"size": [2, 2], "counts": 4}]), ValueError, "counts"),
+    "decode runs whose sum overflows": (
+        lambda have: rle_to_masks([{"size": [2, 2], "counts": [2**63 - 1, 2**63 - 1, 6]}]),
+        ValueError,
+        "add up to 2x2",
+    ),
     "decode an endless run": (
         lambda have: rle_to_masks([{"size": [2, 2], "counts": "o" * 20 + "0"}]),
         ValueError,

@@ -229,6 +229,18 @@ def test_a_folder_may_be_packed_into_itself_when_told(source):
     assert (source / "hub_upload.py").exists() and not list(source.parent.glob(".*"))
 
 
+def test_overwriting_removes_nothing_but_a_repository(source, tmp_path, monkeypatch):
+    home = tmp_path / "work"
+    (home / "photos").mkdir(parents=True)
+    (home / "photos" / "thesis.txt").write_text("years")
+    with pytest.raises(FileExistsError, match="also holds photos"):
+        pack(source, home, overwrite=True)
+    monkeypatch.chdir(source)
+    with pytest.raises(FileExistsError, match="current or home folder"):
+        pack(source, ".", overwrite=True)
+    assert (home / "photos" / "thesis.txt").exists() and (source / "config.json").exists()
+
+
 def test_secrets_and_local_paths_are_found(source, tmp_path):
     (source / "README.md").write_text("# Mine\n\nfrom /home/me/runs/7\ntoken hf_" + "a" * 34 + "\n")
     (source / "LICENSE").write_text("-----BEGIN RSA PRIVATE KEY-----\n")

@@ -74,6 +74,15 @@ def test_results_of_another_question_are_not_touched(folder, tmp_path, capsys):
     assert "Another?" in capsys.readouterr().err and output.read_text() == '{"file": "a.gif", "question": "Another?"}\n'
 
 
+@pytest.mark.parametrize("content", ["[1]\n", '{"question": "What?"}\n', "words\n", "\udcff\n"])
+def test_a_file_of_something_else_is_not_touched(folder, tmp_path, capsys, content):
+    output = tmp_path / "out.jsonl"
+    output.write_text(content, errors="surrogateescape")
+    assert main([str(folder), QUESTION, "--output", str(output)]) == 2
+    assert "another --output" in capsys.readouterr().err
+    assert output.read_text(errors="surrogateescape") == content
+
+
 def test_folders_without_files_are_named(tmp_path, capsys):
     for folder, message in ((tmp_path, "holds no files"), (tmp_path / "none", "no folder")):
         assert main([str(folder), QUESTION]) == 2

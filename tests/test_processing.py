@@ -492,6 +492,7 @@ def test_run_length_encoding_takes_tensors_and_no_frames():
     assert masks_to_rle(torch.ones(1, 2, 2, dtype=torch.bool)) == masks_to_rle(np.ones((1, 2, 2), bool))
     assert masks_to_rle(np.ones((0, 2, 2), bool)) == []
     assert rle_to_masks([]).shape == (0, 0, 0)
+    assert rle_to_masks([{"size": [2.0, 1.0], "counts": [1.0, 1.0]}])[0].ravel().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("masks", [np.ones((1, 2, 2)), np.ones((2, 2), bool)])

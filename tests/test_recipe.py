@@ -161,6 +161,9 @@ def test_a_sample_that_can_not_be_learned_from_is_named(samples):
         collate([(0, Sample("odd", picture, (Turn("Where?", "[SEG] [SEG]", (box,)),)))])
     with pytest.raises(ValueError, match="'gone'"):
         collate([(0, Sample("gone", Media((Path("gone.png"),)), (Turn("Where?", None, (box,)),)))])
+    collate.max_length = 50
+    with pytest.raises(ValueError, match=r"'long'.*max_length=50 leaves nothing to learn"):
+        collate([(0, Sample("long", picture, (Turn("Where?", None, (box,)),)))])
 
 
 # ---------- the recipe
@@ -281,6 +284,10 @@ def test_half_a_checkpoint_is_passed_over_and_a_whole_one_is_not_overwritten(who
     shutil.copytree(whole / "checkpoint-1", tmp_path / "checkpoint-1")
     shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epoch"')
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-20")
+    for weights in (tmp_path / "checkpoint-20").glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-100])
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-30", ignore=shutil.ignore_patterns("*.safetensors"))
     assert recipe.newest_checkpoint(tmp_path).name == "checkpoint-1"
     with pytest.raises(ValueError, match="--resume"):
         train.main(command(data, tmp_path))
