@@ -820,7 +820,9 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not out.is_dir():
         return
     if out.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
-        raise FileExistsError(f"{out} is, or holds, the current or home folder, which --overwrite does not replace.")
+        raise FileExistsError(
+            f"{out} is, or holds, the current or home folder, which is never replaced. Name a folder inside."
+        )
     names = {path.name for path in out.iterdir()} - {*_uploaded_names(out), *LEFT_BY_TOOLS}
     if names:
         some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")

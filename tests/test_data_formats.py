@@ -576,6 +576,14 @@ def test_what_is_broken_is_named(case, tmp_path):
     assert any(all(part in problem for part in expected) for problem in problems), problems
 
 
+def test_a_name_that_no_file_can_have_is_named_and_the_rest_is_looked_at(tmp_path):
+    turns = [{"question": "Why?", "answer": "So."}]
+    lines = [{"id": name, "image": f"{name * 5000}.png", "turns": turns} for name in "ab"]
+    (tmp_path / "test.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    problems = validate("jsonl", tmp_path, "test")
+    assert len(problems) == 2 and all("there is no file" in problem for problem in problems)
+
+
 def test_the_command_lists_problems_and_fails(tmp_path, capsys):
     root = copied("finetune", tmp_path)
     (root / "images/0.jpg").unlink()
