@@ -75,10 +75,10 @@ from .configuration_sa2va import (
     reading_weights,
 )
 from .processing_sa2va import (
-    MAX_IMAGE_PIXELS,
     ReadAhead,
     Sa2VAInputs,
     Sa2VAProcessor,
+    check_area,
     collate_inputs,
     masks_to_rle,
     open_video,
@@ -1160,13 +1160,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 words: frames that were seen are passed over.
 
         Returns:
-            A generator of `Sa2VAFrame` for frame 0, 1, 2... (`Sa2VAStream`). Nothing is done before the first is asked
-            for.
+            A `Sa2VAStream`: it yields a `Sa2VAFrame` for each frame, and does nothing before the first is asked for.
 
         Raises:
-            ValueError, TypeError, OSError: as `predict_forward`, when the first frame is asked for; neither image nor
-                video; a `resume` that is no state of a stream, or of a model of another SAM 2 or dtype (that it is of
-                another with the same can't be told), or beyond the video's end.
+            ValueError, TypeError, OSError: as `predict_forward`, but then; neither image nor video; a `resume` that is
+                no stream's state, of another SAM 2 or dtype (others can't be told apart), or beyond the video's end.
         """
         options = _MaskOptions(
             mask_threshold, return_raw_masks, output_format, mask_sizes, encode_batch_size=encode_batch_size
@@ -1179,11 +1177,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             """Checks what was given, and writes or takes up the answer."""
             if resume is not None:
                 asked = (image, text, past_text or None, mask_prompts, num_frames, frame_sampling)
-                if video is None or generate_kwargs or any(value is not None for value in asked):
-                    raise ValueError(
-                        "resume goes on with an answer that is written: give it with video= alone, and how masks are "
-                        "wanted."
-                    )
+                _check_nothing_is_asked(video, *asked, generate_kwargs or None)
                 return self._resume(resume, video, progress, grounding)
             count = generate_kwargs.pop("sample_num_frames", num_frames)
             inputs = processor.prepare(image, video, text, past_text, mask_prompts, count, frame_sampling)
@@ -1232,9 +1226,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             progress.tracking = TrackingState.from_tensors(tensors, self.config.grounding_config, device)
             progress.answer = Answer(words["prediction"], words["past_text"], words["phrases"], prompts)
             height, width = progress.size = tuple(map(as_index, words["size"]))
+            check_area(width, height)
             model = words["model"]
-            if not 0 < height * width <= MAX_IMAGE_PIXELS or min(height, width) < 1:
-                raise ValueError(f"It is of frames of {height}x{width}.")
             if len(prompts) != progress.tracking.num_objects:
                 raise ValueError(f"It tracks {progress.tracking.num_objects} objects of {len(prompts)}.")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -2014,6 +2007,8 @@ def _check_generation(config: GenerationConfig, given: Mapping[str, Any]) -> Non
             _check_count(name, value)
             if name == "num_beams" and value > _MOST_BEAMS:
                 raise ValueError(f"num_beams={value}: each beam holds the whole prompt; {_MOST_BEAMS} are the most.")
+    if given.get("guidance_scale", config.guidance_scale) not in (None, 1):
+        raise ValueError("guidance_scale needs a prompt without its picture, which is not made here. Leave it out.")
     for name in ("logits_processor", "stopping_criteria"):
         if not all(map(callable, given.get(name) or ())):
             raise TypeError(f"{name} must be a list of functions, got {given[name]!r}.")
@@ -2031,8 +2026,14 @@ def _check_against_prompt(prompt: Mapping[str, Tensor | None], arguments: Mappin
         )
     if arguments.get("assistant_model") is not None and "input_ids" not in prompt:
         raise ValueError("assistant_model can't read pictures as this family gives them. Leave it out.")
-    if config.guidance_scale not in (None, 1):
-        raise ValueError("guidance_scale needs a model that reads the prompt in tokens. Leave it out.")
+
+
+def _check_nothing_is_asked(video: Any, *asked: Any) -> None:
+    """Refuses to resume a stream without its video, or with anything that could only shape an answer."""
+    if video is None or any(value is not None for value in asked):
+        raise ValueError(
+            "resume goes on with an answer that is written: give it with video= alone, and how masks are wanted."
+        )
 
 
 def _end_ids(config: GenerationConfig) -> list[int]:
@@ -2059,7 +2060,7 @@ def _without_padding(sequences: Tensor, config: GenerationConfig) -> list[Tensor
 def _as_answer(processor: Sa2VAProcessor, question: Sa2VAInputs, new_ids: Tensor, prompts: Tensor) -> Answer:
     """Words of an answer, and what goes with them."""
     prediction = processor.tokenizer.decode(new_ids, skip_special_tokens=False).strip()
-    end = "" if prediction.endswith(tuple(processor.stop_words)) else processor.stop_words[0]
+    end = processor.missing_end(prediction)
     return Answer(
         prediction=prediction,
         past_text=f"{question.prompt}{processor.decode_continuation(question.input_ids, new_ids)}{end}\n",

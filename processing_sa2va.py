@@ -117,7 +117,12 @@ def _existing_path(path: str | os.PathLike, what: str) -> Path:
     return found
 
 
-def _check_area(width: int, height: int, max_pixels: int) -> None:
+def check_area(width: int, height: int, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    """Refuses a picture of no pixels, or of so many that they might fill the memory.
+
+    Raises:
+        ValueError: `width` or `height` is below 1, or `width * height` above `max_pixels`.
+    """
     if min(width, height) < 1 or width * height > max_pixels:
         raise ValueError(
             f"The image is {width}x{height} = {width * height} pixels; 1 to {max_pixels} are accepted. Resize it, or "
@@ -135,7 +140,7 @@ def _load_file(path: Path, max_pixels: int) -> Image.Image:
     except _CORRUPT_FILE_ERRORS as error:
         raise OSError(f"{str(path)!r} is no readable image: {error}. Pass a video file as video=.") from error
     with image:
-        _check_area(*image.size, max_pixels)
+        check_area(*image.size, max_pixels)
         try:
             _decode(image)
         except _CORRUPT_FILE_ERRORS as error:
@@ -152,7 +157,7 @@ def _decode(image: Image.Image) -> None:
 
 def _to_rgb(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """RGB copy of a PIL image of any mode, upright."""
-    _check_area(*image.size, max_pixels)
+    check_area(*image.size, max_pixels)
     if _is_rotated(image):
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -190,7 +195,7 @@ def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
 
 def _array_to_pil(array: np.ndarray | Tensor, max_pixels: int) -> Image.Image:
     array = _channels_last(_as_numpy(array))
-    _check_area(array.shape[1], array.shape[0], max_pixels)
+    check_area(array.shape[1], array.shape[0], max_pixels)
     return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))), max_pixels)
 
 
@@ -460,7 +465,7 @@ def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Dec
     except _CORRUPT_FILE_ERRORS as error:
         raise ValueError(f"{str(path)!r} is no readable video: {error}. Convert it, for instance to mp4.") from error
     with clip:
-        _check_area(*clip.size, MAX_IMAGE_PIXELS)
+        check_area(*clip.size)
         for index in itertools.count():
             try:
                 if not _is_at(clip, index):
@@ -498,7 +503,7 @@ def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _De
                 "instance to mp4."
             )
         sides = (int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
-        _check_area(*(max(side, 1) for side in sides), MAX_IMAGE_PIXELS)  # 0 stands for unknown
+        check_area(*(max(side, 1) for side in sides))  # 0 stands for unknown
         announced, seen, broken = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0, 0
         # Past a damaged frame the next call may succeed again, so a failure alone doesn't mean the end.
         while broken == 0 or (seen + broken < announced and broken < _MOST_BROKEN):
@@ -1359,7 +1364,7 @@ class Sa2VAProcessor(ProcessorMixin):
             raise ValueError(f"mask_prompts have shape {tuple(masks.shape)}. {wanted} No side may be 0.")
         if len(masks) > MAX_REGIONS:
             raise ValueError(f"mask_prompts are {len(masks)} regions, more than {MAX_REGIONS}. {wanted}")
-        _check_area(masks.shape[2], masks.shape[1], MAX_IMAGE_PIXELS)
+        check_area(masks.shape[2], masks.shape[1])
         if not np.isfinite(masks).all():
             raise ValueError(f"mask_prompts hold NaN or infinite values. {wanted} 0 is outside.")
         inside = torch.from_numpy(np.ascontiguousarray(masks != 0)).to(torch.uint8)[:, None]
@@ -1599,17 +1604,20 @@ class Sa2VAProcessor(ProcessorMixin):
             if role == "user":
                 if len(parts) + sum(question[kind] is not None for kind in ("image", "video")) > 1:
                     raise ValueError("A conversation is about one image or one video.")
-                if "video" in parts:
-                    parts["video"] = open_video(parts["video"])  # an iterator can be read for every turn then
-                question |= {"text": words, **parts}
+                once = {"image": load_image, "video": open_video}  # every turn looks at it again
+                question |= {"text": words, **{kind: once[kind](given) for kind, given in parts.items()}}
             elif parts:
                 raise ValueError(f"Message {number}, of the assistant, holds {sorted(parts)}. Answers are words.")
             else:
-                end = "" if words.endswith(tuple(self.stop_words)) else self.stop_words[0]
-                question["past_text"] = f"{self.prepare(**question, **sampling).prompt}{words}{end}\n"
+                prompt = self.prepare(**question, **sampling).prompt
+                question["past_text"] = f"{prompt}{words}{self.missing_end(words)}\n"
         if len(conversation) % 2 == 0:
             raise ValueError("A conversation ends with what the user asks.")
         return question
+
+    def missing_end(self, answer: str) -> str:
+        """The end mark that an answer lacks, or ""."""
+        return "" if answer.endswith(tuple(self.stop_words)) else self.stop_words[0]
 
     @property
     def pad_token_id(self) -> int:
@@ -1944,7 +1952,7 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     try:
         height, width = map(_as_count, rle["size"])
         counts = rle["counts"]
-        _check_area(width, height, MAX_IMAGE_PIXELS)
+        check_area(width, height)
         is_text = isinstance(counts, str | bytes)
         lengths = _run_lengths(counts) if is_text else np.array([*map(_as_count, counts)], dtype=np.int64)
     except (KeyError, TypeError, OverflowError) as error:
@@ -1954,9 +1962,8 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
         raise ValueError(
             f"Run lengths must be >= 0 and add up to {height}x{width} = {height * width}, not {lengths.sum()}."
         )
-    if not is_text:
-        return coco.decode(coco.frPyObjects({"size": [height, width], "counts": lengths.tolist()}, height, width)) > 0
-    return coco.decode({"size": [height, width], "counts": counts}) > 0
+    plain = {"size": [height, width], "counts": counts if is_text else lengths.tolist()}
+    return coco.decode(plain if is_text else coco.frPyObjects(plain, height, width)) > 0
 
 
 def _as_count(value: Any) -> int:
@@ -2087,6 +2094,7 @@ __all__ = [
     "Sa2VAProcessor",
     "Sa2VAProcessorQwen",
     "VideoFrames",
+    "check_area",
     "choose_tiling",
     "collate_inputs",
     "decode_rle",

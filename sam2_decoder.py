@@ -488,8 +488,10 @@ class TrackingState:
 
     def _check(self, config: Sa2VAGroundingConfig) -> None:
         """Raises a ValueError if tensors don't fit each other or SAM 2."""
+        if self.next_frame < 0:
+            raise ValueError(f"Its next frame is {self.next_frame}.")
         num_cells = (config.image_size // 16) ** 2
-        found = [(self.next_frame >= 0, True)]
+        found = []
         for bank in self.banks:
             found.append((bank.position.shape, (num_cells, 1, config.mem_dim)))
             for memory in (*bank.conditioning.values(), *bank.recent.values()):

@@ -69,18 +69,11 @@ def _problems(sample: Sample) -> Iterator[str]:
             yield f"turn {number}: {turn.answer.count(SEG)} {SEG} in the answer, but {len(turn.objects)} objects."
     if not sample.turns:
         yield "there are no turns."
-    missing = [path for path in sample.media.paths if not _exists(path)]
+    missing = [path for path in sample.media.paths if not os.path.exists(path)]  # nor if no file can have that name
     if missing:
         yield f"there is no file {str(missing[0])!r}" + (f" (and {len(missing) - 1} more)." if missing[1:] else ".")
     elif sample.media:
         yield from _mask_problems(sample)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name too long for any file
-        return False
 
 
 def _mask_problems(sample: Sample) -> Iterator[str]:

@@ -128,9 +128,13 @@ def _predict(
 
 def _check_settings(asked: dict[str, Any], output: Path) -> None:
     """Predictions made in different ways must not be mixed."""
-    if not (output / SETTINGS).is_file() and any((output / PREDICTIONS).glob("*.jsonl")):
-        raise ValueError(f"{str(output)!r} holds predictions, but no {SETTINGS}. Give another --output, or remove it.")
-    before = _saved(output)["settings"] if (output / SETTINGS).is_file() else asked
+    if not (output / SETTINGS).is_file():
+        if any((output / PREDICTIONS).glob("*.jsonl")):
+            raise ValueError(
+                f"{str(output)!r} holds predictions, but no {SETTINGS}. Give another --output, or remove it."
+            )
+        return
+    before = _saved(output)["settings"]
     if differing := [name for name in asked | before if asked.get(name) != before.get(name)]:
         told = ", ".join(f"{name} {before.get(name)!r} and not {asked.get(name)!r}" for name in differing)
         raise ValueError(f"{str(output)!r} holds predictions with {told}. Give another --output, or remove it.")

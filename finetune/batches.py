@@ -152,12 +152,11 @@ class SceneCollator:
         if isinstance(samples[0], list):
             return self._looks([view for views in samples for view in views])
         rows = [self._row(sample) for sample in samples if sample is not None]
-        pad = self.processor.tokenizer.pad_token_id
-        length = max(len(row["input_ids"]) for row in rows)
+        ids, labels = ([torch.from_numpy(row[name]) for row in rows] for name in ("input_ids", "labels"))
         batch = {
-            "input_ids": _padded([row["input_ids"] for row in rows], length, pad),
-            "labels": _padded([row["labels"] for row in rows], length, IGNORE_INDEX),
-            "attention_mask": _padded([np.ones(len(row["input_ids"]), dtype=np.int64) for row in rows], length, 0),
+            "input_ids": pad_sequence(ids, True, self.processor.pad_token_id),
+            "labels": pad_sequence(labels, True, IGNORE_INDEX),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
             "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
             "seg_classes": torch.tensor([pair for row in rows for pair in row["seg_classes"]]).reshape(-1, 2),
             "seg_boxes": torch.cat([self._mean_boxes(row["mask_labels"]) for row in rows]),
@@ -236,10 +235,6 @@ class SceneCollator:
             labels += [IGNORE_INDEX] * len(asked) + answered + [IGNORE_INDEX] * len(newline)
             past_text = f"{prompt}{turn.answer}{end}\n"
         return np.array(input_ids), np.array(labels)
-
-
-def _padded(rows: Sequence[np.ndarray], length: int, value: int) -> Tensor:
-    return torch.from_numpy(np.stack([np.pad(row, (0, length - len(row)), constant_values=value) for row in rows]))
 
 
 def _classes(thing) -> tuple[int, int]:
