@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -1328,7 +1327,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         config = given.pop("generation_config", None) or self.gen_config
         if not isinstance(config, GenerationConfig):
             raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
-        config = copy.deepcopy(config)
+        config = copy.copy(config)  # `generate` makes a deep one
         _check_generation(config, given)
         if given.get("max_length") is not None:
             config.max_new_tokens = None  # else transformers would follow that
@@ -1490,11 +1489,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         tracking: TrackingState | None = None,
         encode_batch_size: int | None = None,
     ) -> Iterator[tuple[int, MaskPrediction]]:
-        def pixel_values(frames: Sequence[Any]) -> Tensor:
-            return processor.grounding_pixel_values(
-                frames, dtype=prompts.dtype, device=prompts.device, is_video=inputs.is_video
-            )
-
+        pixel_values = partial(
+            processor.grounding_pixel_values, dtype=prompts.dtype, device=prompts.device, is_video=inputs.is_video
+        )
         decoder = self.grounding_encoder
         tracking = TrackingState() if tracking is None else tracking
         if not inputs.is_video:  # nothing will be tracked, so nothing need be remembered
@@ -1510,7 +1507,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             conditioned = decoder.condition(keys, prompts, inputs.size, count)
             tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
             inputs.key_images.clear()  # a long video must not carry them along
-        yield from decoder.propagate(tracking, frames, pixel_values, count)
+        yield from decoder.propagate(tracking, frames, lambda some: pixel_values(torch.cat(tuple(some))), count)
 
 
 class Sa2VAChatModelQwen(Sa2VAChatModel):
@@ -1789,18 +1786,17 @@ def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **k
 def _ready_frames(
     inputs: Sa2VAInputs, processor: Sa2VAProcessor, tracking: TrackingState, wanted: bool
 ) -> ReadAhead | Generator[tuple[tuple[int, int], Any], None, None]:
-    """Sizes (h, w) of the frames that come next, and the frames, if they are wanted at SAM 2's size.
+    """Sizes (h, w) of the frames that come next, and the frames.
 
-    Those of a video are read and resized ahead, in a thread.
+    Those of a video are read and, where SAM 2 wants them, resized ahead, in a thread: uint8 [1, 3, S, S].
     """
-    side = (processor.grounding_image_size,) * 2
     start, encoded = tracking.next_frame, set(inputs.key_frames)
 
     def ready() -> Generator[tuple[tuple[int, int], Any], None, None]:
         with closing(inputs.frames.read(start)) as frames:
             for index, frame in enumerate(frames, start):
-                resized = frame.resize(side, Image.Resampling.BICUBIC) if wanted and index not in encoded else None
-                yield (frame.height, frame.width), resized
+                wants = wanted and index not in encoded
+                yield (frame.height, frame.width), processor.resize_for_grounding([frame]) if wants else None
 
     if inputs.is_video:
         return ReadAhead(ready())
@@ -2311,8 +2307,7 @@ class ModuleNames:
     """
 
     def __init__(self, model: PreTrainedModel):
-        rules = get_model_conversion_mapping(model, add_legacy=False)[::-1]
-        rules = [(rule.reverse_transform(), rule) for rule in rules]
+        rules = [(rule.reverse_transform(), rule) for rule in _released_layout(model)[::-1]]
         self.released: dict[str, str] = {}
         self.splits: dict[str, ConversionOps] = {}
         for name in [name for name, _ in (*model.named_modules(), *model.named_parameters())]:

@@ -519,10 +519,12 @@ def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _De
 
 
 def _retrieve(capture: Any, path: Path) -> Image.Image:
+    import cv2
+
     decoded, bgr = capture.retrieve()
     if not decoded:
         raise OSError(f"A frame of {str(path)!r} can't be decoded. Repair the file or cut it before this frame.")
-    return Image.fromarray(np.ascontiguousarray(bgr[..., ::-1]))
+    return Image.fromarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
 
 
 def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str | Sequence[int] = "first") -> list[int]:
@@ -610,6 +612,7 @@ class PromptTemplate:
     stop_words: tuple[str, ...]
 
 
+_TURN = "<|im_start|>"
 _CHATML = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 TEMPLATES: Mapping[str, PromptTemplate] = MappingProxyType(
     {
@@ -639,7 +642,7 @@ def _token_counts(text: str, start: str, token: str, end: str) -> list[int]:
     return [block.count(token) for block in blocks]
 
 
-def _check_words(text: Any, past_text: Any, reserved: Sequence[str]) -> None:
+def _check_words(text: Any, past_text: Any, reserved: Sequence[str], most_tags: int | None = 1) -> None:
     for name, words in {"text": text, "past_text": past_text}.items():
         if not isinstance(words, str):
             raise TypeError(
@@ -649,7 +652,7 @@ def _check_words(text: Any, past_text: Any, reserved: Sequence[str]) -> None:
             raise ValueError(f"{name} holds half a character (a lone surrogate). Decode it as UTF-8 text first.")
     if not text.replace(IMAGE_TAG, "").strip():
         raise ValueError(f"text={text!r} says nothing. Ask something, such as 'Please segment the red car.'")
-    if text.count(IMAGE_TAG) > 1:
+    if most_tags is not None and text.count(IMAGE_TAG) > most_tags:
         raise ValueError(
             f"text holds {text.count(IMAGE_TAG)} {IMAGE_TAG} tags. Write at most one: it stands for the whole image "
             "or video; without any it is put in front."
@@ -664,8 +667,8 @@ def _check_no_picture(text: str, past_text: str, mask_prompts: Any, image_token:
     """A call without image and video must not speak of one."""
     if mask_prompts is not None:
         raise ValueError("mask_prompts point into a picture, but there is none. Give image= or video= too.")
-    if IMAGE_TAG in text:
-        raise ValueError(f"text holds {IMAGE_TAG}, but there is no picture. Give image= or video=, or remove the tag.")
+    if IMAGE_TAG in text:  # the released code drops it without a word
+        logger.warning_once(f"text holds {IMAGE_TAG}, but there is no image= or video=: the tag is left out.")
     if image_token in past_text:
         raise ValueError("past_text talks about a picture. Give the same image= or video= (and mask_prompts=) again.")
 
@@ -855,7 +858,8 @@ def choose_tiling(
 
 def _resized(pictures: Sequence[Image.Image], size: int) -> Tensor:
     """K RGB images -> uint8 [K, 3, size, size]; aspect ratios not kept."""
-    resized = [picture.resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
+    side = (size, size)
+    resized = [p if p.size == side else p.resize(side, Image.Resampling.BICUBIC) for p in pictures]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in resized])).permute(0, 3, 1, 2)
 
 
@@ -1124,6 +1128,7 @@ class Sa2VAProcessor(ProcessorMixin):
     """
 
     image_start, image_token, image_end = IMAGE_START, IMAGE_TOKEN, IMAGE_END
+    _most_tags: int | None = 1  # `<image>` in a question; None where all are dropped
 
     def __init__(
         self,
@@ -1370,20 +1375,25 @@ class Sa2VAProcessor(ProcessorMixin):
         inside = torch.from_numpy(np.ascontiguousarray(masks != 0)).to(torch.uint8)[:, None]
         return F.interpolate(inside, size=(self.region_grid, self.region_grid), mode="nearest")[:, 0].bool()
 
+    def resize_for_grounding(self, frames: Sequence[Image.Image]) -> Tensor:
+        """T RGB frames of any sizes -> uint8 [T, 3, S, S], bicubic, aspect ratio not kept: what SAM 2 looks at."""
+        return _resized(frames, self.grounding_image_size)
+
     def grounding_pixel_values(
         self,
-        frames: Sequence[Image.Image],
+        frames: Sequence[Image.Image] | Tensor,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         is_video: bool = False,
     ) -> Tensor:
-        """SAM 2's input: T RGB frames of any sizes -> [T, 3, S, S] of `dtype`, aspect ratio not kept.
+        """SAM 2's input [T, 3, S, S] of `dtype`, from T RGB frames of any sizes or what `resize_for_grounding` gave.
 
         Normalised with ImageNet's constants as bfloat16 rounds them, which the released models were trained on. As
         there, an image is computed in `dtype` throughout, a video in float32 and rounded at the end.
         """
-        pixels = _resized(frames, self.grounding_image_size).to(device)
+        pixels = frames if isinstance(frames, Tensor) else self.resize_for_grounding(frames)
+        pixels = pixels.to(device)
         pixels = pixels.to(torch.float32 if is_video else dtype).div_(255)
         mean, std = _constants(torch.bfloat16, like=pixels)
         return pixels.sub_(mean).div_(std).to(dtype)
@@ -1415,7 +1425,7 @@ class Sa2VAProcessor(ProcessorMixin):
         past_text = "" if past_text is None else past_text
         num_frames = self.num_key_frames if num_frames is None else num_frames
         frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
-        _check_words(text, past_text, self._reserved_words)
+        _check_words(text, past_text, self._reserved_words, self._most_tags)
         _check_sampling(num_frames, frame_sampling)
         if image is not None and video is not None:
             raise ValueError("Both image and video are given. Give one of them.")
@@ -1691,6 +1701,7 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
     """
 
     image_start, image_token, image_end = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+    _most_tags = None
 
     def __init__(
         self,
@@ -1734,6 +1745,10 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
         return self._stop_words
 
     @property
+    def _reserved_words(self) -> tuple[str, ...]:
+        return (self.image_start, self.image_token, self.image_end)
+
+    @property
     def model_input_names(self) -> list[str]:
         """Keys of what a call returns."""
         return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw"]
@@ -1775,7 +1790,7 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
             region_tokens: must be None, see `preprocess_mask_prompts`.
             past_text: earlier turns, verbatim, image tokens expanded.
         """
-        goes_on = "<|im_start|>" in past_text
+        goes_on = _TURN in past_text
         words = text.replace(IMAGE_TAG, "")
         shown = [] if image_tokens is None or self._pictures_in(past_text) else image_tokens
         turn = self._turn(words if goes_on else past_text + words, len(shown), first=not goes_on)
@@ -1790,7 +1805,9 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
             return self._render([turn], add_generation_prompt=True)
         before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         whole = self._render([*before, turn], add_generation_prompt=True)
-        return whole.removeprefix(self._render(before))
+        # A question follows here too: some templates write a last answer in another way than earlier ones.
+        said = self._render([*before, {"role": "user", "content": ""}])
+        return whole.removeprefix(said[: said.rindex(_TURN)])
 
     def _render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
         template = self.chat_template or self.tokenizer.chat_template
@@ -1819,10 +1836,12 @@ def _qwen_size(width: int, height: int, factor: int = 28) -> tuple[int, int]:
     least, most = 4 * factor**2, 16384 * factor**2
     sides = [max(factor, round(side / factor) * factor) for side in (width, height)]
     area = sides[0] * sides[1]
-    if area > most or area < least:
-        scale = math.sqrt((most if area > most else least) / (width * height))
-        rounded = math.floor if area > most else math.ceil
-        sides = [max(factor, rounded(side * scale / factor) * factor) for side in (width, height)]
+    if area > most:  # divided, below multiplied: where a side falls on a multiple, the last bit decides
+        scale = math.sqrt(width * height / most)
+        sides = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
+    elif area < least:
+        scale = math.sqrt(least / (width * height))
+        sides = [math.ceil(side * scale / factor) * factor for side in (width, height)]
     return sides[0], sides[1]
 
 

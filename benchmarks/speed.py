@@ -43,7 +43,6 @@ from sa2va.demo.media import replacing
 TINY = Path(__file__).parents[1] / "sa2va-tiny"
 FRAME_SIZES = {"small": (128, 128), "real": (480, 854)}  # (h, w): that of the small one's scenes, that of DAVIS
 LENGTHS = (1, 8, 64, 256)
-LONGEST_ON_CPU = {"small": 256, "real": 8}
 OBJECTS = (1, 3, 8)
 STAGES = (  # in the order of work; reading is done in another thread
     "preprocess",

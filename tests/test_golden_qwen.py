@@ -14,7 +14,7 @@ from conftest import GOLDEN, RESIZES_AS_RECORDED, GoldenFamily
 from PIL import Image
 from transformers import AutoModel
 
-from sa2va import Sa2VAChatModel, Sa2VAChatModelQwen
+from sa2va import Sa2VAChatModel, Sa2VAChatModelQwen, Sa2VAProcessorQwen
 from sa2va.modeling_sa2va import _WrittenStates
 from sa2va.processing_sa2va import _qwen_size
 
@@ -102,6 +102,28 @@ def test_a_second_turn_shows_the_picture_once(models, picture, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_every_image_tag_is_dropped(models, picture, family):
+    processor = models[family].load_processor()
+    plain = processor.prepare(picture, text=" Where is the car?")
+    assert processor.prepare(picture, text="<image> Where is <image>the car?").prompt == plain.prompt
+
+
+def test_a_template_that_writes_the_last_answer_in_another_way_continues_a_conversation(models):
+    """Qwen's templates for models that think put an empty thought before an answer that nothing follows."""
+    own = models["qwen3vl"].load_processor()
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+        "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[-1].text }}{% endif %}{{ '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    processor = Sa2VAProcessorQwen(own.image_processor, own.tokenizer, chat_template=template)
+    first = processor.build_prompt("Hi.") + "Hello.<|im_end|>\n"
+    turn = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.build_prompt("Who?", past_text=first) == first + turn
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_states_without_the_prompts_cache_are_the_same(models, runs, family):
     """What is read on the prompt's keys and values equals one pass over everything, rotary positions included."""
     model, (_, inputs, output, states) = models[family], runs[family, "vid3_1seg"]
@@ -133,6 +155,20 @@ def test_pictures_are_read_at_the_recorded_sizes():
         if isinstance(size, dict):
             width, height = map(int, name.split("_")[1].split("x"))
             assert list(_qwen_size(width, height)) == size["fetch"]
+
+
+@pytest.mark.parametrize(
+    ("size", "read"),
+    [
+        ((5000, 5000), (3556, 3556)),
+        ((3613, 3613), (3584, 3584)),
+        ((4832, 2718), (4760, 2660)),
+        ((2000, 10), (1988, 28)),
+    ],
+)
+def test_pictures_beyond_the_limits_are_read_as_qwen_vl_utils_rounds(size, read):
+    """Worked out by its formula: the square root of area / limit divides, and the quotient is rounded down."""
+    assert _qwen_size(*size) == read
 
 
 @pytest.mark.parametrize("family", FAMILIES)

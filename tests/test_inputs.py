@@ -519,7 +519,6 @@ BAD_CALLS = {
     "image token in text": ({"text": "What is <IMG_CONTEXT>?"}, ValueError, "IMG_CONTEXT"),
     "image start in text": ({"text": "What is <img>?"}, ValueError, "<img>"),
     "region start in text": ({"text": "What is <vp>?"}, ValueError, "<vp>"),
-    "tag without a picture": ({"text": "<image>" + ASK, "image": None}, ValueError, "no picture"),
     "regions without a picture": (
         {"text": ASK, "image": None, "mask_prompts": REGION},
         ValueError,

@@ -9,12 +9,13 @@ import torch
 import transformers
 from conftest import GOLDEN, GoldenFamily, training_batch
 from packaging.version import Version
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.dynamic_module_utils import get_imports
 from transformers.integrations import peft as integration
 
 from sa2va import Sa2VAChatModel, modeling_sa2va
+from sa2va.modeling_sa2va import merged_with_adapter
 
 peft = pytest.importorskip("peft")
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
@@ -153,6 +154,23 @@ def test_regular_expressions_and_layer_numbers_work_with_released_names():
     assert config.target_modules == {"wqkv", "w2"}  # the user's own stays
 
 
+@families
+def test_a_saved_adapter_means_the_same_as_tensors_and_merged(family, tmp_path):
+    wrapped = peft.get_peft_model(load(family), lora("q_proj", "v_proj"))
+    wrapped.save_pretrained(tmp_path)
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    again = load(family)
+    again.load_adapter(peft_config=config, adapter_state_dict=load_file(tmp_path / "adapter_model.safetensors"))
+    merged = merged_with_adapter(load(family), tmp_path)
+    names = sorted(adapted(again))
+    assert names
+    for name in names:
+        plain, module = wrapped.get_base_model().get_submodule(name), again.get_submodule(name)
+        torch.testing.assert_close(module.get_delta_weight("default"), plain.get_delta_weight("default"))
+        wanted = plain.base_layer.weight + plain.get_delta_weight("default")
+        torch.testing.assert_close(merged.get_submodule(name).weight, wanted)
+
+
 def test_an_adapter_that_lacks_a_trained_module_is_refused():
     config = lora("q_proj", modules_to_save=["text_hidden_fcs"])
     with pytest.raises(ValueError, match="text_hidden_fcs"):
@@ -224,8 +242,6 @@ def test_a_fused_adapter_that_is_no_lora_is_refused():
 
 
 def test_a_merged_internlm2_is_saved_in_the_released_layout(golden, tmp_path):
-    from safetensors.torch import load_file
-
     model = load("ivl_internlm2")
     merged = peft.get_peft_model(model, model.adapter_config(lora("wqkv"))).merge_and_unload()
     merged.save_pretrained(tmp_path)

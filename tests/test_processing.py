@@ -75,6 +75,13 @@ def test_golden_input_ids_are_equal(name, processor, pictures, golden):
     assert np.array_equal(inputs.input_ids[0], golden[f"{name}__input_ids"])
 
 
+def test_a_tag_without_a_picture_is_left_out_and_told(processor, heard):
+    """As recorded in the official edge case `text_only_with_tag`, which says nothing of it."""
+    prompt = processor.prepare(text="<image>Hello").prompt
+    assert prompt == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert any("no image= or video=" in message for message in heard)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "text_only"])
 def test_golden_pixel_values_are_equal(name, processor, pictures, golden):
     pixel_values = processor.prepare(**arguments(name, processor, pictures)).pixel_values
