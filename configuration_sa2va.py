@@ -68,6 +68,7 @@ def auto_map(is_qwen_vl: bool) -> dict[str, str]:
         "AutoConfig": f"configuration_sa2va.Sa2VAChatConfig{ending}",
         "AutoModel": f"modeling_sa2va.Sa2VAChatModel{ending}",
         "AutoModelForCausalLM": f"modeling_sa2va.Sa2VAChatModel{ending}",
+        "AutoModelForImageTextToText": f"modeling_sa2va.Sa2VAChatModel{ending}",
         "AutoProcessor": f"processing_sa2va.Sa2VAProcessor{ending}",
     }
 
@@ -472,6 +473,9 @@ class Sa2VAChatConfig(PreTrainedConfig):
         """
         if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"The config's model_type is {model_type!r}; that of Sa2VA is {cls.model_type!r}.")
+        for name in ("dtype", "torch_dtype"):  # an argument of `from_pretrained`
+            if kwargs.get(name) != "auto":
+                _check_value(name, name, kwargs.get(name))
         with blaming_config():
             config_dict = _plausible("config", config_dict)
             grounding = dict(config_dict.get("grounding_config") or {})

@@ -114,6 +114,11 @@ _BLIND_TO_PADDING = {  # settings of `generate` that look neither at the tokens 
     *("output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
     *("cache_implementation", "max_cache_len", "compile_config", "disable_compile"),
 }
+_MAX_NEW_TOKENS = 2048  # of the released code
+_MADE_HERE = {  # what the language model reads, which `predict_*` prepare by themselves
+    *("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "mm_token_type_ids"),
+    *("pixel_values", "image_grid_thw", "prompt_masks", "prompt_mask_tiles"),
+}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -174,6 +179,9 @@ class Sa2VATrainingOutput(ModelOutput):
         pred_masks: for each sample float32 logits [objects, frames, S/4, S/4]; None without `grounding_pixel_values`.
         seg_hidden_states: [M, hidden], the `[SEG]` states of the answers, in batch order.
         image_hidden_states: [tiles, tokens, hidden], the projected image features.
+        hidden_states: [B, L, hidden] of each layer; only with `output_hidden_states`.
+        attentions: [B, heads, L, L] of each layer; only with `output_attentions`, which only the attention
+            implementation "eager" computes.
     """
 
     loss: Tensor | None = None
@@ -186,6 +194,8 @@ class Sa2VATrainingOutput(ModelOutput):
     pred_masks: list[Tensor] | None = None
     seg_hidden_states: Tensor | None = None
     image_hidden_states: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class SpecialTokenIds(NamedTuple):
@@ -212,11 +222,15 @@ class SpecialTokenIds(NamedTuple):
 
 
 class TextStates(NamedTuple):
-    """States [B, L, hidden] of read text: those the head takes, those `[SEG]` is taken from; and image features."""
+    """States [B, L, hidden] of read text: those the head takes, those `[SEG]` is taken from; and image features.
+
+    `inner` is the language model's own output, with states and attentions of all layers if they were asked for.
+    """
 
     last_hidden_state: Tensor
     seg_states: Tensor
     image_hidden_states: Tensor | None
+    inner: ModelOutput
 
 
 class Answer(NamedTuple):
@@ -342,8 +356,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     `grounding_encoder.sam2_model`.
 
     Attributes:
-        gen_config: `GenerationConfig` used by `predict_forward` and `predict_stream` where a call says nothing else;
-            greedy and at most 2048 new tokens, as released.
+        generation_config: `GenerationConfig` of `predict_*` and `generate` where a call says nothing else: greedy, at
+            most 2048 new tokens, as released, unless generation_config.json was saved with other settings. The
+            template's end marks are added to its own.
     """
 
     config_class = Sa2VAChatConfig
@@ -377,7 +392,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             nn.Linear(hidden_size, config.grounding_config.d_model),
             nn.Dropout(0.0),
         )
-        self.gen_config = GenerationConfig(max_new_tokens=2048, do_sample=False)
+        self.generation_config = _loaded_generation_config(self.generation_config)
         self._processor: Sa2VAProcessor | None = None
         self._hub_arguments: dict[str, Any] = {}
         self.post_init()
@@ -441,6 +456,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             # Sa2VA-i in a place where its weight names could not be read beforehand: a subfolder, a variant, a cache.
             model, report = load(**{**kwargs, "config": _as_sa2va_i(model.config)})
         model._hub_arguments = hub_arguments
+        if kwargs.get("generation_config") is None:
+            model.generation_config = _loaded_generation_config(model.generation_config)
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
         if not chosen and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
@@ -621,9 +638,18 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """The language model without its head."""
         return self.language_model.model
 
+    @property
+    def gen_config(self) -> GenerationConfig:
+        """`generation_config`, as the released code calls it."""
+        return self.generation_config
+
+    @gen_config.setter
+    def gen_config(self, config: GenerationConfig) -> None:
+        self.generation_config = config
+
     def preparing_for_generation(self, tokenizer=None, max_new_tokens: int = 2048, torch_dtype=None) -> None:
         """Kept for callers of the released code, which had to call it once; only `max_new_tokens` has an effect."""
-        self.gen_config.max_new_tokens = max_new_tokens
+        self.generation_config.max_new_tokens = max_new_tokens
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Encodes and projects tiles.
@@ -703,6 +729,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         inputs_embeds: None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> Sa2VATrainingOutput | tuple:
         """Text logits and losses, masks and mask losses. The recipe is section 3 of the paper.
@@ -725,12 +752,15 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             inputs_embeds: None; pictures and `[SEG]` are found by their tokens.
             use_cache: as other models have it; a whole conversation is read, so nothing is cached.
             return_dict: False gives a tuple.
+            logits_to_keep: compute logits of the last so many tokens only, or of these positions (int64 [n]); 0 of all,
+                which a text loss needs.
+            **kwargs: what the language model takes: `output_hidden_states`, `output_attentions`, `position_ids`...
 
         Returns:
             `Sa2VATrainingOutput`.
 
         Raises:
-            ValueError: placeholders, `[SEG]` tokens, frames and masks do not match.
+            ValueError: placeholders, `[SEG]` tokens, frames and masks do not match; `labels` with `logits_to_keep`.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("forward needs input_ids [B, L], not inputs_embeds; build them with the processor.")
@@ -740,9 +770,17 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if prompt_masks is not None:
             kwargs |= {"prompt_masks": prompt_masks, "prompt_mask_tiles": prompt_mask_tiles}
         states = self._read(token_ids, input_ids, attention_mask=attention_mask, **kwargs)
-        logits = self.causal_model.lm_head(states.last_hidden_state)
-        output = Sa2VATrainingOutput(logits=logits, image_hidden_states=states.image_hidden_states)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.causal_model.lm_head(states.last_hidden_state[:, kept])
+        output = Sa2VATrainingOutput(
+            logits=logits,
+            image_hidden_states=states.image_hidden_states,
+            hidden_states=states.inner.get("hidden_states"),
+            attentions=states.inner.get("attentions"),
+        )
         if labels is not None:
+            if logits.shape[1] != labels.shape[1]:
+                raise ValueError("The text loss needs all logits. Leave logits_to_keep out, or labels.")
             vocab_size = logits.shape[-1]
             output.lm_loss = self.causal_model.loss_function(
                 logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
@@ -769,7 +807,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         image_features = None if pixel_values is None else self.get_image_features(pixel_values)
         embeds = self.get_inputs_embeds(input_ids, token_ids, image_features, prompt_masks, prompt_mask_tiles)
         output = self.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kwargs)
-        return TextStates(output.last_hidden_state, output.last_hidden_state, image_features)
+        return TextStates(output.last_hidden_state, output.last_hidden_state, image_features, output)
 
     def _add_masks(
         self,
@@ -886,8 +924,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, pixel_values, prompt_masks, prompt_mask_tiles: as for `forward`.
-            **generate_kwargs: anything transformers' `generate` takes. What is not given comes from `gen_config` and
-                the template, at whose end marks an answer stops.
+            **generate_kwargs: anything transformers' `generate` takes. What is not given comes from
+                `generation_config` and the template, at whose end marks an answer stops.
 
         Returns:
             What the language model's `generate` returns; sequences hold only the new tokens.
@@ -1260,6 +1298,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]
     ) -> list[Answer]:
         """Lets the language model answer questions, together where that changes none of the answers."""
+        if made := sorted(_MADE_HERE & generate_kwargs.keys()):
+            raise TypeError(
+                f"{made} are made here, from image, video, text, past_text and mask_prompts. Leave them out, or give "
+                "what the processor returned to generate."
+            )
         arguments = self._generation_arguments(processor, generate_kwargs)
         config = arguments["generation_config"]
         if config.num_return_sequences not in (None, 1):
@@ -1322,12 +1365,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             )
 
     def _generation_arguments(self, processor: Sa2VAProcessor, given: dict[str, Any]) -> dict[str, Any]:
-        """`gen_config`, the template's stop words and the caller's arguments, as `generate` wants them."""
+        """The model's settings, the template's stop words and the caller's arguments, as `generate` wants them."""
         given = dict(given)
-        config = given.pop("generation_config", None) or self.gen_config
-        if not isinstance(config, GenerationConfig):
-            raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}.")
-        config = copy.copy(config)  # `generate` makes a deep one
+        config = _call_config(given.pop("generation_config", None), self.generation_config)
         _check_generation(config, given)
         if given.get("max_length") is not None:
             config.max_new_tokens = None  # else transformers would follow that
@@ -1336,8 +1376,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         tokenizer = processor.tokenizer
         words = {word: _token_id(tokenizer, word) for word in processor.stop_words}
         if config.eos_token_id is None:
-            ends = {i for i in (*words.values(), tokenizer.eos_token_id) if i is not None}
-            config.eos_token_id = sorted(ends) or None
+            ends = (*words.values(), tokenizer.eos_token_id, *_end_ids(self.generation_config))
+            config.eos_token_id = sorted({i for i in ends if i is not None}) or None
         if config.pad_token_id is None:
             config.pad_token_id = processor.pad_token_id
         # An end mark that is several tokens (phi3_chat over a Qwen tokenizer) can only be seen in the text.
@@ -1352,7 +1392,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _check_static_cache(self, config: GenerationConfig) -> None:
         """Refuses to set room aside for more tokens than the model has positions."""
         kind = config.cache_implementation or self.causal_model.generation_config.cache_implementation or ""
-        most = max(self.config.get_text_config().max_position_embeddings, self.gen_config.max_new_tokens or 0)
+        most = max(self.config.get_text_config().max_position_embeddings, _MAX_NEW_TOKENS)
         wanted = config.max_length if config.max_new_tokens is None else config.max_new_tokens
         if "static" in kind and (wanted or 0) > most:
             raise ValueError(
@@ -1507,7 +1547,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             conditioned = decoder.condition(keys, prompts, inputs.size, count)
             tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
             inputs.key_images.clear()  # a long video must not carry them along
-        yield from decoder.propagate(tracking, frames, lambda some: pixel_values(torch.cat(tuple(some))), count)
+        yield from decoder.propagate(tracking, frames, pixel_values, count)
 
 
 class Sa2VAChatModelQwen(Sa2VAChatModel):
@@ -1566,7 +1606,7 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         Args:
             input_ids, attention_mask: int64 [B, L].
             **kwargs: `pixel_values`, `image_grid_thw` and anything transformers' `generate` takes. What is not given
-                comes from `gen_config` and the template, at whose end marks an answer stops.
+                comes from `generation_config` and the template, at whose end marks an answer stops.
 
         Raises:
             ValueError: no `input_ids`.
@@ -1596,7 +1636,7 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         kwargs = {"mm_token_type_ids": self._token_types(input_ids), **kwargs}
         with _setting(_READ, []) as read:
             output = self.model.model(input_ids=input_ids, use_cache=False, **kwargs)
-        return TextStates(output.last_hidden_state, self._seg_source(output, read), None)
+        return TextStates(output.last_hidden_state, self._seg_source(output, read), None, output)
 
     def _seg_source(self, output: ModelOutput, read: list[Tensor]) -> Tensor:
         return read[-1] if self.config.qwen_vl_type == "qwen3_vl" else output.last_hidden_state
@@ -1994,6 +2034,31 @@ def _mask_with(prompt: dict[str, Tensor], answers: Tensor) -> Tensor:
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer, at least 1.")
+
+
+def _call_config(chosen: GenerationConfig | None, own: GenerationConfig) -> GenerationConfig:
+    """A copy of a call's settings, filled up with the model's own; without end marks unless the call names some."""
+    if chosen is not None and not isinstance(chosen, GenerationConfig):
+        raise TypeError(f"generation_config must be a GenerationConfig, got {type(chosen).__name__}.")
+    config = copy.copy(own if chosen is None else chosen)  # `generate` makes a deep one
+    for name, value in vars(own).items():
+        if getattr(config, name, None) is None and name != "eos_token_id":
+            setattr(config, name, value)
+    if chosen is None or chosen is own:
+        config.eos_token_id = None  # the template's join them
+    elif chosen.max_length is not None and chosen.max_new_tokens is None:
+        config.max_new_tokens = None  # which would go before
+    return config
+
+
+def _loaded_generation_config(loaded: GenerationConfig) -> GenerationConfig:
+    """Settings of `generate` that this code saved, else the released ones.
+
+    A generation_config.json that came with the released code (before transformers 5) was never read there.
+    """
+    version = str(loaded.transformers_version)
+    is_ours = version[:1].isdecimal() and not version.startswith(("3.", "4.")) and not loaded._from_model_config
+    return loaded if is_ours else GenerationConfig(max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
 
 
 def _check_generation(config: GenerationConfig, given: Mapping[str, Any]) -> None:

@@ -63,6 +63,9 @@ _ACCEPTED_VIDEOS = (
     "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
 )
 _EXAMPLE_PART = '{"type": "image", "image": "a.png"}'
+_TEMPLATE_ARGUMENTS = (
+    *("chat_template", "tools", "documents", "continue_final_message", "return_assistant_tokens_mask"),
+)
 _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
 _EXIF_ORIENTATION = 0x0112
 _CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
@@ -99,7 +102,7 @@ def load_image(image: Any, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     if isinstance(image, str | os.PathLike):
         return _load_file(_existing_path(image, "image"), max_pixels)
     if isinstance(image, Image.Image):
-        return _to_rgb(image, max_pixels)
+        return _opened_to_rgb(image, max_pixels)
     if isinstance(image, np.ndarray | Tensor):
         return _array_to_pil(image, max_pixels)
     raise TypeError(f"An image can't be a {type(image).__name__}. Give {_ACCEPTED_IMAGES}.")
@@ -109,9 +112,12 @@ def _existing_path(path: str | os.PathLike, what: str) -> Path:
     try:
         found = Path(path).expanduser() if str(path) else None
     except RuntimeError as error:  # "~" of a user that isn't there
-        raise FileNotFoundError(f"There is no {what} at {str(path)!r}: {error}") from error
-    if found is None or not found.exists():
-        raise FileNotFoundError(f"There is no {what} at {str(path)!r}. Give the path of a local file (no URL).")
+        raise FileNotFoundError(f"There is no {what} at {str(path)!r:.200}: {error}") from error
+    if found is None or not os.path.exists(found):  # which takes any string
+        raise FileNotFoundError(
+            f"There is no {what} at {str(path)!r:.200}. Give the path of a local file (no URL, no base64), or what it "
+            "holds as PIL images or arrays."
+        )
     if not (found.is_file() or found.is_dir()):
         raise OSError(f"{str(path)!r} is no file or folder but a device or pipe. Save what it gives to a file.")
     return found
@@ -146,6 +152,18 @@ def _load_file(path: Path, max_pixels: int) -> Image.Image:
         except _CORRUPT_FILE_ERRORS as error:
             raise OSError(f"{str(path)!r} is a damaged image: {error}. Save it again.") from error
         return _to_rgb(image, max_pixels)
+
+
+def _opened_to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    check_area(*image.size, max_pixels)
+    try:
+        _decode(image)
+    except _CORRUPT_FILE_ERRORS as error:
+        raise OSError(
+            f"The pixels of this {type(image).__name__} can't be read ({type(error).__name__}: {error}). Was its file "
+            "closed? Use it inside its `with`, or call its load() there; save a damaged picture again."
+        ) from error
+    return _to_rgb(image, max_pixels)
 
 
 def _decode(image: Image.Image) -> None:
@@ -423,6 +441,8 @@ def _frames_of(video: Any) -> VideoFrames:
     if isinstance(video, Image.Image):
         raise TypeError("A video can't be a single PIL image. Pass it as image=, or as a list of one frame.")
     is_sequence = hasattr(video, "__len__") and hasattr(video, "__getitem__")
+    if is_sequence and hasattr(video, "keys") and not isinstance(video, Mapping):
+        video = list(video)  # a pandas Series is indexed by its labels
     if isinstance(video, bytes | bytearray | Mapping | set) or not (is_sequence or isinstance(video, Iterable)):
         raise TypeError(f"A video can't be a {type(video).__name__}. Give {_ACCEPTED_VIDEOS}.")
     return _frames_of_sequence(video) if is_sequence else VideoFrames(_OneShotSource(video))
@@ -658,7 +678,10 @@ def _check_words(text: Any, past_text: Any, reserved: Sequence[str], most_tags: 
             "or video; without any it is put in front."
         )
     if used := [token for token in reserved if token in text]:
-        raise ValueError(f"text holds {used}, which stand for image content. Remove them from your words.")
+        raise ValueError(
+            f"text holds {used}, which stand for image content. Give your words alone: the "
+            "processor writes what surrounds them."
+        )
     if IMAGE_TAG in past_text:
         raise ValueError(f"past_text holds {IMAGE_TAG}. Give the past_text that the previous call returned, unchanged.")
 
@@ -805,24 +828,28 @@ def _parts_of(content: Any) -> dict[str, Any]:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not (isinstance(parts, list | tuple) and all(isinstance(part, Mapping) for part in parts)):
         raise TypeError(f"The content of a message is text or a list of dictionaries, got {content!r}.")
-    found: dict[str, Any] = {}
+    found, text = {}, ""
     for part in parts:
         kind = part.get("type")
         keys = (kind, "path", "url") if kind in ("text", "image", "video") else ()
         given = next((part[key] for key in keys if part.get(key) is not None), None)
         if given is None or (kind == "text" and not isinstance(given, str)):
-            raise ValueError(f"{dict(part)!r} is no text, image or video with its type, such as {_EXAMPLE_PART}.")
+            raise ValueError(f"{dict(part)!r:.200} is no text, image or video with what it shows: {_EXAMPLE_PART}.")
         if kind in found and kind != "text":
             raise ValueError(f"A message holds more than one {kind}; a conversation is about one.")
-        found[kind] = found.get(kind, "") + given if kind == "text" else given
-    return found
+        if kind == "text":
+            text += given
+        else:
+            found[kind] = given
+            text += IMAGE_TAG if text else ""  # without a tag it stands first
+    return {**found, "text": text}
 
 
 def _one_video(value: Any) -> Any:
-    """The only item of a one-item list, if that can only be a whole video: a list of frames, or no picture's path."""
+    """The only item of a one-item list, if that can only be a whole video: frames, or no picture's path."""
     item = _single(value)
     is_file = isinstance(item, str | os.PathLike) and Path(item).suffix.lower() not in _FRAME_SUFFIXES
-    return item if is_file or isinstance(item, list | tuple) else value
+    return item if is_file or isinstance(item, list | tuple) or getattr(item, "ndim", 0) == 4 else value
 
 
 # ------------------------------------------------------------------------------------------------- pixels and tiles
@@ -1352,7 +1379,8 @@ class Sa2VAProcessor(ProcessorMixin):
                 and W need not be the picture's.
 
         Returns:
-            bool [R, g, g] with g = `region_grid`, by nearest neighbour. A region may be empty.
+            bool [R, g, g] with g = `region_grid`, by nearest neighbour, as released: a region that lies between
+            the points looked at is empty, which is logged.
 
         Raises:
             TypeError: no array of numbers.
@@ -1373,7 +1401,13 @@ class Sa2VAProcessor(ProcessorMixin):
         if not np.isfinite(masks).all():
             raise ValueError(f"mask_prompts hold NaN or infinite values. {wanted} 0 is outside.")
         inside = torch.from_numpy(np.ascontiguousarray(masks != 0)).to(torch.uint8)[:, None]
-        return F.interpolate(inside, size=(self.region_grid, self.region_grid), mode="nearest")[:, 0].bool()
+        cells = F.interpolate(inside, size=(self.region_grid, self.region_grid), mode="nearest")[:, 0].bool()
+        if unseen := (1 + (~cells.flatten(1).any(dim=1)).nonzero()[:, 0]).tolist():
+            logger.warning_once(
+                f"mask_prompts: regions {unseen} hold none of the {self.region_grid}x{self.region_grid} points at "
+                "which regions are looked up, so the model sees nothing of them. Draw them larger, or crop the image."
+            )
+        return cells
 
     def resize_for_grounding(self, frames: Sequence[Image.Image]) -> Tensor:
         """T RGB frames of any sizes -> uint8 [T, 3, S, S], bicubic, aspect ratio not kept: what SAM 2 looks at."""
@@ -1381,19 +1415,19 @@ class Sa2VAProcessor(ProcessorMixin):
 
     def grounding_pixel_values(
         self,
-        frames: Sequence[Image.Image] | Tensor,
+        frames: Sequence[Image.Image | Tensor],
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         is_video: bool = False,
     ) -> Tensor:
-        """SAM 2's input [T, 3, S, S] of `dtype`, from T RGB frames of any sizes or what `resize_for_grounding` gave.
+        """SAM 2's input [T, 3, S, S] of `dtype`: T RGB frames of any sizes, or what `resize_for_grounding` made.
 
         Normalised with ImageNet's constants as bfloat16 rounds them, which the released models were trained on. As
         there, an image is computed in `dtype` throughout, a video in float32 and rounded at the end.
         """
-        pixels = frames if isinstance(frames, Tensor) else self.resize_for_grounding(frames)
-        pixels = pixels.to(device)
+        is_resized = isinstance(frames[0], Tensor)
+        pixels = (torch.cat(tuple(frames)) if is_resized else self.resize_for_grounding(frames)).to(device)
         pixels = pixels.to(torch.float32 if is_video else dtype).div_(255)
         mean, std = _constants(torch.bfloat16, like=pixels)
         return pixels.sub_(mean).div_(std).to(dtype)
@@ -1562,7 +1596,7 @@ class Sa2VAProcessor(ProcessorMixin):
         add_generation_prompt: bool = True,
         num_frames: int | None = None,
         frame_sampling: str | Sequence[int] | None = None,
-        chat_template: None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> BatchFeature | Tensor | str | list[str]:
         """Conversations as other models of transformers take them, written as `predict_forward` writes them.
@@ -1571,14 +1605,17 @@ class Sa2VAProcessor(ProcessorMixin):
             conversation: messages {"role": "user" or "assistant", "content": words or a list of parts}, in turns, the
                 last one the user's; or a list of such conversations, which is a batch. Parts are {"type": "text",
                 "text": words} and, in one turn of the user, {"type": "image" or "video", "image", "video", "path" or
-                "url": see `load_image`, `open_video`}.
+                "url": see `load_image`, `open_video`}. Texts are joined as they are; a picture between them stands
+                there (around Qwen-VL it always stands first).
             tokenize: True gives what a call of the processor does, False the prompts, with all tokens of pictures in
                 them, to look at.
             return_dict: False gives the `input_ids` alone.
             add_generation_prompt: always True: a prompt ends where the answer begins.
             num_frames, frame_sampling: see `prepare`.
-            chat_template: None; the words around a question are those that the checkpoint was trained with.
-            **kwargs: other arguments of a call: `return_tensors`, `padding`, `padding_side`.
+            processor_kwargs: more arguments of a call, as transformers' pipelines give them.
+            **kwargs: other arguments of a call: `return_tensors`, `padding`, `padding_side`. What changes templates
+                (`chat_template`, `tools`, `documents`, `continue_final_message`, `return_assistant_tokens_mask`) must
+                be None or False: the words around a question are those that the checkpoint was trained with.
 
         Raises:
             TypeError, ValueError, OSError: no such conversation; see also `prepare`.
@@ -1589,8 +1626,9 @@ class Sa2VAProcessor(ProcessorMixin):
             )
         if not add_generation_prompt:
             raise ValueError("Prompts end where the answer begins: leave add_generation_prompt=False out.")
-        if chat_template is not None:
-            raise ValueError("chat_template must be None: checkpoints were trained with one way of asking.")
+        if changed := [name for name in _TEMPLATE_ARGUMENTS if kwargs.pop(name, None)]:
+            raise ValueError(f"{changed} must be left out: checkpoints were trained with one way of asking.")
+        kwargs |= processor_kwargs or {}
         sampling = {"num_frames": num_frames, "frame_sampling": frame_sampling}
         is_one = not conversation or isinstance(conversation[0], Mapping)
         asked = [self._last_question(turns, **sampling) for turns in ([conversation] if is_one else conversation)]
@@ -1610,7 +1648,7 @@ class Sa2VAProcessor(ProcessorMixin):
                 given = message.get("role") if isinstance(message, Mapping) else message
                 raise ValueError(f"Message {number} is of {given!r}; user and assistant take turns, the user begins.")
             parts = _parts_of(message.get("content"))
-            words = parts.pop("text", "")
+            words = parts.pop("text")
             if role == "user":
                 if len(parts) + sum(question[kind] is not None for kind in ("image", "video")) > 1:
                     raise ValueError("A conversation is about one image or one video.")

@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor
+from sa2va.configuration_sa2va import auto_map
 from sa2va.data.scenes import corpus
 
 SPECIAL_TOKENS = (
@@ -97,12 +98,7 @@ def build_config(vocab_size: int) -> Sa2VAChatConfig:
         num_points=0,
         supervise_all_masks=True,
         architectures=["Sa2VAChatModel"],
-        auto_map={
-            "AutoConfig": "configuration_sa2va.Sa2VAChatConfig",
-            "AutoModel": "modeling_sa2va.Sa2VAChatModel",
-            "AutoModelForCausalLM": "modeling_sa2va.Sa2VAChatModel",
-            "AutoProcessor": "processing_sa2va.Sa2VAProcessor",
-        },
+        auto_map=auto_map(is_qwen_vl=False),
         dtype="float32",
     )
 

@@ -174,11 +174,18 @@ def bomb(folder):
     return path
 
 
+def closed_picture(folder):
+    with Image.open(saved(plain(), folder / "closed.png")) as image:
+        return image
+
+
 # what a user passes as an image -> the error and words of its message
 BAD_IMAGES = {
     "missing file": (lambda folder: folder / "none.png", FileNotFoundError, "none.png"),
     "a web address": (lambda _: "https://example.com/a.png", FileNotFoundError, "no URL"),
     "no path": (lambda _: "", FileNotFoundError, "no image at ''"),
+    "base64": (lambda _: "data:image/png;base64," + "A" * 5000, FileNotFoundError, "A'?. Give .*no base64"),
+    "a picture whose file was closed": (closed_picture, OSError, "closed"),
     "home of nobody": (lambda _: "~nobody-at-all/a.png", FileNotFoundError, "nobody-at-all"),
     "a pipe": (lambda folder: pipe(folder / "pipe.png"), OSError, "device or pipe"),
     "a folder": (lambda folder: folder, IsADirectoryError, "video="),
@@ -724,7 +731,7 @@ BAD_STATES = {
     "a template of the caller's": (
         lambda have: have.processor.apply_chat_template(SPOKEN[:1], chat_template="{{ messages }}"),
         ValueError,
-        "chat_template must be None",
+        "chat_template",
     ),
     "room for more tokens than positions": (
         lambda have: have.ask(max_new_tokens=10**9, cache_implementation="static"),
@@ -751,6 +758,28 @@ BAD_STATES = {
         "batch_size=2.5",
     ),
     "temperature in words": (lambda have: have.ask(do_sample=True, temperature="hot"), ValueError, "temperature"),
+    "an argument that is made here": (lambda have: have.ask(attention_mask=None), TypeError, "attention_mask"),
+    "token ids beside a question": (lambda have: have.ask(input_ids=torch.tensor([[5]])), TypeError, "input_ids"),
+    "a message's picture without what it shows": (
+        lambda have: have.processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]),
+        ValueError,
+        "what it shows",
+    ),
+    "tools for a template": (
+        lambda have: have.processor.apply_chat_template(SPOKEN[:1], tools=[{"name": "ls"}]),
+        ValueError,
+        "tools",
+    ),
+    "a prompt in place of words": (
+        lambda have: have.processor(text=[have.processor.apply_chat_template(SPOKEN[:1])], images=[plain()]),
+        ValueError,
+        "words alone",
+    ),
+    "loss without all logits": (
+        lambda have: have.forward(labels=torch.zeros(1, 4, dtype=torch.long), logits_to_keep=1),
+        ValueError,
+        "logits_to_keep",
+    ),
     "generation_config is a dict": (lambda have: have.ask(generation_config={"num_beams": 2}), TypeError, "dict"),
     "processor is a number": (lambda have: have.ask(processor=5), TypeError, "processor="),
     "tokenizer is a name": (lambda have: have.ask(tokenizer="bert"), TypeError, "'bert'"),
@@ -827,7 +856,7 @@ BAD_STATES = {
     "a part without type": (
         lambda have: have.processor.apply_chat_template([{"role": "user", "content": [{"text": "Hi"}]}]),
         ValueError,
-        "with its type",
+        "what it shows",
     ),
     "a prompt without an end": (
         lambda have: have.processor.apply_chat_template(SPOKEN[:1], add_generation_prompt=False),
@@ -912,6 +941,11 @@ BAD_STATES = {
     "ratio NaN": (lambda have: have.config(downsample_ratio=float("nan")), ValueError, "downsample_ratio=nan"),
     "layer that is not there": (lambda have: have.config(select_layer=7), ValueError, "has 2 layers"),
     "unknown dtype": (lambda have: have.config(dtype="os"), ValueError, "no dtype"),
+    "dtype by another name": (
+        lambda _: AutoModel.from_pretrained(GOLDEN / "ivl_qwen2", dtype="bf16"),
+        ValueError,
+        "dtype='bf16' is no dtype",
+    ),
     "unknown memory dtype": (
         lambda have: have.config("grounding_config", memory_dtype="load"),
         ValueError,

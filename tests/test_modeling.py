@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,14 @@ import pytest
 import torch
 from conftest import Prescribed
 from PIL import Image
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 from sa2va import Sa2VAChatModel, Sa2VAOutput
 from sa2va.modeling_sa2va import _WrittenStates
@@ -169,16 +177,57 @@ def test_a_streamer_sees_the_answer(golden_model, golden_processor, golden):
     assert "".join(streamer) == output.prediction
 
 
-def test_gen_config_is_the_default_of_a_call(golden_model, golden, monkeypatch):
-    monkeypatch.setattr(golden_model, "gen_config", GenerationConfig(max_new_tokens=2, do_sample=False))
+def test_generation_config_is_the_default_of_a_call(golden_model, golden, monkeypatch):
+    monkeypatch.setattr(golden_model, "generation_config", GenerationConfig(max_new_tokens=2, do_sample=False))
     short = golden_model.predict_forward(**golden.case("imgD1seg").arguments)
     assert 0 < len(short.prediction) < len("It is [SEG]")
     longer = golden_model.predict_forward(**golden.case("imgD1seg").arguments, max_new_tokens=20)
     assert longer.prediction == "It is [SEG].<|im_end|>"
 
 
+def test_a_partial_generation_config_is_filled_up(golden_model, golden):
+    """On its own it would end answers after transformers' 20 tokens."""
+    arguments = golden.case("imgD1seg").arguments
+    script = answer_with(golden_model, "never said, " * 20)
+    partial = golden_model.predict_forward(**arguments, generation_config=GenerationConfig(num_beams=1), **script)
+    assert partial.prediction == golden_model.predict_forward(**arguments, **script).prediction
+    assert len(golden_model.load_processor().tokenizer(partial.prediction).input_ids) > 30
+
+
+def test_the_models_settings_are_saved_and_obeyed(golden, tmp_path):
+    model = AutoModel.from_pretrained(golden.folder, dtype=torch.float32).eval()
+    model.generation_config.max_new_tokens = 2
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    assert again.gen_config is again.generation_config and again.generation_config.max_new_tokens == 2
+    again.set_processor(model.load_processor())
+    short = [m.predict_forward(**golden.case("imgD1seg").arguments).prediction for m in (model, again)]
+    assert short[0] == short[1] and 0 < len(short[0]) < len("It is [SEG]")
+    inputs = model.load_processor()(text=["Hi"])
+    assert model.generate(**inputs).shape[1] == 2
+
+
+def test_settings_that_came_with_the_released_code_are_not_read(golden, tmp_path):
+    """Their generate, which never saw the file, was greedy and stopped at 2048 tokens."""
+    model = AutoModel.from_pretrained(golden.folder)
+    model.save_pretrained(tmp_path)
+    old = {"do_sample": True, "max_new_tokens": 3, "transformers_version": "4.57.1"}
+    (tmp_path / "generation_config.json").write_text(json.dumps(old))
+    settings = AutoModel.from_pretrained(tmp_path).generation_config
+    assert settings.max_new_tokens == 2048 and not settings.do_sample
+
+
+def test_forward_gives_what_it_is_asked_for(golden_model, golden_processor, picture):
+    inputs = golden_processor(picture, "Hi")
+    whole = golden_model(**inputs, output_hidden_states=True)
+    last = golden_model(**inputs, logits_to_keep=1)
+    assert len(whole.hidden_states) == golden_model.config.llm_config.num_hidden_layers + 1
+    torch.testing.assert_close(last.logits, whole.logits[:, -1:])
+    assert last.hidden_states is None
+
+
 def test_preparing_for_generation_is_harmless(golden_model, golden_processor, monkeypatch):
-    monkeypatch.setattr(golden_model, "gen_config", copy.deepcopy(golden_model.gen_config))
+    monkeypatch.setattr(golden_model, "generation_config", copy.deepcopy(golden_model.generation_config))
     golden_model.preparing_for_generation(tokenizer=golden_processor.tokenizer, torch_dtype=torch.float32)
     assert golden_model.gen_config.max_new_tokens == 2048 and not golden_model.gen_config.do_sample
 
@@ -349,11 +398,19 @@ def test_mixed_frame_sizes_share_the_first_frames_size_or_keep_their_own(golden_
     assert [mask.shape for mask in own.prediction_masks[0]] == [(87, 121), (40, 50)]
 
 
+def test_a_pipeline_answers_messages(golden_model, golden_processor, picture):
+    script = answer_with(golden_model, "Yes.<|im_end|>")
+    pipe = pipeline("image-text-to-text", model=golden_model, processor=golden_processor)
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "A square?"}]
+    (said,) = pipe([{"role": "user", "content": parts}], return_full_text=False, generate_kwargs=script)
+    assert said["generated_text"] == "Yes."
+
+
 # ------------------------------------------------------------------------------------------- loading and sharing
 
 
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM])
-def test_both_auto_classes_load_a_released_folder(golden, auto_class):
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_all_auto_classes_load_a_released_folder(golden, auto_class):
     assert isinstance(auto_class.from_pretrained(golden.folder), Sa2VAChatModel)
 
 

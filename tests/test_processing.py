@@ -339,12 +339,43 @@ def test_messages_are_written_as_calls_are(processor, pictures):
     assert torch.equal(processor.apply_chat_template(first, tokenize=True), asked.input_ids)
 
 
+def test_a_picture_between_words_stands_there(processor, pictures):
+    parts = [
+        {"type": "text", "text": "In "},
+        {"type": "image", "image": pictures["imgA"]},
+        {"type": "text", "text": " is?"},
+    ]
+    asked = processor.prepare(pictures["imgA"], text="In <image> is?")
+    assert processor.apply_chat_template([{"role": "user", "content": parts}]) == asked.prompt
+
+
+def test_messages_are_taken_as_transformers_pipelines_give_them(processor, pictures):
+    messages = [{"role": "user", "content": [{"type": "image", "image": pictures["imgA"]}]}]
+    messages[0]["content"].append({"type": "text", "text": "Hi"})
+    given = {"continue_final_message": False, "processor_kwargs": {"padding_side": "right"}, "return_tensors": "pt"}
+    found = processor.apply_chat_template(messages, tokenize=True, return_dict=True, **given)
+    assert torch.equal(found["input_ids"], processor.prepare(pictures["imgA"], text="Hi").input_ids)
+
+
+def test_a_list_of_one_video_array_is_that_video(processor, pictures):
+    found = processor(videos=[pictures["vid3"]], text="Hi")
+    assert torch.equal(found["pixel_values"], processor.prepare(video=pictures["vid3"], text="Hi").pixel_values)
+
+
 def test_messages_may_be_about_an_iterator_of_frames(processor, pictures):
     video = {"type": "video", "video": iter(pictures["vid3"])}
     messages = [{"role": "user", "content": [video, {"type": "text", "text": "Hi"}]}]
     messages += [{"role": "assistant", "content": "Ho."}, {"role": "user", "content": "Why?"}]
     found = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
     assert torch.equal(found["pixel_values"], processor.prepare(video=pictures["vid3"], text="Hi").pixel_values)
+
+
+def test_a_region_between_the_points_looked_at_is_told(processor, heard):
+    region = np.zeros((2, 160, 160))
+    region[0, 41:49, 41:49] = 1  # points are 10 pixels apart
+    region[1, 35:45] = 1
+    assert processor.preprocess_mask_prompts(region).flatten(1).sum(1).tolist() == [0, 16]
+    assert any("regions [1] hold none of the 16x16" in message for message in heard)
 
 
 def test_call_with_words_alone_has_no_pixels(processor):
