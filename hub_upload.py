@@ -1495,7 +1495,7 @@ def _contents(source: Path, folder: Path, repo_id: str) -> tuple[dict[str, Any],
 
 def _is_packed(folder: Path, max_bytes: int) -> bool:
     """Whether packing a folder would change nothing but its card; weights are looked at by their headers."""
-    from .configuration_sa2va import CODE_FILES
+    from .configuration_sa2va import CODE_FILES, auto_map
 
     settings = (CONFIG, GENERATION, "processor_config.json", "tokenizer_config.json", CARD, REQUIREMENTS_FILE)
     if not all((folder / name).is_file() for name in (*settings, *CODE_FILES)):
@@ -1507,7 +1507,8 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
         return False
     mapped, processor = (_read_json(files, name).get("auto_map") or {} for name in (CONFIG, "processor_config.json"))
     modules = {f"{reference.partition('.')[0]}.py" for reference in (mapped | processor).values()}
-    return len(mapped) >= 4 and bool(processor) and modules <= {*CODE_FILES} and not _read_weights(files)[1]
+    is_mapped = auto_map(is_qwen_vl=False).keys() <= mapped.keys() and bool(processor)
+    return is_mapped and modules <= {*CODE_FILES} and not _read_weights(files)[1]
 
 
 class _Hub:

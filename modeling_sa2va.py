@@ -91,6 +91,7 @@ logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers'
 IGNORE_INDEX = -100
 _NO_PIXELS = "The text shows a picture, or regions of one, but there are no pixel_values. Give those of the processor."
 _MOST_BEAMS = 1000  # more than anybody searches with; far more take all memory there is
+_MOST_BEAM_TOKENS = 10**7  # beams times tokens, for all of which beam search sets room aside
 _MOST_ABSENT = 2 * 10**9  # parameters that a checkpoint may lack; SAM 2 and a vision tower are 0.5 * 10**9
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
@@ -115,6 +116,18 @@ _BLIND_TO_PADDING = {  # settings of `generate` that look neither at the tokens 
     *("cache_implementation", "max_cache_len", "compile_config", "disable_compile"),
 }
 _MAX_NEW_TOKENS = 2048  # of the released code
+_SAVED_SETTINGS = {  # of generation_config.json: type, least and most
+    "max_new_tokens": (int, 1, 10**6),
+    "do_sample": (bool, False, True),
+    "temperature": (int | float, 0.01, 100),
+    "top_k": (int, 0, 10**6),
+    "top_p": (int | float, 0, 1),
+    "min_p": (int | float, 0, 1),
+    "repetition_penalty": (int | float, 0.01, 100),
+    "no_repeat_ngram_size": (int, 0, 1000),
+    "num_beams": (int, 1, 100),
+    "length_penalty": (int | float, -100, 100),
+}
 _MADE_HERE = {  # what the language model reads, which `predict_*` prepare by themselves
     *("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "mm_token_type_ids"),
     *("pixel_values", "image_grid_thw", "prompt_masks", "prompt_mask_tiles"),
@@ -392,7 +405,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             nn.Linear(hidden_size, config.grounding_config.d_model),
             nn.Dropout(0.0),
         )
-        self.generation_config = _loaded_generation_config(self.generation_config)
+        self.generation_config = GenerationConfig(max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
         self._processor: Sa2VAProcessor | None = None
         self._hub_arguments: dict[str, Any] = {}
         self.post_init()
@@ -456,8 +469,6 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             # Sa2VA-i in a place where its weight names could not be read beforehand: a subfolder, a variant, a cache.
             model, report = load(**{**kwargs, "config": _as_sa2va_i(model.config)})
         model._hub_arguments = hub_arguments
-        if kwargs.get("generation_config") is None:
-            model.generation_config = _loaded_generation_config(model.generation_config)
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
         if not chosen and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
@@ -466,6 +477,17 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 "SAM 2: pass dtype=torch.float32, or device_map to use an accelerator."
             )
         return (model, report) if wants_report else model
+
+    def adjust_generation_fn(self, generation_config: GenerationConfig | None, *args, **kwargs) -> None:
+        """transformers' step that reads generation_config.json, unless settings are given.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with blaming_config():
+            super().adjust_generation_fn(generation_config, *args, **kwargs)
+        if generation_config is None:
+            self.generation_config = _saved_settings(self.generation_config)
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs) -> None:
         """transformers' step that allocates what a checkpoint lacks, to be drawn at random.
@@ -1367,16 +1389,19 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _generation_arguments(self, processor: Sa2VAProcessor, given: dict[str, Any]) -> dict[str, Any]:
         """The model's settings, the template's stop words and the caller's arguments, as `generate` wants them."""
         given = dict(given)
-        config = _call_config(given.pop("generation_config", None), self.generation_config)
+        own = self.generation_config or GenerationConfig()
+        config = _call_config(given.pop("generation_config", None), own)
         _check_generation(config, given)
         if given.get("max_length") is not None:
             config.max_new_tokens = None  # else transformers would follow that
         arguments = config.update(**given)  # leaves what is no setting: streamer, logits_processor...
-        self._check_static_cache(config)
+        if config.max_new_tokens is not None:
+            config.max_length = None
+        self._check_room(config)
         tokenizer = processor.tokenizer
         words = {word: _token_id(tokenizer, word) for word in processor.stop_words}
         if config.eos_token_id is None:
-            ends = (*words.values(), tokenizer.eos_token_id, *_end_ids(self.generation_config))
+            ends = (*words.values(), tokenizer.eos_token_id, *_end_ids(own))
             config.eos_token_id = sorted({i for i in ends if i is not None}) or None
         if config.pad_token_id is None:
             config.pad_token_id = processor.pad_token_id
@@ -1389,12 +1414,18 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             arguments.setdefault("tokenizer", tokenizer)
         return {"generation_config": config, **arguments}
 
-    def _check_static_cache(self, config: GenerationConfig) -> None:
-        """Refuses to set room aside for more tokens than the model has positions."""
+    def _check_room(self, config: GenerationConfig) -> None:
+        """Refuses to set room aside for more tokens than the model has positions, or for endless beams."""
         kind = config.cache_implementation or self.causal_model.generation_config.cache_implementation or ""
         most = max(self.config.get_text_config().max_position_embeddings, _MAX_NEW_TOKENS)
-        wanted = config.max_length if config.max_new_tokens is None else config.max_new_tokens
-        if "static" in kind and (wanted or 0) > most:
+        length = (config.max_length if config.max_new_tokens is None else config.max_new_tokens) or 0
+        if length * (config.num_beams or 1) > _MOST_BEAM_TOKENS and (config.num_beams or 1) > 1:
+            raise ValueError(
+                f"{config.num_beams} beams of {length} tokens: room is set aside for all, at most {_MOST_BEAM_TOKENS}. "
+                "Lower num_beams or max_new_tokens."
+            )
+        wanted = max(length, config.max_cache_len or 0)
+        if "static" in kind and wanted > most:
             raise ValueError(
                 f"A static cache, which compile_parts uses, sets room aside for all {wanted} tokens; this model has "
                 f"{most} positions. Lower max_new_tokens, or pass cache_implementation='dynamic'."
@@ -2037,37 +2068,50 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _call_config(chosen: GenerationConfig | None, own: GenerationConfig) -> GenerationConfig:
-    """A copy of a call's settings, filled up with the model's own; without end marks unless the call names some."""
+    """A copy of a call's settings, filled up with the model's own; without end marks unless the call has others."""
     if chosen is not None and not isinstance(chosen, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, got {type(chosen).__name__}.")
     config = copy.copy(own if chosen is None else chosen)  # `generate` makes a deep one
     for name, value in vars(own).items():
-        if getattr(config, name, None) is None and name != "eos_token_id":
+        if getattr(config, name, None) is None:
             setattr(config, name, value)
-    if chosen is None or chosen is own:
-        config.eos_token_id = None  # the template's join them
-    elif chosen.max_length is not None and chosen.max_new_tokens is None:
+    if chosen is not None and chosen.max_length is not None and chosen.max_new_tokens is None:
         config.max_new_tokens = None  # which would go before
+    if config.max_new_tokens is None and config.max_length is None:
+        config.max_new_tokens = _MAX_NEW_TOKENS
+    if config.eos_token_id == own.eos_token_id:
+        config.eos_token_id = None  # the template's join them
     return config
 
 
-def _loaded_generation_config(loaded: GenerationConfig) -> GenerationConfig:
-    """Settings of `generate` that this code saved, else the released ones.
+def _saved_settings(loaded: GenerationConfig) -> GenerationConfig:
+    """What is taken of a generation_config.json, over the released settings.
 
-    A generation_config.json that came with the released code (before transformers 5) was never read there.
+    Files from before transformers 5 came with the released code, which never read them; of others only what a stranger
+    may set is taken. End marks are the template's.
     """
+    config = GenerationConfig(max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
     version = str(loaded.transformers_version)
-    is_ours = version[:1].isdecimal() and not version.startswith(("3.", "4.")) and not loaded._from_model_config
-    return loaded if is_ours else GenerationConfig(max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+    if loaded._from_model_config or not version[:1].isdecimal() or version.startswith(("3.", "4.")):
+        return config
+    for name, (kind, least, most) in _SAVED_SETTINGS.items():
+        value = getattr(loaded, name, None)
+        if isinstance(value, kind) and least <= value <= most:
+            setattr(config, name, value)
+        elif value is not None:
+            logger.warning_once(
+                f"generation_config.json: {name}={value!r:.50} is not used; {least} to {most} would be."
+            )
+    return config
 
 
 def _check_generation(config: GenerationConfig, given: Mapping[str, Any]) -> None:
     """Refuses arguments of `generate`, given or in its config, of which it would say less, or too late."""
-    for name in ("max_new_tokens", "max_length", "num_beams"):
+    for name in ("max_new_tokens", "max_length", "max_cache_len", "num_beams", "num_return_sequences"):
         if (value := given.get(name, getattr(config, name))) is not None:
             _check_count(name, value)
-            if name == "num_beams" and value > _MOST_BEAMS:
-                raise ValueError(f"num_beams={value}: each beam holds the whole prompt; {_MOST_BEAMS} are the most.")
+            if name.startswith("num_") and value > _MOST_BEAMS:
+                raise ValueError(f"{name}={value}: each holds the whole prompt; {_MOST_BEAMS} are the most.")
     if given.get("guidance_scale", config.guidance_scale) not in (None, 1):
         raise ValueError("guidance_scale needs a prompt without its picture, which is not made here. Leave it out.")
     for name in ("logits_processor", "stopping_criteria"):

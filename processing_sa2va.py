@@ -841,7 +841,7 @@ def _parts_of(content: Any) -> dict[str, Any]:
             text += given
         else:
             found[kind] = given
-            text += IMAGE_TAG if text else ""  # without a tag it stands first
+            text += IMAGE_TAG if text and IMAGE_TAG not in text else ""  # without a tag it stands first
     return {**found, "text": text}
 
 
@@ -1426,7 +1426,7 @@ class Sa2VAProcessor(ProcessorMixin):
         Normalised with ImageNet's constants as bfloat16 rounds them, which the released models were trained on. As
         there, an image is computed in `dtype` throughout, a video in float32 and rounded at the end.
         """
-        is_resized = isinstance(frames[0], Tensor)
+        is_resized = isinstance(next(iter(frames), None), Tensor)
         pixels = (torch.cat(tuple(frames)) if is_resized else self.resize_for_grounding(frames)).to(device)
         pixels = pixels.to(torch.float32 if is_video else dtype).div_(255)
         mean, std = _constants(torch.bfloat16, like=pixels)
@@ -1605,7 +1605,7 @@ class Sa2VAProcessor(ProcessorMixin):
             conversation: messages {"role": "user" or "assistant", "content": words or a list of parts}, in turns, the
                 last one the user's; or a list of such conversations, which is a batch. Parts are {"type": "text",
                 "text": words} and, in one turn of the user, {"type": "image" or "video", "image", "video", "path" or
-                "url": see `load_image`, `open_video`}. Texts are joined as they are; a picture between them stands
+                "url": see `load_image`, `open_video`}. Texts are joined as they are; a picture behind one stands
                 there (around Qwen-VL it always stands first).
             tokenize: True gives what a call of the processor does, False the prompts, with all tokens of pictures in
                 them, to look at.
@@ -1624,10 +1624,10 @@ class Sa2VAProcessor(ProcessorMixin):
             raise TypeError(
                 f"A conversation is a list of messages, or a list of such lists; got {conversation!r:.100}."
             )
-        if not add_generation_prompt:
-            raise ValueError("Prompts end where the answer begins: leave add_generation_prompt=False out.")
         if changed := [name for name in _TEMPLATE_ARGUMENTS if kwargs.pop(name, None)]:
             raise ValueError(f"{changed} must be left out: checkpoints were trained with one way of asking.")
+        if not add_generation_prompt:
+            raise ValueError("Prompts end where the answer begins: leave add_generation_prompt=False out.")
         kwargs |= processor_kwargs or {}
         sampling = {"num_frames": num_frames, "frame_sampling": frame_sampling}
         is_one = not conversation or isinstance(conversation[0], Mapping)

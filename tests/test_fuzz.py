@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stnp
 from PIL import Image
+from transformers import GenerationConfig
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel
 from sa2va.hub_upload import check_checkpoint
@@ -278,6 +279,25 @@ def mutated(draw, configs: list[dict]) -> dict:
 
 RELEASED_CONFIGS = [json.loads(path.read_text())["config"] for path in RELEASED]
 GOLDEN_CONFIGS = [json.loads((folder / "config.json").read_text()) for folder in sorted(GOLDEN.glob("*_*/"))]
+
+
+SETTINGS = st.sampled_from(sorted({*vars(GenerationConfig()), "__dict__", "update"}))
+
+
+@examples(150)
+@given(st.dictionaries(SETTINGS, JSON, max_size=4))
+def test_any_saved_settings_give_an_answer_in_bounds(golden_model, tmp_path_factory, values):
+    folder = tmp_path_factory.mktemp("settings")
+    (folder / "generation_config.json").write_text(json.dumps({"transformers_version": "5.24.0"} | values))
+    model = copy.copy(golden_model)  # with settings of its own
+    try:
+        model.adjust_generation_fn(None, False, False, str(folder), None, False, None, True, None, "main", "", False)
+        config = model._generation_arguments(model.load_processor(), {})["generation_config"]
+    except DOCUMENTED:
+        return
+    assert config.max_new_tokens * (config.num_beams or 1) <= 10**7 and config.max_cache_len is None
+    config.max_new_tokens = 1
+    model.predict_forward(text="Hi", generation_config=config)
 
 
 @examples(250)

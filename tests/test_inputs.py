@@ -758,6 +758,21 @@ BAD_STATES = {
         "batch_size=2.5",
     ),
     "temperature in words": (lambda have: have.ask(do_sample=True, temperature="hot"), ValueError, "temperature"),
+    "endless beams": (
+        lambda have: have.ask(num_beams=2, max_new_tokens=10**8),
+        ValueError,
+        "2 beams of 100000000 tokens",
+    ),
+    "a static cache beyond all positions": (
+        lambda have: have.ask(cache_implementation="static", max_cache_len=10**9),
+        ValueError,
+        "static cache",
+    ),
+    "endless answers": (
+        lambda have: have.model.generate(**have.processor(text=["Hi"]), num_return_sequences=10**5),
+        ValueError,
+        "num_return_sequences=100000",
+    ),
     "an argument that is made here": (lambda have: have.ask(attention_mask=None), TypeError, "attention_mask"),
     "token ids beside a question": (lambda have: have.ask(input_ids=torch.tensor([[5]])), TypeError, "input_ids"),
     "a message's picture without what it shows": (

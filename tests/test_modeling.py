@@ -19,6 +19,7 @@ from transformers import (
     TextIteratorStreamer,
     pipeline,
 )
+from transformers.trainer_utils import align_special_tokens
 
 from sa2va import Sa2VAChatModel, Sa2VAOutput
 from sa2va.modeling_sa2va import _WrittenStates
@@ -217,6 +218,46 @@ def test_settings_that_came_with_the_released_code_are_not_read(golden, tmp_path
     assert settings.max_new_tokens == 2048 and not settings.do_sample
 
 
+def test_of_a_strangers_settings_only_sound_ones_are_taken(golden, tmp_path, heard):
+    AutoModel.from_pretrained(golden.folder).save_pretrained(tmp_path)
+    strange = {"max_new_tokens": 10**12, "num_beams": 10**9, "cache_implementation": "static", "max_cache_len": 10**10}
+    strange |= {"eos_token_id": float("inf"), "prefill_chunk_size": -3, "stop_strings": ["a", 5], "temperature": 0.5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(strange | {"transformers_version": "5.24.0"}))
+    settings = AutoModel.from_pretrained(tmp_path).generation_config
+    assert (settings.max_new_tokens, settings.num_beams, settings.temperature) == (2048, None, 0.5)
+    assert settings.cache_implementation is settings.eos_token_id is settings.stop_strings is None
+    assert any("num_beams=1000000000 is not used" in message for message in heard)
+
+
+@pytest.mark.parametrize("text", ['{"watermarking_config": "x"}', '{"__dict__": {}}', "[]"])
+def test_a_generation_config_that_is_none_is_an_error(golden, tmp_path, text):
+    AutoModel.from_pretrained(golden.folder).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises((ValueError, OSError)):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_settings_of_the_model_or_of_a_call_without_a_length_have_the_released_one(golden_model, monkeypatch):
+    processor = golden_model.load_processor()
+    monkeypatch.setattr(golden_model, "generation_config", GenerationConfig(num_beams=2))
+    config = golden_model._generation_arguments(processor, {})["generation_config"]
+    assert (config.num_beams, config.max_new_tokens, config.max_length) == (2, 2048, None)
+    config = golden_model._generation_arguments(processor, {"max_length": 9})["generation_config"]
+    assert (config.max_new_tokens, config.max_length) == (None, 9)
+
+
+def test_what_trainer_writes_into_the_models_settings_leaves_the_templates_end_marks(golden_model, monkeypatch):
+    monkeypatch.setattr(golden_model, "generation_config", copy.deepcopy(golden_model.generation_config))
+    processor = golden_model.load_processor()
+    before = golden_model._generation_arguments(processor, {})["generation_config"].eos_token_id
+    align_special_tokens(golden_model, processor)
+    assert golden_model.generation_config.eos_token_id is not None
+    for given in ({}, {"generation_config": copy.deepcopy(golden_model.generation_config)}):
+        assert golden_model._generation_arguments(processor, given)["generation_config"].eos_token_id == before
+    chosen = golden_model._generation_arguments(processor, {"eos_token_id": 7})["generation_config"]
+    assert chosen.eos_token_id == 7
+
+
 def test_forward_gives_what_it_is_asked_for(golden_model, golden_processor, picture):
     inputs = golden_processor(picture, "Hi")
     whole = golden_model(**inputs, output_hidden_states=True)
@@ -400,7 +441,7 @@ def test_mixed_frame_sizes_share_the_first_frames_size_or_keep_their_own(golden_
 
 def test_a_pipeline_answers_messages(golden_model, golden_processor, picture):
     script = answer_with(golden_model, "Yes.<|im_end|>")
-    pipe = pipeline("image-text-to-text", model=golden_model, processor=golden_processor)
+    pipe = pipeline("image-text-to-text", model=golden_model, processor=golden_processor, device="cpu")
     parts = [{"type": "image", "image": picture}, {"type": "text", "text": "A square?"}]
     (said,) = pipe([{"role": "user", "content": parts}], return_full_text=False, generate_kwargs=script)
     assert said["generated_text"] == "Yes."
