@@ -105,11 +105,15 @@ def _mask_problems(sample: Sample) -> Iterator[str]:
 
 
 def _other_size(media: Media, size: Size) -> str | None:
-    """The first frame of a clip that is not as large as the first; only headers are read."""
+    """The first frame of a clip that can't be read or is not as large as the first; only headers are read."""
     for path in media.paths[1:]:
-        with Image.open(path) as frame:
-            if frame.size != size[::-1]:
-                return f"{path.name} is {frame.size[1]}x{frame.size[0]} (h x w), the first frame {size[0]}x{size[1]}."
+        try:
+            with Image.open(path) as frame:
+                width, height = frame.size
+        except BROKEN as error:
+            return f"{path.name} can't be read: {error}"
+        if (height, width) != size:
+            return f"{path.name} is {height}x{width} (h x w), the first frame {size[0]}x{size[1]}."
     return None
 
 

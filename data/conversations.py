@@ -125,14 +125,21 @@ class _Line:
                 turns.append(Turn(field(turn, "question", str), answer, _select(objects, turn, "objects")))
         info = field(line, "info", dict, default={})
         name = str(line.get("id", record.where.rpartition(":")[2]))
-        return Sample(name, self._media(line), tuple(turns), _select(objects, line, "regions"), info)
+        media, regions = self._media(line), _select(objects, line, "regions")
+        if not media and (regions or any(turn.objects for turn in turns)):
+            raise ValueError(f'has objects, but no "image", "frames" or "video"; its keys are {sorted(line)}.')
+        if regions and not all(0 in region.frames for region in regions):
+            raise ValueError('"regions" are looked up in frame 0, where one of them has no mask.')
+        return Sample(name, media, tuple(turns), regions, info)
 
     def _media(self, line: Mapping[str, Any]) -> Media:
         given = [key for key in ("image", "frames", "video") if key in line]
         if len(given) > 1:
             raise ValueError(f'give one of "image", "frames" and "video", got {" and ".join(given)}.')
         if "frames" in line:
-            return Media(tuple(resolve(self.root, frame) for frame in field(line, "frames", list)), True)
+            if not (frames := field(line, "frames", list)):
+                raise ValueError('"frames" is empty: name at least one picture, or leave it out.')
+            return Media(tuple(resolve(self.root, frame) for frame in frames), True)
         if not given:
             return Media(())
         return Media((resolve(self.root, field(line, given[0], str)),), given[0] == "video")
@@ -145,7 +152,13 @@ class _Line:
                 return ObjectMasks({0: parse_mask(entry["mask"], self.root)})
             frames = {int(frame): parse_mask(mask, self.root) for frame, mask in field(entry, "masks", dict).items()}
             annotated = field(entry, "annotated", list, default=None)
-            return ObjectMasks(frames, annotated and frozenset(annotated))
+            if annotated is None:
+                return ObjectMasks(frames, None)
+            if not annotated or not all(type(frame) is int and frame >= 0 for frame in annotated):
+                raise ValueError(f'"annotated" must hold numbers of frames from 0, got {annotated!r:.40}.')
+            if unseen := frames.keys() - set(annotated):
+                raise ValueError(f'"annotated" leaves out frame {min(unseen)}, which has a mask.')
+            return ObjectMasks(frames, frozenset(annotated))
 
 
 def _select(objects: Sequence[ObjectMasks], holder: Mapping[str, Any], name: str) -> tuple[ObjectMasks, ...]:

@@ -15,6 +15,7 @@ done. Processes on several machines need a file system in common.
 """
 
 import argparse
+import glob
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -90,6 +91,9 @@ def run(arguments: argparse.Namespace, state: PartialState) -> list[dict[str, An
     todo = [name for name in names if name not in done][state.process_index :: state.num_processes]
     if todo:
         _answer_all(todo, arguments, state)
+    elif len(names) <= len(done) and state.is_main_process:
+        told = "which may be of another model or other options; remove it to ask again"
+        print(f"{str(arguments.output)!r} has an answer for every file, {told}.", file=sys.stderr)
     state.wait_for_everyone()
     failed = _merge(names, arguments) if state.is_main_process else []
     state.wait_for_everyone()  # a launcher stops all processes when one ends with an error
@@ -109,7 +113,7 @@ def _file_names(folder: Path, output: Path) -> list[str]:
 
 def _parts(output: Path) -> list[Path]:
     """What the processes of this run, or of one that was stopped, have written."""
-    return sorted(output.parent.glob(f".{output.name}.*.part"))
+    return sorted(output.parent.glob(f".{glob.escape(output.name)}.[0-9]*.part"))
 
 
 def _results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:

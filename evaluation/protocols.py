@@ -145,6 +145,12 @@ def measure_sample(
         raise ValueError(f"The prediction of sample {sample.id!r} is damaged ({error!r}). Remove its line.") from error
     if len(answers) != len(sample.turns):
         raise ValueError(f"Sample {sample.id!r} has {len(sample.turns)} turns, its prediction {len(answers)}.")
+    for turn, given in zip(sample.turns, record["turns"], strict=True):
+        if given.get("question") != turn.question:
+            raise ValueError(
+                f"Sample {sample.id!r} asks {turn.question!r}, its prediction answers {given.get('question')!r}: the "
+                "data have changed. Give another --output, or remove it."
+            )
     measurements = []
     for index, answer in enumerate(answers):
         asked = Asked(sample, index, answer, size, frames, merge)
@@ -398,17 +404,20 @@ PROTOCOL_OF: Mapping[str, str] = {
     "region_captions": "words",
     "jsonl": "mixed",
 }
+_MADE_FOR = {"ref_davis17": "ref_davis17", "gcg": "gcg", "scenes": "jsonl"}  # metric: the data that have what it needs
 
 
 def protocol_of(data: str, metric: str | None = None) -> Protocol:
     """The protocol of a data set, or the one named.
 
     Raises:
-        ValueError: an unknown name, or a data set that has no protocol.
+        ValueError: an unknown name, a data set that has no protocol, or lacks what the protocol looks at.
     """
     name = metric or PROTOCOL_OF.get(data)
     if name is None:
         raise ValueError(f"There is no metric for {data!r}; there is one for {', '.join(PROTOCOL_OF)}.")
     if name not in PROTOCOLS:
         raise ValueError(f"There is no metric {name!r}; choose one of {', '.join(PROTOCOLS)}.")
+    if data != (needed := _MADE_FOR.get(name, data)):
+        raise ValueError(f"The metric {name!r} looks at what only {needed!r} has, not {data!r}. Leave --metric out.")
     return PROTOCOLS[name]

@@ -11,6 +11,7 @@ It prints a table (what is measured of which data set: `evaluation/protocols.py`
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -110,6 +111,7 @@ def _predict(
     names = ("num_frames", "frame_sampling", "max_new_tokens")
     options |= {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     asked = {name: getattr(arguments, name) for name in ("model", "data", "split", "dtype")} | options
+    asked |= {"root": str(arguments.root.resolve()), "weights": _weights_version(arguments.model)}
     _check_settings(asked, output)
     todo = missing(dataset, indices, output / PREDICTIONS)
     state.wait_for_everyone()  # all have read the same before anyone writes
@@ -138,6 +140,13 @@ def _check_settings(asked: dict[str, Any], output: Path) -> None:
     if differing := [name for name in asked | before if asked.get(name) != before.get(name)]:
         told = ", ".join(f"{name} {before.get(name)!r} and not {asked.get(name)!r}" for name in differing)
         raise ValueError(f"{str(output)!r} holds predictions with {told}. Give another --output, or remove it.")
+
+
+def _weights_version(model: str) -> str | None:
+    """Tells the weights in a folder from others that stood there before, by size and time; None for a name."""
+    files = sorted(Path(model).expanduser().glob("*.safetensors"))
+    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16] if told else None
 
 
 def _versions() -> dict[str, Any]:

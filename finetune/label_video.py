@@ -163,7 +163,7 @@ def _video(videos: Path, name: str) -> Media:
         if not frames:
             raise ValueError(f"{str(videos / name)!r} holds no frames ({', '.join(FRAME_SUFFIXES)}).")
         return Media(tuple(sorted(frames, key=_natural_order)), is_video=True)
-    files = [path for path in videos.glob(f"{name}.*") if path.suffix.lower() in VIDEO_SUFFIXES]
+    files = [path for path in videos.iterdir() if path.stem == name and path.suffix.lower() in VIDEO_SUFFIXES]
     if len(files) != 1:
         raise ValueError(f"For the masks {name!r}, {str(videos)!r} holds {len(files)} videos of that name: give one.")
     return Media((files[0],), is_video=True)

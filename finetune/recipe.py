@@ -195,6 +195,8 @@ def plan_mixture(
     """
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     if training.max_steps <= 0:
+        if training.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs={training.num_train_epochs} is no training: give more than 0.")
         samples = training.num_train_epochs * sum(len(dataset) for dataset in datasets.values())
         training.max_steps = max(1, math.ceil(samples / batch))
     return Mixture(datasets, weights, training.max_steps * batch, training.seed)
@@ -383,8 +385,9 @@ class RecipeTrainer(Trainer):
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; a kill, or a full disk, may leave others behind."""
-    numbered = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return next(filter(_is_whole, reversed(numbered)), None)
+    found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.glob("*")}
+    numbered = sorted((int(match[1]), path) for path, match in found.items() if match)
+    return next((path for _, path in reversed(numbered) if _is_whole(path)), None)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -429,6 +429,19 @@ DAVIS = "davis_text_annotations/Davis17_annot2.txt"
 OSPREY = "Osprey-724K/osprey_detail_description.json"
 LLAVA = "LLaVA-Instruct-150K/llava_v1_5_mix665k.json"
 FIRST = "meta_expressions.json: video clip: expression 1"
+BOX = {"mask": [1, 1, 5, 5]}
+LATER = {"masks": {"1": [1, 1, 5, 5]}}
+
+
+def _clip_with_a_broken_frame(root):
+    names = ["a.png", "b.png", "c.png"]
+    for name in names:
+        Image.new("RGB", (8, 6)).save(root / name)
+    (root / "b.png").write_bytes(b"garbage")
+    line = {"frames": names, "turns": [{"question": "Hi?", "answer": "Ho."}]}
+    edit_line(root / "train.jsonl", 2, json.dumps(line))
+
+
 BROKEN = {
     "polygon of two corners": (
         ("finetune", "train", lambda r: edit(r / "annotations.json", lambda d: d[1]["mask"][0].append([1, 2, 3, 4.5]))),
@@ -453,6 +466,26 @@ BROKEN = {
     "line cut off": (
         ("jsonl", "train", lambda r: edit_line(r / "train.jsonl", 3, '{"image": ')),
         ["train.jsonl:3: Expecting value"],
+    ),
+    **{
+        f"JSONL: {message}": (
+            ("jsonl", "train", lambda r, line=line: edit_line(r / "train.jsonl", 2, json.dumps({"turns": []} | line))),
+            [f"train.jsonl:2: {message}"],
+        )
+        for message, line in {
+            'has objects, but no "image"': {"images": "a.png", "objects": [BOX], "regions": [0]},
+            '"frames" is empty': {"frames": []},
+            '"regions" are looked up in frame 0': {"frames": ["a.png"] * 2, "objects": [LATER], "regions": [0]},
+            '"objects"[0]: "annotated" must hold': {"frames": ["a.png"], "objects": [LATER | {"annotated": ["1"]}]},
+            '"objects"[0]: "annotated" leaves out frame 1': {
+                "frames": ["a.png"],
+                "objects": [LATER | {"annotated": [0]}],
+            },
+        }.items()
+    },
+    "a frame in the middle that can't be read": (
+        ("jsonl", "train", lambda r: _clip_with_a_broken_frame(r)),
+        ["train.jsonl:2: b.png can't be read"],
     ),
     "one [SEG] too many": (
         (

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import re
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -291,6 +292,31 @@ def test_predictions_made_in_different_ways_are_not_mixed(command, tmp_path, cap
     command("refcoco", tmp_path, "--limit", "1")
     assert command("refcoco", tmp_path, "--limit", "1", "--num_frames", "3") == 2
     assert "num_frames None and not 3" in capsys.readouterr().err
+
+
+def test_predictions_of_other_weights_data_or_questions_are_not_scored_as_these(command, tmp_path, capsys):
+    root, model = tmp_path / "data", tmp_path / "model"
+    shutil.copytree(EXAMPLES / "refcoco", root)
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"1")
+    arguments = ("refcoco", tmp_path / "out", "--limit", "1", "--model", str(model))
+    assert command(*arguments, root=root) == 0
+    assert command(*arguments) == 2
+    (model / "model.safetensors").write_bytes(b"22")
+    assert command(*arguments, root=root) == 2
+    errors = capsys.readouterr().err
+    assert "predictions with root" in errors and "predictions with weights" in errors
+    path = tmp_path / "out" / "predictions" / "process-0.jsonl"
+    record = json.loads(path.read_text())
+    record["turns"][0]["question"] = "Who?"
+    path.write_text(json.dumps(record) + "\n")
+    assert command(*arguments, "--metrics_only", root=root) == 2
+    assert "its prediction answers 'Who?'" in capsys.readouterr().err
+
+
+def test_a_metric_that_looks_at_what_the_data_lack_is_refused(command, tmp_path, capsys):
+    assert command("refcoco", tmp_path, "--metric", "gcg") == 2
+    assert "only 'gcg' has" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_samples_without_a_prediction_are_told(command, tmp_path, capsys, heard):

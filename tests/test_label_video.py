@@ -146,6 +146,7 @@ def test_masks_in_folders_of_objects_and_a_video_file_are_the_same_object(clip, 
     with video_writer(tmp_path / "videos" / "car.mp4", SIZE, 8) as write:
         for index in range(FRAMES):
             write(pixels(index))
+    (tmp_path / "videos" / "car.v2.mp4").touch()  # another video
     for index in (0, 4, 8):  # as SA-V: every fourth frame is labelled
         path = tmp_path / "masks" / "car" / "000" / f"{index:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

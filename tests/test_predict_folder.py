@@ -67,6 +67,26 @@ def test_files_with_an_answer_are_not_asked_again_and_failures_are(folder, tmp_p
     assert lines_of(output)[2]["prediction"].endswith("<|im_end|>")
 
 
+def test_an_output_may_have_any_name_and_other_runs_keep_their_parts(folder, tmp_path):
+    (folder / "a.gif").unlink()
+    (folder / "c.mp4").unlink()
+    other = tmp_path / ".a.jsonl.0.part"
+    other.write_text(json.dumps({"file": "e.png", "question": QUESTION, "prediction": "of a.jsonl"}) + "\n")
+    for name in ("out[1].jsonl", "a"):
+        assert main([str(folder), QUESTION, "--output", str(tmp_path / name)]) == 0
+        assert [record["file"] for record in lines_of(tmp_path / name)] == ["b.png", "d.jpg"]
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == [other]
+
+
+def test_that_nothing_was_asked_is_told(folder, tmp_path, capsys):
+    known = [
+        {"file": name, "question": QUESTION, "prediction": "known"} for name in ("a.gif", "b.png", "c.mp4", "d.jpg")
+    ]
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(record) + "\n" for record in known))
+    assert main([str(folder), QUESTION, "--output", str(tmp_path / "out.jsonl"), "--model", "elsewhere"]) == 0
+    assert "an answer for every file" in capsys.readouterr().err
+
+
 def test_results_of_another_question_are_not_touched(folder, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     output.write_text('{"file": "a.gif", "question": "Another?"}\n')

@@ -288,9 +288,15 @@ def test_half_a_checkpoint_is_passed_over_and_a_whole_one_is_not_overwritten(who
     for weights in (tmp_path / "checkpoint-20").glob("*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-100])
     shutil.copytree(whole / "checkpoint-2", tmp_path / "checkpoint-30", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "checkpoint-best").mkdir()
     assert recipe.newest_checkpoint(tmp_path).name == "checkpoint-1"
     with pytest.raises(ValueError, match="--resume"):
         train.main(command(data, tmp_path))
+
+
+def test_no_epoch_is_no_training(data, tmp_path):
+    with pytest.raises(ValueError, match="num_train_epochs=0"):
+        train.main(command(data, tmp_path, max_steps=-1, num_train_epochs=0))
 
 
 # ---------- what comes out
