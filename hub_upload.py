@@ -590,7 +590,7 @@ def convert_pickles(folder: str | Path, out: str | Path) -> list[Path]:
     """Writes a checkpoint of `pytorch_model*.bin` again as safetensors, one file at a time.
 
     The pickles are read by `torch.load(weights_only=True)`, which runs nothing they may hold. Values, dtypes and keys
-    stay; config, tokenizer and code files are copied. Files get their names when they are whole, the index last.
+    stay; config, tokenizer and code files are copied. `out` stays as it is until all is done; the index comes last.
 
     Args:
         folder: with the pickles.
@@ -607,12 +607,17 @@ def convert_pickles(folder: str | Path, out: str | Path) -> list[Path]:
     pickles = _find_pickles(folder)
     if any((out / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)):
         raise FileExistsError(f"{out} already has weights. Name a new folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copy(file, out)
     names = _weight_names(len(pickles))
-    _write_index({name: _convert_pickle(pickle, out / name) for name, pickle in zip(names, pickles, strict=True)}, out)
+    with _temporary_sibling(out, "converting") as made:
+        _write_index({n: _convert_pickle(pickle, made / n) for n, pickle in zip(names, pickles, strict=True)}, made)
+        for file in folder.iterdir():
+            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+                shutil.copy(file, made)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in sorted(
+            made.iterdir(), key=lambda file: (file.name == WEIGHTS_INDEX, file.suffix == ".safetensors")
+        ):
+            file.replace(out / file.name)
     return [out / name for name in names]
 
 

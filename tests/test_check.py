@@ -570,6 +570,7 @@ def test_a_pickle_that_holds_code_is_not_run(tmp_path, capsys):
     (tmp_path / "old" / "pytorch_model.bin").write_bytes(pickle.dumps(RunsWhenRead(tmp_path / "ran"), protocol=2))
     with pytest.raises(CheckpointError, match="not converted"):
         convert_pickles(tmp_path / "old", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert main(["convert", str(tmp_path / "old"), str(tmp_path / "new")]) == 1
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "new").glob("*.safetensors*"))
 
