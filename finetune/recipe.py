@@ -406,11 +406,20 @@ def _is_whole(checkpoint: Path) -> bool:
     return bool(weights) or any(path.is_dir() for path in checkpoint.iterdir())
 
 
-def _find_start(output: Path, resume: bool) -> str | None:
+def _find_start(output: Path, recipe: RecipeArguments) -> str | None:
     checkpoint = newest_checkpoint(output)
-    if checkpoint and not resume:
+    if checkpoint is None:
+        return None
+    if not recipe.resume:
         raise ValueError(f"{output} holds {checkpoint.name}. Add --resume to go on from there, or name a new folder.")
-    return str(checkpoint) if checkpoint else None
+    adapter = checkpoint / "adapter_config.json"
+    rank = json.loads(adapter.read_text())["r"] if adapter.is_file() else 0
+    is_readable = adapter.is_file() or any(checkpoint.glob("*.safetensors"))  # what FSDP and DeepSpeed write is not
+    if is_readable and rank != recipe.lora_rank:
+        raise ValueError(
+            f"{checkpoint} has --lora_rank {rank}, not {recipe.lora_rank}. Resume with the arguments it began with."
+        )
+    return str(checkpoint)
 
 
 def save_result(trainer: RecipeTrainer, base: str, output: Path) -> Path:
@@ -424,10 +433,8 @@ def save_result(trainer: RecipeTrainer, base: str, output: Path) -> Path:
     Returns:
         The folder "final".
     """
-    final, has_adapter = (
-        output / "final",
-        not isinstance(trainer.accelerator.unwrap_model(trainer.model), Sa2VAChatModel),
-    )
+    final = output / "final"
+    has_adapter = not isinstance(trainer.accelerator.unwrap_model(trainer.model), Sa2VAChatModel)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     saved = output / "adapter" if has_adapter else final
@@ -445,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, or goes on training, and returns the folder with the result."""
     recipe, training, data = parse_arguments(argv)
     output = Path(training.output_dir)
-    start = training.resume_from_checkpoint or _find_start(output, recipe.resume)
+    start = training.resume_from_checkpoint or _find_start(output, recipe)
     set_seed(training.seed)
     model, processor = load_model(recipe, training)
     mixture = plan_mixture(*open_datasets(data, recipe.split), training)

@@ -294,6 +294,13 @@ def test_half_a_checkpoint_is_passed_over_and_a_whole_one_is_not_overwritten(who
         train.main(command(data, tmp_path))
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_run_is_not_resumed_with_another_adapter(whole, data, tmp_path, rank):
+    shutil.copytree(whole / "checkpoint-1", tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=rf"--lora_rank \d+, not {rank}"):
+        train.main([*command(data, tmp_path, lora_rank=rank), "--resume"])
+
+
 def test_no_epoch_is_no_training(data, tmp_path):
     with pytest.raises(ValueError, match="num_train_epochs=0"):
         train.main(command(data, tmp_path, max_steps=-1, num_train_epochs=0))
