@@ -1424,7 +1424,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 f"{config.num_beams} beams of {length} tokens: room is set aside for all, at most {_MOST_BEAM_TOKENS}. "
                 "Lower num_beams or max_new_tokens."
             )
-        wanted = max(length, config.max_cache_len or 0)
+        wanted = max(length, getattr(config, "max_cache_len", None) or 0)  # older transformers lack it
         if "static" in kind and wanted > most:
             raise ValueError(
                 f"A static cache, which compile_parts uses, sets room aside for all {wanted} tokens; this model has "
@@ -2108,7 +2108,7 @@ def _saved_settings(loaded: GenerationConfig) -> GenerationConfig:
 def _check_generation(config: GenerationConfig, given: Mapping[str, Any]) -> None:
     """Refuses arguments of `generate`, given or in its config, of which it would say less, or too late."""
     for name in ("max_new_tokens", "max_length", "max_cache_len", "num_beams", "num_return_sequences"):
-        if (value := given.get(name, getattr(config, name))) is not None:
+        if (value := given.get(name, getattr(config, name, None))) is not None:
             _check_count(name, value)
             if name.startswith("num_") and value > _MOST_BEAMS:
                 raise ValueError(f"{name}={value}: each holds the whole prompt; {_MOST_BEAMS} are the most.")
