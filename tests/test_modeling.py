@@ -263,7 +263,7 @@ def test_forward_gives_what_it_is_asked_for(golden_model, golden_processor, pict
     whole = golden_model(**inputs, output_hidden_states=True)
     last = golden_model(**inputs, logits_to_keep=1)
     assert len(whole.hidden_states) == golden_model.config.llm_config.num_hidden_layers + 1
-    torch.testing.assert_close(last.logits, whole.logits[:, -1:])
+    torch.testing.assert_close(last.logits, whole.logits[:, -1:], atol=1e-3, rtol=1e-4)
     assert last.hidden_states is None
 
 
