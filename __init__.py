@@ -14,14 +14,14 @@ from .sam2_decoder import Sam2Decoder
 __version__ = "0.1.0"
 
 AutoConfig.register(Sa2VAChatConfig.model_type, Sa2VAChatConfig, exist_ok=True)
-for config, model, processor in (
-    (Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor),
-    (Sa2VAChatConfigQwen, Sa2VAChatModelQwen, Sa2VAProcessorQwen),
-):
-    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-        auto_class.register(config, model, exist_ok=True)
-    AutoProcessor.register(config, processor, exist_ok=True)
-del auto_class, config, model, processor
+AutoModel.register(Sa2VAChatConfig, Sa2VAChatModel, exist_ok=True)
+AutoModelForCausalLM.register(Sa2VAChatConfig, Sa2VAChatModel, exist_ok=True)
+AutoModelForImageTextToText.register(Sa2VAChatConfig, Sa2VAChatModel, exist_ok=True)
+AutoProcessor.register(Sa2VAChatConfig, Sa2VAProcessor, exist_ok=True)
+AutoModel.register(Sa2VAChatConfigQwen, Sa2VAChatModelQwen, exist_ok=True)
+AutoModelForCausalLM.register(Sa2VAChatConfigQwen, Sa2VAChatModelQwen, exist_ok=True)
+AutoModelForImageTextToText.register(Sa2VAChatConfigQwen, Sa2VAChatModelQwen, exist_ok=True)
+AutoProcessor.register(Sa2VAChatConfigQwen, Sa2VAProcessorQwen, exist_ok=True)
 
 __all__ = [
     "Sa2VAChatConfig",

@@ -235,15 +235,11 @@ class SpecialTokenIds(NamedTuple):
 
 
 class TextStates(NamedTuple):
-    """States [B, L, hidden] of read text: those the head takes, those `[SEG]` is taken from; and image features.
+    """What the language model made of read text, states [B, L, hidden] that `[SEG]` is taken from, image features."""
 
-    `inner` is the language model's own output, with states and attentions of all layers if they were asked for.
-    """
-
-    last_hidden_state: Tensor
+    text: ModelOutput
     seg_states: Tensor
     image_hidden_states: Tensor | None
-    inner: ModelOutput
 
 
 class Answer(NamedTuple):
@@ -669,7 +665,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def gen_config(self, config: GenerationConfig) -> None:
         self.generation_config = config
 
-    def preparing_for_generation(self, tokenizer=None, max_new_tokens: int = 2048, torch_dtype=None) -> None:
+    def preparing_for_generation(self, tokenizer=None, max_new_tokens: int = _MAX_NEW_TOKENS, torch_dtype=None) -> None:
         """Kept for callers of the released code, which had to call it once; only `max_new_tokens` has an effect."""
         self.generation_config.max_new_tokens = max_new_tokens
 
@@ -792,21 +788,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if prompt_masks is not None:
             kwargs |= {"prompt_masks": prompt_masks, "prompt_mask_tiles": prompt_mask_tiles}
         states = self._read(token_ids, input_ids, attention_mask=attention_mask, **kwargs)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.causal_model.lm_head(states.last_hidden_state[:, kept])
-        output = Sa2VATrainingOutput(
-            logits=logits,
-            image_hidden_states=states.image_hidden_states,
-            hidden_states=states.inner.get("hidden_states"),
-            attentions=states.inner.get("attentions"),
-        )
+        output = self._text_output(states, logits_to_keep)
         if labels is not None:
-            if logits.shape[1] != labels.shape[1]:
-                raise ValueError("The text loss needs all logits. Leave logits_to_keep out, or labels.")
-            vocab_size = logits.shape[-1]
-            output.lm_loss = self.causal_model.loss_function(
-                logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
-            )
+            output.lm_loss = self._text_loss(output.logits, labels, num_items_in_batch)
         is_seg = (input_ids == token_ids.seg) & (labels != IGNORE_INDEX if labels is not None else True)
         output.seg_hidden_states = states.seg_states[is_seg.to(states.seg_states.device)]
         if grounding_pixel_values is not None:
@@ -814,6 +798,22 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             self._add_masks(output, objects, grounding_pixel_values, mask_labels, num_masks_in_batch)
         output.loss = self._total_loss(output)
         return output.to_tuple() if return_dict is False else output
+
+    def _text_output(self, states: TextStates, logits_to_keep: int | Tensor) -> Sa2VATrainingOutput:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return Sa2VATrainingOutput(
+            logits=self.causal_model.lm_head(states.text.last_hidden_state[:, kept]),
+            image_hidden_states=states.image_hidden_states,
+            hidden_states=states.text.get("hidden_states"),
+            attentions=states.text.get("attentions"),
+        )
+
+    def _text_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        if logits.shape[1] != labels.shape[1]:
+            raise ValueError("The text loss needs all logits. Leave logits_to_keep out, or labels.")
+        return self.causal_model.loss_function(
+            logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
+        )
 
     def _read(
         self,
@@ -829,7 +829,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         image_features = None if pixel_values is None else self.get_image_features(pixel_values)
         embeds = self.get_inputs_embeds(input_ids, token_ids, image_features, prompt_masks, prompt_mask_tiles)
         output = self.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kwargs)
-        return TextStates(output.last_hidden_state, output.last_hidden_state, image_features, output)
+        return TextStates(output, output.last_hidden_state, image_features)
 
     def _add_masks(
         self,
@@ -1419,9 +1419,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         kind = config.cache_implementation or self.causal_model.generation_config.cache_implementation or ""
         most = max(self.config.get_text_config().max_position_embeddings, _MAX_NEW_TOKENS)
         length = (config.max_length if config.max_new_tokens is None else config.max_new_tokens) or 0
-        if length * (config.num_beams or 1) > _MOST_BEAM_TOKENS and (config.num_beams or 1) > 1:
+        beams = config.num_beams or 1
+        if beams > 1 and beams * length > _MOST_BEAM_TOKENS:
             raise ValueError(
-                f"{config.num_beams} beams of {length} tokens: room is set aside for all, at most {_MOST_BEAM_TOKENS}. "
+                f"{beams} beams of {length} tokens: room is set aside for all, at most {_MOST_BEAM_TOKENS}. "
                 "Lower num_beams or max_new_tokens."
             )
         wanted = max(length, getattr(config, "max_cache_len", None) or 0)  # older transformers lack it
@@ -1667,7 +1668,7 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
         kwargs = {"mm_token_type_ids": self._token_types(input_ids), **kwargs}
         with _setting(_READ, []) as read:
             output = self.model.model(input_ids=input_ids, use_cache=False, **kwargs)
-        return TextStates(output.last_hidden_state, self._seg_source(output, read), None, output)
+        return TextStates(output, self._seg_source(output, read), None)
 
     def _seg_source(self, output: ModelOutput, read: list[Tensor]) -> Tensor:
         return read[-1] if self.config.qwen_vl_type == "qwen3_vl" else output.last_hidden_state

@@ -63,9 +63,7 @@ _ACCEPTED_VIDEOS = (
     "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
 )
 _EXAMPLE_PART = '{"type": "image", "image": "a.png"}'
-_TEMPLATE_ARGUMENTS = (
-    *("chat_template", "tools", "documents", "continue_final_message", "return_assistant_tokens_mask"),
-)
+_TEMPLATE_ARGUMENTS = ("chat_template", "tools", "documents", "continue_final_message", "return_assistant_tokens_mask")
 _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
 _EXIF_ORIENTATION = 0x0112
 _CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
@@ -102,7 +100,7 @@ def load_image(image: Any, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     if isinstance(image, str | os.PathLike):
         return _load_file(_existing_path(image, "image"), max_pixels)
     if isinstance(image, Image.Image):
-        return _opened_to_rgb(image, max_pixels)
+        return _opened_to_rgb(image, max_pixels, partial(_unreadable, image))
     if isinstance(image, np.ndarray | Tensor):
         return _array_to_pil(image, max_pixels)
     raise TypeError(f"An image can't be a {type(image).__name__}. Give {_ACCEPTED_IMAGES}.")
@@ -146,23 +144,25 @@ def _load_file(path: Path, max_pixels: int) -> Image.Image:
     except _CORRUPT_FILE_ERRORS as error:
         raise OSError(f"{str(path)!r} is no readable image: {error}. Pass a video file as video=.") from error
     with image:
-        check_area(*image.size, max_pixels)
-        try:
-            _decode(image)
-        except _CORRUPT_FILE_ERRORS as error:
-            raise OSError(f"{str(path)!r} is a damaged image: {error}. Save it again.") from error
-        return _to_rgb(image, max_pixels)
+        return _opened_to_rgb(
+            image, max_pixels, lambda error: f"{str(path)!r} is a damaged image: {error}. Save it again."
+        )
 
 
-def _opened_to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+def _unreadable(image: Image.Image, error: Exception) -> str:
+    return (
+        f"The pixels of this {type(image).__name__} can't be read ({type(error).__name__}: {error}). Was its file "
+        "closed? Use it inside its `with`, or call its load() there; save a damaged picture again."
+    )
+
+
+def _opened_to_rgb(image: Image.Image, max_pixels: int, told: Callable[[Exception], str]) -> Image.Image:
+    """RGB copy of an image whose pixels may still be in a file; `told` says that they can't be read."""
     check_area(*image.size, max_pixels)
     try:
         _decode(image)
     except _CORRUPT_FILE_ERRORS as error:
-        raise OSError(
-            f"The pixels of this {type(image).__name__} can't be read ({type(error).__name__}: {error}). Was its file "
-            "closed? Use it inside its `with`, or call its load() there; save a damaged picture again."
-        ) from error
+        raise OSError(told(error)) from error
     return _to_rgb(image, max_pixels)
 
 
@@ -662,7 +662,7 @@ def _token_counts(text: str, start: str, token: str, end: str) -> list[int]:
     return [block.count(token) for block in blocks]
 
 
-def _check_words(text: Any, past_text: Any, reserved: Sequence[str], most_tags: int | None = 1) -> None:
+def _check_words(text: Any, past_text: Any, reserved: Sequence[str], drops_tags: bool) -> None:
     for name, words in {"text": text, "past_text": past_text}.items():
         if not isinstance(words, str):
             raise TypeError(
@@ -672,7 +672,7 @@ def _check_words(text: Any, past_text: Any, reserved: Sequence[str], most_tags: 
             raise ValueError(f"{name} holds half a character (a lone surrogate). Decode it as UTF-8 text first.")
     if not text.replace(IMAGE_TAG, "").strip():
         raise ValueError(f"text={text!r} says nothing. Ask something, such as 'Please segment the red car.'")
-    if most_tags is not None and text.count(IMAGE_TAG) > most_tags:
+    if not drops_tags and text.count(IMAGE_TAG) > 1:
         raise ValueError(
             f"text holds {text.count(IMAGE_TAG)} {IMAGE_TAG} tags. Write at most one: it stands for the whole image "
             "or video; without any it is put in front."
@@ -1155,7 +1155,7 @@ class Sa2VAProcessor(ProcessorMixin):
     """
 
     image_start, image_token, image_end = IMAGE_START, IMAGE_TOKEN, IMAGE_END
-    _most_tags: int | None = 1  # `<image>` in a question; None where all are dropped
+    _drops_tags = False  # whether `<image>` in a question says nothing, as the picture stands first anyway
 
     def __init__(
         self,
@@ -1459,7 +1459,7 @@ class Sa2VAProcessor(ProcessorMixin):
         past_text = "" if past_text is None else past_text
         num_frames = self.num_key_frames if num_frames is None else num_frames
         frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
-        _check_words(text, past_text, self._reserved_words, self._most_tags)
+        _check_words(text, past_text, self._reserved_words, self._drops_tags)
         _check_sampling(num_frames, frame_sampling)
         if image is not None and video is not None:
             raise ValueError("Both image and video are given. Give one of them.")
@@ -1739,7 +1739,7 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
     """
 
     image_start, image_token, image_end = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-    _most_tags = None
+    _drops_tags = True
 
     def __init__(
         self,

@@ -152,13 +152,15 @@ class _Line:
                 return ObjectMasks({0: parse_mask(entry["mask"], self.root)})
             frames = {int(frame): parse_mask(mask, self.root) for frame, mask in field(entry, "masks", dict).items()}
             annotated = field(entry, "annotated", list, default=None)
-            if annotated is None:
-                return ObjectMasks(frames, None)
-            if not annotated or not all(type(frame) is int and frame >= 0 for frame in annotated):
-                raise ValueError(f'"annotated" must hold numbers of frames from 0, got {annotated!r:.40}.')
-            if unseen := frames.keys() - set(annotated):
-                raise ValueError(f'"annotated" leaves out frame {min(unseen)}, which has a mask.')
-            return ObjectMasks(frames, frozenset(annotated))
+            return ObjectMasks(frames, None if annotated is None else _frame_numbers(annotated, frames))
+
+
+def _frame_numbers(annotated: Sequence[Any], masks: Mapping[int, Any]) -> frozenset[int]:
+    if not annotated or not all(type(frame) is int and frame >= 0 for frame in annotated):
+        raise ValueError(f'"annotated" must hold numbers of frames from 0, got {annotated!r:.40}.')
+    if unseen := masks.keys() - set(annotated):
+        raise ValueError(f'"annotated" leaves out frame {min(unseen)}, which has a mask.')
+    return frozenset(annotated)
 
 
 def _select(objects: Sequence[ObjectMasks], holder: Mapping[str, Any], name: str) -> tuple[ObjectMasks, ...]:

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, state: PartialState) -> list[dict[str, An
     todo = [name for name in names if name not in done][state.process_index :: state.num_processes]
     if todo:
         _answer_all(todo, arguments, state)
-    elif len(names) <= len(done) and state.is_main_process:
+    elif state.is_main_process:  # whose share is empty only if nothing is to be done
         told = "which may be of another model or other options; remove it to ask again"
         print(f"{str(arguments.output)!r} has an answer for every file, {told}.", file=sys.stderr)
     state.wait_for_everyone()
