@@ -10,6 +10,8 @@ import torch
 from conftest import GOLDEN, GoldenFamily
 from transformers import AutoModel
 
+from sa2va.processing_sa2va import collate_inputs
+
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2")
 CASES = [(family, name) for family in FAMILIES for name in GoldenFamily(family).cases]
 TOLERANCE, TRACKED_TOLERANCE, RELATIVE = 2e-4, 1e-3, 2e-4
@@ -99,6 +101,17 @@ def test_image_features_are_close(runs, key):
     np.testing.assert_allclose(
         recorder.image_features[0][:, ::16], case.arrays["vit_sub"], atol=TOLERANCE, rtol=RELATIVE
     )
+
+
+@cases_with("gen_ids")
+def test_the_recorded_answer_is_what_forward_finds_likeliest(runs, models, key):
+    case, inputs, _, _ = runs[key]
+    answer = torch.from_numpy(case.arrays["gen_ids"]).long()[None]
+    pictures = {name: value for name, value in collate_inputs([inputs]).items() if name.startswith(("pixel", "prompt"))}
+    with torch.no_grad():
+        logits = models[key[0]](input_ids=torch.cat([inputs.input_ids, answer], dim=1), **pictures).logits
+    found = logits[:, inputs.input_ids.shape[1] - 1 : -1].argmax(-1)
+    assert found.tolist() == answer.tolist()
 
 
 @cases_with("seg_hidden")
