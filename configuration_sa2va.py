@@ -20,17 +20,22 @@ from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConf
 
 FRAME_SAMPLINGS = ("first", "uniform")
 QWEN_VL_TYPES = ("qwen2_5_vl", "qwen3_vl")
-# What the official code of these language models accepts in rope_scaling; it refuses more.
-_ROPE_SCALING_KEYS = {"internlm2": ("type", "factor"), "phi3": ("type", "short_factor", "long_factor")}
+# What the official code of these language models accepts in a rope_scaling of a kind that it knows; it refuses more.
+_ROPE_SCALING_KEYS = {
+    ("internlm2", "linear"): ("type", "factor"),
+    ("internlm2", "dynamic"): ("type", "factor"),
+    ("phi3", "longrope"): ("type", "short_factor", "long_factor"),
+}
 # What a config.json may ask for, far beyond every released checkpoint. A number outside is damage or an attack, and is
 # refused before anything of its size is made. Language models have many names for the same.
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "memory_attention_layers")
 _HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads", "mask_decoder_num_heads")
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_labels", "num_maskmem", "max_object_pointers")
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_labels", "max_object_pointers")
 _WIDTHS = ("hidden_size", "intermediate_size", "head_dim", "n_embd", "n_inner", "ffn_dim", "out_hidden_size")
 _SAM2_WIDTHS = ("embed_dim", "d_model", "mem_dim", "memory_attention_dim_feedforward", "mask_decoder_mlp_dim")
 _LIMITS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys((*_LAYERS, *_HEADS, "stages", "patch_size", "num_channels", "max_dynamic_patch"), (1, 1000)),
+    **dict.fromkeys((*_LAYERS, *_HEADS, "stages", "patch_size", "num_channels"), (1, 1000)),
+    **dict.fromkeys(("max_dynamic_patch", "num_maskmem"), (1, 1000)),
     **dict.fromkeys((*_COUNTS, "min_dynamic_patch", "window_spec", "window_pos_embed_bkg_spatial_size"), (0, 1000)),
     **dict.fromkeys((*_WIDTHS, *_SAM2_WIDTHS, "iou_head_hidden_dim", "backbone_channel_list"), (1, 2**18)),
     **dict.fromkeys(("image_size", "force_image_size", "temporal_patch_size", "spatial_merge_size"), (0, 2**13)),
@@ -45,6 +50,7 @@ _RATIOS: dict[str, tuple[float, float]] = {
     "oversample_ratio": (1, 100),
     "importance_sample_ratio": (0, 1),
 }
+_BOUNDS = {**_LIMITS, **_RATIOS}
 _MAX_INTEGER, _MAX_ITEMS, _MAX_PARAMETERS, _MAX_DEPTH = 2**31, 1000, 10**12, 16
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # For the caller to say: where code is taken from and which kernels run is no property of a checkpoint.
@@ -292,9 +298,9 @@ def _check_value(name: str, field: str, value: Any) -> None:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if is_integer and abs(value) > _MAX_INTEGER:
         raise ValueError(f"{name}={value} is beyond anything a model has.")
-    if value is None or field not in {**_LIMITS, **_RATIOS}:
+    if value is None or field not in _BOUNDS:
         return
-    low, high = {**_LIMITS, **_RATIOS}[field]
+    low, high = _BOUNDS[field]
     if not (is_integer or (field in _RATIOS and isinstance(value, float))) or not low <= value <= high:
         kind = "an integer" if field in _LIMITS else "a number"
         raise ValueError(f"{name}={value!r} must be {kind} from {low} to {high}. Is the config damaged?")
@@ -358,11 +364,11 @@ def _with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:
         config["rope_theta"] = rope.pop("rope_theta")
-        scaled = rope.get("rope_type", "default") != "default" or "mrope_section" in rope
-        config["rope_scaling"] = {"type": rope.get("rope_type", "default"), **rope} if scaled else None
-        if scaled and config["model_type"] in _ROPE_SCALING_KEYS:
-            keys = _ROPE_SCALING_KEYS[config["model_type"]]
-            config["rope_scaling"] = {key: config["rope_scaling"][key] for key in keys}
+        kind = rope.get("rope_type", "default")
+        scaled = {"type": kind, **rope} if kind != "default" or "mrope_section" in rope else None
+        if keys := _ROPE_SCALING_KEYS.get((config["model_type"], kind)):
+            scaled = {key: scaled[key] for key in keys if key in scaled}
+        config["rope_scaling"] = scaled
     return config
 
 
@@ -377,6 +383,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
         select_layer: layer of the vision tower whose states are used, -1 is the last.
         downsample_ratio, ps_version: pixel shuffle between vision tower and projector.
         min_dynamic_patch, max_dynamic_patch, use_thumbnail, force_image_size: tiling of images.
+        dynamic_image_size: kept for the official code's config.json; images are always tiled, as there.
         mask_loss_weight, dice_loss_weight: weights of the mask losses beside the text loss of weight 1 (2.0 and 0.5 in
             the official recipe).
         iou_loss_weight, object_score_loss_weight: weights that train SAM 2's own two scores; 0 as in the recipe, which
@@ -386,11 +393,11 @@ class Sa2VAChatConfig(PreTrainedConfig):
         supervise_all_masks: train all three candidate masks of SAM 2 rather than only the one it picks.
 
     Raises:
-        ValueError, TypeError: a sub-config of unknown type, or an unknown `frame_sampling`.
+        ValueError, TypeError: a sub-config of unknown type, an unknown `frame_sampling`, or a `select_layer` that the
+            vision tower lacks.
     """
 
     model_type = "sa2va_chat"
-    is_composition = True
     is_qwen_vl = False  # to be asked for instead of the class: every file of a remote-code folder has its own classes
     sub_configs = {
         "vision_config": Sa2VAVisionConfig,
@@ -613,7 +620,7 @@ def has_prompt_decoder(name_or_path: str, revision: str | None = None) -> bool:
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        return _PROMPT_DECODER_KEY in _hub_weight_names(name_or_path, revision)
+        return _hub_has_prompt_decoder(name_or_path, revision)
     index, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
     with reading_weights(name_or_path):
         if weights.is_file():  # which transformers prefers to an index, too
@@ -645,8 +652,8 @@ def reading_weights(name_or_path: str) -> Iterator[None]:
         ) from error
 
 
-def _hub_weight_names(name: str, revision: str | None) -> frozenset[str]:
-    """Names of a Hub repository's weights, from the cache if they are there; empty if they can't be found out."""
+def _hub_has_prompt_decoder(name: str, revision: str | None) -> bool:
+    """Whether a Hub repository's weights do, by the cache if they are there; False if that can't be found out."""
     from huggingface_hub import get_safetensors_metadata, snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
@@ -658,14 +665,14 @@ def _hub_weight_names(name: str, revision: str | None) -> frozenset[str]:
     try:
         cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
         if (cached / "model.safetensors.index.json").is_file() or (cached / "model.safetensors").is_file():
-            return frozenset({_PROMPT_DECODER_KEY} if has_prompt_decoder(str(cached)) else ())
+            return has_prompt_decoder(str(cached))
     except (LocalEntryNotFoundError, HFValidationError):
         pass
     try:
         metadata = get_safetensors_metadata(name, revision=revision)
     except (HTTPError, HFValidationError, NotASafetensorsRepoError, OSError):
-        return frozenset()
-    return frozenset(key for file in metadata.files_metadata.values() for key in file.tensors)
+        return False
+    return any(_PROMPT_DECODER_KEY in file.tensors for file in metadata.files_metadata.values())
 
 
 __all__ = [

@@ -460,7 +460,7 @@ def _offset_problems(tensors: dict[str, _Tensor], start: int, size: int) -> list
 
 
 @contextmanager
-def _blaming_config() -> Iterator[None]:
+def _as_checkpoint_error() -> Iterator[None]:
     """Whatever goes wrong in the block is the fault of config.json: it may hold any value where any other belongs."""
     try:
         yield
@@ -477,7 +477,7 @@ def _read_config(files: _Files, tensors: dict[str, _Tensor]):
         raise CheckpointError(
             f"{CONFIG} has model_type {values.get('model_type')!r}; {Sa2VAChatConfig.model_type!r} makes a Sa2VA."
         )
-    with _blaming_config():
+    with _as_checkpoint_error():
         grounding = dict(values.get("grounding_config") or {})
         if grounding.get("separate_prompt_decoder") is None:
             grounding["separate_prompt_decoder"] = any(f".{PROMPT_DECODER}." in name for name in tensors)
@@ -520,7 +520,7 @@ def _model_without_memory(config):
 
     if getattr(config, "quantization_config", None):
         raise CheckpointError("The weights are quantized; check the checkpoint they were made from.")
-    with _blaming_config(), torch.device("meta"):
+    with _as_checkpoint_error(), torch.device("meta"):
         return Sa2VAChatModel(config)
 
 

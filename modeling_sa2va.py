@@ -74,10 +74,15 @@ from .configuration_sa2va import (
     reading_weights,
 )
 from .processing_sa2va import (
+    IMAGE_TOKEN,
+    REGION_END,
+    REGION_START,
+    SEG_TOKEN,
     ReadAhead,
     Sa2VAInputs,
     Sa2VAProcessor,
     check_area,
+    coco_masks,
     collate_inputs,
     masks_to_rle,
     open_video,
@@ -226,7 +231,7 @@ class SpecialTokenIds(NamedTuple):
         Raises:
             ValueError: the tokenizer lacks one, so it is not a Sa2VA tokenizer.
         """
-        tokens = ("<IMG_CONTEXT>", "[SEG]", "<vp>", "</vp>")
+        tokens = (IMAGE_TOKEN, SEG_TOKEN, REGION_START, REGION_END)
         ids = [_token_id(tokenizer, token) for token in tokens]
         missing = [token for token, i in zip(tokens, ids, strict=True) if i is None]
         if missing:
@@ -1285,7 +1290,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             progress.tracking = TrackingState.from_tensors(tensors, self.config.grounding_config, device)
             progress.answer = Answer(words["prediction"], words["past_text"], words["phrases"], prompts)
             height, width = progress.size = tuple(map(as_index, words["size"]))
-            check_area(width, height)
+            check_area(width, height, what="video")
             model = words["model"]
             if len(prompts) != progress.tracking.num_objects:
                 raise ValueError(f"It tracks {progress.tracking.num_objects} objects of {len(prompts)}.")
@@ -1626,7 +1631,7 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
             ValueError: the tokenizer lacks `[SEG]`.
         """
         tokenizer = self.load_processor().tokenizer if tokenizer is None else tokenizer
-        seg = _token_id(tokenizer, "[SEG]")
+        seg = _token_id(tokenizer, SEG_TOKEN)
         if seg is None:
             raise ValueError("The tokenizer lacks [SEG]. Pass the tokenizer that came with the checkpoint.")
         return SpecialTokenIds(self.config.image_token_id, seg, -1, -1)
@@ -1795,6 +1800,8 @@ class _MaskOptions:
             raise ValueError(f"mask_threshold={self.threshold} is not a probability between 0 and 1.")
         if self.raw and self.output_format == "rle":
             raise ValueError("return_raw_masks gives probabilities, which run-length encoding can't hold. Drop one.")
+        if self.output_format == "rle":
+            coco_masks()  # if it is not installed, that is told before an answer is written
 
     def finish(self, logits: Tensor, processor: Sa2VAProcessor) -> Tensor:
         """Logits [N, h, w] of a frame -> bool or float32 probabilities, as `_to_host` gives them."""

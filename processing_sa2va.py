@@ -24,6 +24,7 @@ import secrets
 import struct
 import tempfile
 import zlib
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from operator import index as as_index
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,16 +122,17 @@ def _existing_path(path: str | os.PathLike, what: str) -> Path:
     return found
 
 
-def check_area(width: int, height: int, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+def check_area(width: int, height: int, max_pixels: int = MAX_IMAGE_PIXELS, what: str = "image") -> None:
     """Refuses a picture of no pixels, or of so many that they might fill the memory.
 
     Raises:
         ValueError: `width` or `height` is below 1, or `width * height` above `max_pixels`.
     """
     if min(width, height) < 1 or width * height > max_pixels:
+        trusted = ", or call load_image(..., max_pixels=...) yourself if you trust it" if what == "image" else ""
         raise ValueError(
-            f"The image is {width}x{height} = {width * height} pixels; 1 to {max_pixels} are accepted. Resize it, or "
-            "call load_image(..., max_pixels=...) yourself if you trust it."
+            f"The {what} is {width}x{height} = {width * height} pixels; 1 to {max_pixels} are accepted. Resize it"
+            f"{trusted}."
         )
 
 
@@ -156,14 +158,14 @@ def _unreadable(image: Image.Image, error: Exception) -> str:
     )
 
 
-def _opened_to_rgb(image: Image.Image, max_pixels: int, told: Callable[[Exception], str]) -> Image.Image:
-    """RGB copy of an image whose pixels may still be in a file; `told` says that they can't be read."""
+def _opened_to_rgb(image: Image.Image, max_pixels: int, describe: Callable[[Exception], str]) -> Image.Image:
+    """RGB copy of an image whose pixels may still be in a file; `describe` says that they can't be read."""
     check_area(*image.size, max_pixels)
     try:
         _decode(image)
     except _CORRUPT_FILE_ERRORS as error:
-        raise OSError(told(error)) from error
-    return _to_rgb(image, max_pixels)
+        raise OSError(describe(error)) from error
+    return _to_rgb(image)
 
 
 def _decode(image: Image.Image) -> None:
@@ -173,9 +175,8 @@ def _decode(image: Image.Image) -> None:
         raise OSError("its palette is gone")
 
 
-def _to_rgb(image: Image.Image, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB copy of a PIL image of any mode, upright."""
-    check_area(*image.size, max_pixels)
     if _is_rotated(image):
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -214,7 +215,7 @@ def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
 def _array_to_pil(array: np.ndarray | Tensor, max_pixels: int) -> Image.Image:
     array = _channels_last(_as_numpy(array))
     check_area(array.shape[1], array.shape[0], max_pixels)
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))), max_pixels)
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))))
 
 
 def _as_numpy(array: np.ndarray | Tensor) -> np.ndarray:
@@ -357,6 +358,8 @@ class ReadAhead(Iterator):
     """
 
     def __init__(self, items: Iterable[Any], depth: int = 2):
+        if depth < 1:
+            raise ValueError(f"{depth=}: at least one item must be drawn before it is asked for.")
         self._items, self._end = iter(items), object()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
         self._ahead = deque(self._draw() for _ in range(depth))
@@ -423,6 +426,7 @@ def open_video(video: Any) -> VideoFrames:
         TypeError: something else.
         ValueError: no frames, a file that is no video, an array of wrong shape.
         FileNotFoundError: no such path.
+        OSError: while frames are read: one that the decoder announced but can't convert.
     """
     frames = _frames_of(video)
     if frames is not video and frames.count(1) == 0:
@@ -485,7 +489,7 @@ def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Dec
     except _CORRUPT_FILE_ERRORS as error:
         raise ValueError(f"{str(path)!r} is no readable video: {error}. Convert it, for instance to mp4.") from error
     with clip:
-        check_area(*clip.size)
+        check_area(*clip.size, what="video")
         for index in itertools.count():
             try:
                 if not _is_at(clip, index):
@@ -495,6 +499,7 @@ def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Dec
                 reason = str(error) or type(error).__name__
                 _report(problems, f"{str(path)!r} is damaged at frame {index} ({reason}); {index} frames are used.")
                 return
+            check_area(*clip.size, what="video")  # a frame may be larger than those before
             yield partial(_to_rgb, clip)
 
 
@@ -523,7 +528,7 @@ def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _De
                 "instance to mp4."
             )
         sides = (int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
-        check_area(*(max(side, 1) for side in sides))  # 0 stands for unknown
+        check_area(*(max(side, 1) for side in sides), what="video")  # 0 stands for unknown
         announced, seen, broken = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0, 0
         # Past a damaged frame the next call may succeed again, so a failure alone doesn't mean the end.
         while broken == 0 or (seen + broken < announced and broken < _MOST_BROKEN):
@@ -563,9 +568,9 @@ def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str |
         TypeError: a number is not an integer, `frame_sampling` is neither a name nor numbers.
         ValueError: `num_frames` < 1, an unknown name, no frame number, or one outside the video.
     """
-    _check_sampling(num_frames, frame_sampling)
-    if not isinstance(frame_sampling, str):
-        wanted = sorted({as_index(index) for index in frame_sampling})
+    frame_sampling = _checked_sampling(num_frames, frame_sampling)
+    if isinstance(frame_sampling, list):
+        wanted = sorted(set(frame_sampling))
         if wanted[-1] >= (available := video.count(wanted[-1] + 1)):
             raise ValueError(
                 f"frame_sampling holds {wanted[-1]}, but the video has {available} frames (0 is the first)."
@@ -577,10 +582,10 @@ def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str |
 
 
 def _read_key_frames(
-    video: VideoFrames, num_frames: int, frame_sampling: str | Sequence[int]
+    video: VideoFrames, num_frames: int, frame_sampling: str | list[int]
 ) -> tuple[Image.Image, dict[int, Image.Image]]:
     """Frame 0, and by number those that `select_key_frames` chooses; the first ones in a single pass."""
-    if isinstance(frame_sampling, str) and frame_sampling == "first":
+    if frame_sampling == "first":
         if not (shown := dict(enumerate(video.take(num_frames)))):
             raise ValueError(_EMPTY_VIDEO)
         return shown[0], shown
@@ -589,24 +594,28 @@ def _read_key_frames(
     return first, dict(zip(numbers, images, strict=True))
 
 
-def _check_sampling(num_frames: Any, frame_sampling: Any) -> None:
-    """What can be said about a choice of frames without the video."""
+def _checked_sampling(num_frames: Any, frame_sampling: Any) -> str | list[int]:
+    """The name of a choice of frames, or their numbers; what can be said about it without the video is checked."""
     accepted = f"Use one of {FRAME_SAMPLINGS} or a list of frame numbers, counted from 0."
     if not 1 <= _as_integer(num_frames, "num_frames") < MAX_FRAME_NUMBER:
         raise ValueError(f"num_frames={num_frames} is no number of frames: at least 1, below {MAX_FRAME_NUMBER}.")
     if isinstance(frame_sampling, str):
         if frame_sampling not in FRAME_SAMPLINGS:
             raise ValueError(f"frame_sampling={frame_sampling!r} is unknown. {accepted}")
-    elif not isinstance(frame_sampling, Sequence | np.ndarray | Tensor):
-        raise TypeError(f"frame_sampling can't be a {type(frame_sampling).__name__}. {accepted}")
-    elif len(frame_sampling) > MAX_KEY_FRAMES:
+        return frame_sampling
+    is_list = isinstance(frame_sampling, Sequence | np.ndarray | Tensor) and not isinstance(
+        frame_sampling, bytes | bytearray
+    )
+    if not is_list or getattr(frame_sampling, "ndim", 1) != 1:
+        raise TypeError(
+            f"frame_sampling can't be {frame_sampling!r:.100} ({type(frame_sampling).__name__}). {accepted}"
+        )
+    if len(frame_sampling) > MAX_KEY_FRAMES:
         raise ValueError(f"frame_sampling names {len(frame_sampling)} frames; at most {MAX_KEY_FRAMES} can be read.")
-    else:
-        numbers = [_as_integer(index, "a frame number") for index in frame_sampling] or [-1]
-        if not 0 <= min(numbers) <= max(numbers) < MAX_FRAME_NUMBER:
-            raise ValueError(
-                f"frame_sampling={frame_sampling!r} is empty, or holds negative or absurd numbers. {accepted}"
-            )
+    numbers = [_as_integer(index, "a frame number") for index in frame_sampling]
+    if not numbers or not 0 <= min(numbers) <= max(numbers) < MAX_FRAME_NUMBER:
+        raise ValueError(f"frame_sampling={frame_sampling!r} is empty, or holds negative or absurd numbers. {accepted}")
+    return numbers
 
 
 def _as_integer(value: Any, name: str) -> int:
@@ -668,8 +677,12 @@ def _check_words(text: Any, past_text: Any, reserved: Sequence[str], drops_tags:
             raise TypeError(
                 f"{name} must be a string, got {type(words).__name__}. Give the words of this turn as text=."
             )
-        if any("\ud800" <= character <= "\udfff" for character in words):
-            raise ValueError(f"{name} holds half a character (a lone surrogate). Decode it as UTF-8 text first.")
+        try:
+            words.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} holds half a character (a lone surrogate). Decode it as UTF-8 text first."
+            ) from error
     if not text.replace(IMAGE_TAG, "").strip():
         raise ValueError(f"text={text!r} says nothing. Ask something, such as 'Please segment the red car.'")
     if not drops_tags and text.count(IMAGE_TAG) > 1:
@@ -765,7 +778,7 @@ def collate_inputs(
     """Several prepared calls as one batch: the arguments of a model's `generate` and `forward`.
 
     Args:
-        inputs: the calls.
+        inputs: the calls, at least one.
         pad_token_id: fills up shorter texts; the attention mask hides it.
         padding_side: "left", so that all texts end together and can be continued, or "right".
 
@@ -1174,7 +1187,7 @@ class Sa2VAProcessor(ProcessorMixin):
         **kwargs,
     ):
         _find_template(template)
-        _check_sampling(num_key_frames, frame_sampling)
+        self.frame_sampling = _checked_sampling(num_key_frames, frame_sampling)
         _check_sides(image_size=image_size, patch_size=patch_size, grounding_image_size=grounding_image_size)
         _check_sides(min_dynamic_patch=min_dynamic_patch, max_dynamic_patch=max_dynamic_patch)
         if max_dynamic_patch * image_size**2 > MAX_IMAGE_PIXELS:
@@ -1199,7 +1212,6 @@ class Sa2VAProcessor(ProcessorMixin):
         self.use_thumbnail = use_thumbnail
         self.grounding_image_size = grounding_image_size
         self.num_key_frames = num_key_frames
-        self.frame_sampling = frame_sampling
         super().__init__(tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
@@ -1241,13 +1253,21 @@ class Sa2VAProcessor(ProcessorMixin):
         stored = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
         if (config := kwargs.get("config")) is None:
             config = kwargs["config"] = stored
-        if cls is Sa2VAProcessor and getattr(config, "is_qwen_vl", False):
-            cls = Sa2VAProcessorQwen
+        if cls is Sa2VAProcessor and cls._is_of_qwen(pretrained_model_name_or_path, config, hub_kwargs):
+            return Sa2VAProcessorQwen.from_pretrained(pretrained_model_name_or_path, **kwargs)
         if stored is not None:
             before = cls._settings_of(stored)
             kwargs = {k: v for k, v in cls._settings_of(config).items() if v != before.get(k)} | kwargs
             _check_tokenizer_is_there(Path(pretrained_model_name_or_path, hub_kwargs.get("subfolder") or ""))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _is_of_qwen(cls, name_or_path: str | os.PathLike, config: Sa2VAChatConfig | None, hub_kwargs: dict) -> bool:
+        """Whether a processor is of the other family: its model's config says so, or if that is not there its own."""
+        if config is not None:
+            return config.is_qwen_vl
+        saved, _ = super().get_processor_dict(name_or_path, **hub_kwargs)
+        return saved.get("processor_class") == Sa2VAProcessorQwen.__name__
 
     @staticmethod
     def _find_config(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> Sa2VAChatConfig | None:
@@ -1397,7 +1417,7 @@ class Sa2VAProcessor(ProcessorMixin):
             raise ValueError(f"mask_prompts have shape {tuple(masks.shape)}. {wanted} No side may be 0.")
         if len(masks) > MAX_REGIONS:
             raise ValueError(f"mask_prompts are {len(masks)} regions, more than {MAX_REGIONS}. {wanted}")
-        check_area(masks.shape[2], masks.shape[1])
+        check_area(masks.shape[2], masks.shape[1], what="mask prompt")
         if not np.isfinite(masks).all():
             raise ValueError(f"mask_prompts hold NaN or infinite values. {wanted} 0 is outside.")
         inside = torch.from_numpy(np.ascontiguousarray(masks != 0)).to(torch.uint8)[:, None]
@@ -1460,7 +1480,7 @@ class Sa2VAProcessor(ProcessorMixin):
         num_frames = self.num_key_frames if num_frames is None else num_frames
         frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
         _check_words(text, past_text, self._reserved_words, self._drops_tags)
-        _check_sampling(num_frames, frame_sampling)
+        frame_sampling = _checked_sampling(num_frames, frame_sampling)
         if image is not None and video is not None:
             raise ValueError("Both image and video are given. Give one of them.")
         if image is None and video is None:
@@ -1628,8 +1648,10 @@ class Sa2VAProcessor(ProcessorMixin):
             raise ValueError(f"{changed} must be left out: checkpoints were trained with one way of asking.")
         if not add_generation_prompt:
             raise ValueError("Prompts end where the answer begins: leave add_generation_prompt=False out.")
-        kwargs |= processor_kwargs or {}
-        sampling = {"num_frames": num_frames, "frame_sampling": frame_sampling}
+        kwargs |= {"num_frames": num_frames, "frame_sampling": frame_sampling, **(processor_kwargs or {})}
+        sampling = {name: kwargs.pop(name) for name in ("num_frames", "frame_sampling")}
+        if unknown := sorted(kwargs.keys() - {"return_tensors", "padding", "padding_side"}):
+            raise TypeError(f"A call has no {unknown}: it takes return_tensors, padding, padding_side.")
         is_one = not conversation or isinstance(conversation[0], Mapping)
         asked = [self._last_question(turns, **sampling) for turns in ([conversation] if is_one else conversation)]
         if not tokenize:
@@ -1665,7 +1687,7 @@ class Sa2VAProcessor(ProcessorMixin):
 
     def missing_end(self, answer: str) -> str:
         """The end mark that an answer lacks, or ""."""
-        return "" if answer.endswith(tuple(self.stop_words)) else self.stop_words[0]
+        return "" if answer.endswith(self.stop_words) else self.stop_words[0]
 
     @property
     def pad_token_id(self) -> int:
@@ -1732,13 +1754,16 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
         grounding_image_size, num_key_frames, frame_sampling: as for `Sa2VAProcessor`.
         min_pixels, max_pixels: area that the image processor resizes every picture to.
         chat_template: the checkpoint's; default is the tokenizer's.
-        stop_words: texts that end an answer.
+
+    What `Sa2VAProcessor` says of tiles and regions (`image_tokens`, `region_grid`, `preprocess_image`,
+    `preprocess_key_frames`, `preprocess_mask_prompts`) is not for this family.
 
     Raises:
         ValueError: unknown sampling, or there is no chat template.
     """
 
     image_start, image_token, image_end = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+    stop_words = ("<|im_end|>",)
     _drops_tags = True
 
     def __init__(
@@ -1751,19 +1776,16 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
         min_pixels: int = 512 * 28 * 28,
         max_pixels: int = 2048 * 28 * 28,
         chat_template: str | None = None,
-        stop_words: Sequence[str] = ("<|im_end|>",),
         **kwargs,
     ):
-        _check_sampling(num_key_frames, frame_sampling)
+        self.frame_sampling = _checked_sampling(num_key_frames, frame_sampling)
         _check_sides(grounding_image_size=grounding_image_size)
         if not 1 <= _as_integer(min_pixels, "min_pixels") <= _as_integer(max_pixels, "max_pixels") <= MAX_IMAGE_PIXELS:
             raise ValueError(f"Pixels from {min_pixels} to {max_pixels}: need 1 <= min <= max <= {MAX_IMAGE_PIXELS}.")
         self.grounding_image_size = grounding_image_size
         self.num_key_frames = num_key_frames
-        self.frame_sampling = frame_sampling
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
-        self._stop_words = tuple(stop_words)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
         if not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
             raise ValueError("This checkpoint has no chat template. Put its chat_template.jinja beside the tokenizer.")
@@ -1776,11 +1798,6 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
             "num_key_frames": grounding.num_key_frames,
             "frame_sampling": grounding.frame_sampling,
         }
-
-    @property
-    def stop_words(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
-        return self._stop_words
 
     @property
     def _reserved_words(self) -> tuple[str, ...]:
@@ -1966,6 +1983,19 @@ def _rename_shards(index: Path, folder: Path) -> None:
 # ----------------------------------------------------------------------------------------------- masks to be kept
 
 
+def coco_masks() -> ModuleType:
+    """`pycocotools.mask`.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        from pycocotools import mask  # guarded, or transformers would demand it before it loads this file
+    except ImportError as error:
+        raise ImportError("Run-length encoding needs pycocotools: pip install pycocotools") from error
+    return mask
+
+
 def masks_to_rle(masks: np.ndarray | Tensor) -> list[dict[str, Any]]:
     """One object's masks, bool [T, h, w] -> COCO run-length encodings, which JSON can hold.
 
@@ -1975,8 +2005,7 @@ def masks_to_rle(masks: np.ndarray | Tensor) -> list[dict[str, Any]]:
     Raises:
         ValueError: not bool, or not three axes.
     """
-    from pycocotools import mask as coco
-
+    coco = coco_masks()
     pixels = _as_bool_masks(masks).transpose(1, 2, 0).astype(np.uint8, order="F")
     encoded = coco.encode(pixels) if pixels.shape[2] else []
     return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")} for rle in encoded]
@@ -2004,12 +2033,11 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
         ValueError: another thing, or run lengths that don't fill the size. (pycocotools believes what it is given, and
             reads and writes outside its memory where run lengths are cut off.)
     """
-    from pycocotools import mask as coco
-
+    coco = coco_masks()
     try:
         height, width = map(_as_count, rle["size"])
         counts = rle["counts"]
-        check_area(width, height)
+        check_area(width, height, what="mask")
         is_text = isinstance(counts, str | bytes)
         lengths = _run_lengths(counts) if is_text else np.array([*map(_as_count, counts)], dtype=np.int64)
     except (KeyError, TypeError, OverflowError) as error:
@@ -2138,8 +2166,14 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool
 
 def _shorten(text: str, fits: Callable[[str], bool]) -> str:
     """The longest beginning of a text that fits, with dots if something is missing; "" if nothing does."""
-    cuts = (text[:length].rstrip() + "..." for length in range(len(text) - 1, 0, -1))
-    return next(filter(fits, itertools.chain([text], cuts)), "")
+    if fits(text):
+        return text
+
+    def cut(length: int) -> str:
+        return text[:length].rstrip() + "..."
+
+    length = bisect_left(range(1, len(text)), True, key=lambda length: not fits(cut(length)))
+    return cut(length) if length else ""
 
 
 __all__ = [

@@ -28,7 +28,7 @@ from sam2.modeling.backbones.hieradet import Hiera
 from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
 from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
-from sam2.modeling.position_encoding import PositionEmbeddingSine, compute_axial_cis
+from sam2.modeling.position_encoding import PositionEmbeddingRandom, PositionEmbeddingSine, compute_axial_cis
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import Attention, RoPEAttention, TwoWayTransformer
 from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
@@ -154,10 +154,20 @@ def _position_encoding(channels: int) -> PositionEmbeddingSine:
     return PositionEmbeddingSine(num_pos_feats=channels, normalize=True, temperature=10000, warmup_cache=False)
 
 
+class WidePositionEmbedding(PositionEmbeddingRandom):
+    """SAM's random Fourier encoding of places, its matrix product in float32 whatever dtype or autocast asks for."""
+
+    def _pe_encoding(self, coords: Tensor) -> Tensor:
+        with torch.autocast(coords.device.type, enabled=False):
+            angles = 2 * torch.pi * ((2 * coords.float() - 1) @ self.positional_encoding_gaussian_matrix.float())
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 class _LinspaceOnCpu(TorchFunctionMode):
     """Hiera reads its drop path rates out of a `torch.linspace`, which on the meta device holds nothing to read.
 
-    Newer transformers take care of this while they load a model, the first of version 5 did not.
+    transformers takes care of this while it loads a model, for all threads; this is for models of names and shapes
+    alone (`hub_upload`, `ModuleNames`), which are built on the meta device by `torch.device`.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -265,6 +275,7 @@ class Sam2Model(SAM2Base):
             fixed_no_obj_ptr=True,
             use_mlp_for_obj_ptr_proj=True,
         )
+        self.sam_prompt_encoder.pe_layer = WidePositionEmbedding(config.d_model // 2)
         # SAM2Base writes the widths of the released decoder into its own; other sizes need this one.
         self.sam_mask_decoder = _build_mask_decoder(config)
         if config.separate_prompt_decoder:
@@ -333,9 +344,14 @@ class MaskPrediction:
 
 @dataclass(frozen=True)
 class FrameMemory:
-    """One remembered frame of N objects: features [h * w, N, mem_dim] in the memory dtype and pointers [N, D]."""
+    """One remembered frame of N objects.
 
-    features: Tensor
+    Attributes:
+        features: [h * w, N, mem_dim] in the memory dtype; None once no later frame looks at them.
+        object_pointers: [N, D].
+    """
+
+    features: Tensor | None
     object_pointers: Tensor
 
 
@@ -351,7 +367,7 @@ class MemoryBank:
         max_cond_frames: a frame looks at no more conditioning frames than this; -1 lets it look at all.
         position: [h * w, 1, mem_dim], sine encoding of the memory features, equal for all frames.
         conditioning: frame index -> memory of the prompted frames.
-        recent: frame index -> memory of the tracked frames, features None once out of reach.
+        recent: frame index -> memory of the tracked frames.
     """
 
     num_maskmem: int
@@ -378,7 +394,8 @@ class MemoryBank:
     def add(self, frame: int, memory: FrameMemory) -> None:
         """Remembers a tracked frame and forgets what no later frame of this direction can reach."""
         self.recent[frame] = memory
-        self.recent = {t: m for t, m in self.recent.items() if abs(frame - t) < self.max_object_pointers - 1}
+        reach = max(self.num_maskmem, self.max_object_pointers) - 1
+        self.recent = {t: m for t, m in self.recent.items() if abs(frame - t) < reach}
         for t, old in self.recent.items():
             if abs(frame - t) >= self.num_maskmem - 1 and old.features is not None:
                 self.recent[t] = FrameMemory(None, old.object_pointers)
@@ -447,7 +464,7 @@ class TrackingState:
         for frame, prediction in self.predictions.items():
             named |= {f"predictions.{frame}.{f.name}": getattr(prediction, f.name) for f in fields(prediction)}
         given = {name: tensor for name, tensor in named.items() if tensor is not None}
-        return {name: torch.clone(t, memory_format=torch.contiguous_format).cpu() for name, t in given.items()}
+        return {name: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in given.items()}
 
     @property
     def num_objects(self) -> int:
@@ -459,7 +476,8 @@ class TrackingState:
         """The inverse of `to_tensors`.
 
         Raises:
-            KeyError, TypeError, ValueError: these are no such tensors, or don't fit each other and the config.
+            KeyError, TypeError, ValueError, AttributeError, IndexError: these are no such tensors, or don't fit each
+                other and the config.
         """
         tree: dict[str, Any] = {}
         for name, tensor in tensors.items():
@@ -468,16 +486,12 @@ class TrackingState:
             for step in path:
                 node = node.setdefault(step, {})
             node[leaf] = tensor.to(device)
-
-        def memories(found: dict[str, Any]) -> dict[int, FrameMemory]:
-            return {int(t): FrameMemory(m.get("features"), m["object_pointers"]) for t, m in found.items()}
-
         banks = [
             replace(
                 MemoryBank.of(config),
                 position=bank["position"],
-                conditioning=memories(bank["conditioning"]),
-                recent=memories(bank.get("recent", {})),
+                conditioning=_memories(bank["conditioning"]),
+                recent=_memories(bank.get("recent", {})),
             )
             for _, bank in sorted(tree.get("banks", {}).items(), key=lambda item: int(item[0]))
         ]
@@ -544,7 +558,7 @@ class Sam2Decoder(nn.Module):
                 module._hf_hook.post_forward(module, None)
 
     def encode(self, frames: Tensor) -> FrameFeatures:
-        """Runs the image encoder on normalised frames [T, 3, S, S], once."""
+        """Runs the image encoder on normalised frames [T, 3, S, S], of the dtype and device of the weights."""
         return self("encode", frames)
 
     def decode(self, features: FrameFeatures, prompts: Tensor, output_all_masks: bool = False) -> MaskPrediction:
@@ -552,7 +566,7 @@ class Sam2Decoder(nn.Module):
 
         Args:
             features: of one frame, shared by all objects, or with a row for each object.
-            prompts: [N, D], one language vector per object.
+            prompts: [N, D], one language vector per object, N at least 1.
             output_all_masks: also return the three candidates of each object.
         """
         groups = self._groups(len(prompts))
@@ -569,15 +583,15 @@ class Sam2Decoder(nn.Module):
 
         Args:
             key_frames: (frame index, normalised frame [1, 3, S, S]), read as they are needed; each is encoded once.
-            prompts: [N, D].
+            prompts: [N, D], N at least 1.
             frame_size: (h, w) of the video, at which Sa2VA-i cuts masks out before it tracks them; None takes S x S.
             encode_batch_size: how many frames go through the image encoder together.
         """
         groups = self._groups(len(prompts))
         state = TrackingState([MemoryBank.of(self.config) for _ in groups])
+        of_groups = [prompts[g] for g in groups]
         for chunk in _chunks(key_frames, encode_batch_size):
             indices, pixel_values = zip(*chunk, strict=True)
-            of_groups = [prompts[g] for g in groups]
             state.predictions |= self(
                 "condition_frames", indices, torch.cat(pixel_values), of_groups, state.banks, frame_size
             )
@@ -803,12 +817,8 @@ class Sam2Decoder(nn.Module):
         )
 
     def _dense_position(self, like: Tensor) -> Tensor:
-        """SAM's random Fourier encoding of the map [1, D, h, w]; its matrix product needs float32."""
-        layer = self.sam2_model.sam_prompt_encoder.pe_layer
-        size = tuple(like.shape[-2:])
-        widened = {name: buffer.float() for name, buffer in layer.named_buffers() if buffer.dtype != torch.float32}
-        position = torch.func.functional_call(layer, widened, (size,)) if widened else layer(size)
-        return position.unsqueeze(0).to(like)
+        """The encoding [1, D, h, w] of the places of a map."""
+        return self.sam2_model.sam_prompt_encoder.pe_layer(like.shape[-2:]).unsqueeze(0).to(like)
 
     def _sparse_prompts(self, num_objects: int, prompts: Tensor | None) -> Tensor:
         """Two empty points, as SAM 2 pads a prompt without clicks, then the language vector: [N, 2 or 3, D]."""
@@ -856,6 +866,11 @@ class Sam2Decoder(nn.Module):
             return like[:0]
         stacked = torch.stack(pointers).unflatten(-1, (-1, like.shape[-1]))
         return stacked.permute(0, 2, 1, 3).flatten(0, 1)
+
+
+def _memories(found: Mapping[str, Any]) -> dict[int, FrameMemory]:
+    """The memories of a bank, from its part of the tree of `TrackingState.from_tensors`."""
+    return {int(t): FrameMemory(m.get("features"), m["object_pointers"]) for t, m in found.items()}
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -14,7 +14,7 @@ from conftest import GOLDEN, RESIZES_AS_RECORDED, GoldenFamily
 from PIL import Image
 from transformers import AutoModel
 
-from sa2va import Sa2VAChatModel, Sa2VAChatModelQwen, Sa2VAProcessorQwen
+from sa2va import Sa2VAChatModel, Sa2VAChatModelQwen, Sa2VAProcessor, Sa2VAProcessorQwen
 from sa2va.modeling_sa2va import _WrittenStates
 from sa2va.processing_sa2va import _qwen_size
 
@@ -221,6 +221,23 @@ def test_messages_are_written_as_calls_are(models, family):
     found = processor.apply_chat_template(asked, tokenize=True, return_dict=True)
     assert torch.equal(found["input_ids"], alone.input_ids)
     assert torch.equal(found["pixel_values"], alone.pixel_values)
+
+
+def test_arguments_of_a_processor_count_in_a_template_too(models):
+    processor, clip = models["qwen3vl"].load_processor(), np.zeros((4, 56, 84, 3), np.uint8)
+    asked = [{"role": "user", "content": [{"type": "video", "video": clip}, {"type": "text", "text": "Hi"}]}]
+    wanted = processor.prepare(video=clip, text="Hi", num_frames=2)
+    chosen = {"processor_kwargs": {"num_frames": 2}}
+    assert processor.apply_chat_template(asked, **chosen) == wanted.prompt
+    assert torch.equal(processor.apply_chat_template(asked, tokenize=True, **chosen), wanted.input_ids)
+
+
+@pytest.mark.parametrize("family", ["qwen25vl", "qwen3vl"])
+def test_a_processor_saved_on_its_own_is_of_its_family(models, family, tmp_path):
+    own = models[family].load_processor()
+    own.save_pretrained(tmp_path)
+    loaded = Sa2VAProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is Sa2VAProcessorQwen and loaded.to_dict() == own.to_dict()
 
 
 @pytest.mark.parametrize("call", ["generate", "forward"])

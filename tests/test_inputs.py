@@ -579,6 +579,9 @@ BAD_CALLS = {
     "sparse region": ({"text": ASK, "mask_prompts": torch.ones(1, 4, 6).to_sparse()}, TypeError, "dense"),
     "sparse image": ({"text": ASK, "image": torch.ones(3, 4, 6).to_sparse()}, TypeError, "dense"),
     "unknown sampling": ({"text": ASK, "frame_sampling": "random"}, ValueError, "'first', 'uniform'"),
+    "sampling in bytes": ({"text": ASK, "frame_sampling": b"\x01\x02"}, TypeError, "bytes"),
+    "sampling by one number": ({"text": ASK, "frame_sampling": np.array(3)}, TypeError, "list of frame numbers"),
+    "sampling by a table": ({"text": ASK, "frame_sampling": torch.zeros(1, 2, dtype=int)}, TypeError, "Tensor"),
     "no frames asked for": ({"text": ASK, "num_frames": 0}, ValueError, "at least 1"),
     "half a frame asked for": ({"text": ASK, "num_frames": 1.5}, TypeError, "integer"),
     "NaN pixels": ({"text": ASK, "image": np.full((6, 8, 3), np.nan)}, ValueError, "nan"),
@@ -727,6 +730,11 @@ BAD_STATES = {
         ),
         ValueError,
         "of the assistant, holds",
+    ),
+    "an unknown word about a template": (
+        lambda have: have.processor.apply_chat_template(SPOKEN[:1], processor_kwargs={"truncate": True}),
+        TypeError,
+        "truncate",
     ),
     "a template of the caller's": (
         lambda have: have.processor.apply_chat_template(SPOKEN[:1], chat_template="{{ messages }}"),
@@ -966,6 +974,7 @@ BAD_STATES = {
         ValueError,
         "memory_dtype='load'",
     ),
+    "SAM 2 without memory": (lambda have: have.config("grounding_config", num_maskmem=0), ValueError, "from 1 to"),
     "unknown sampling in config": (
         lambda have: have.config("grounding_config", frame_sampling="last"),
         ValueError,

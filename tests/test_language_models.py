@@ -128,6 +128,22 @@ def test_phi3_reads_both_names_of_its_long_positions_and_keeps_what_it_read(kind
     assert Sa2VAChatConfig.from_pretrained(tmp_path).llm_config.rope_parameters["rope_type"] == "longrope"
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ],
+)
+def test_internlm2_keeps_positions_that_only_transformers_knows(scaling, tmp_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "original_max_position_embeddings": 64}
+    config = config_with({"model_type": "internlm2", **sizes, "rope_scaling": scaling})
+    config.save_pretrained(tmp_path)
+    again = Sa2VAChatConfig.from_pretrained(tmp_path)
+    assert scaling.items() <= again.llm_config.rope_parameters.items()
+
+
 # --------------------------------------------------------------------------------------------------------- layouts
 
 

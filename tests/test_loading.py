@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_imports
 
-from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor
+from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor, hub_upload
 
 ROOT = Path(__file__).parents[1]
 CORE_FILES = (
@@ -82,6 +84,15 @@ def test_a_flat_folder_loads_offline_with_trust_remote_code(flat_folder, tmp_pat
     assert done.returncode == 0, done.stderr
     module, *_ = done.stdout.split()
     assert module == "transformers_modules"
+
+
+@pytest.mark.parametrize("name", CORE_FILES)
+def test_a_checkpoint_with_this_code_asks_for_no_more_than_its_requirements(name):
+    """transformers demands all that a file imports unguarded, functions included, before it runs code."""
+    packages = {re.match(r"[\w-]+", requirement)[0] for requirement in hub_upload.REQUIREMENTS}
+    imported = set(get_imports(ROOT / name))
+    imported = {{"PIL": "pillow", "cv2": "opencv-python"}.get(module, module) for module in imported}
+    assert imported - sys.stdlib_module_names <= packages | {"numpy", "tokenizers", "yaml"}  # which these bring along
 
 
 def test_the_package_wins_over_an_auto_map_that_points_elsewhere(golden):

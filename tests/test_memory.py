@@ -137,11 +137,13 @@ def as_sam2_keeps_it(memory, position, side):
     }
 
 
+@pytest.mark.parametrize("pointers", [16, 4, 1])
 @pytest.mark.parametrize(("limit", "reverse"), itertools.product([-1, 2, 3], [False, True]))
-def test_memory_is_put_together_as_sam2_does(golden_model, remembered, monkeypatch, limit, reverse):
+def test_memory_is_put_together_as_sam2_does(golden_model, remembered, monkeypatch, limit, reverse, pointers):
     frame, memory, position = remembered
     decoder, sam2 = golden_model.grounding_encoder, golden_model.grounding_encoder.sam2_model
     monkeypatch.setattr(sam2, "max_cond_frames_in_attn", limit)
+    monkeypatch.setattr(sam2, "max_obj_ptrs_in_encoder", pointers)
     index, passed = (2, range(19, 2, -1)) if reverse else (8, range(8))
     bank = MemoryBank(sam2.num_maskmem, sam2.max_obj_ptrs_in_encoder, limit, position)
     bank.conditioning = {t: memory[t] for t in KEY_FRAMES}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Prescribed
 from PIL import Image
+from sam2.modeling.position_encoding import PositionEmbeddingRandom
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -492,6 +493,24 @@ def test_sixteen_threads_that_share_a_model_get_the_serial_results(golden_model,
         assert result.prediction == serial[name].prediction
         for got, wanted in zip(result.mask_logits, serial[name].mask_logits, strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-3)
+
+
+def test_threads_share_a_model_that_was_cast_after_loading(golden_model):
+    cast = copy.deepcopy(golden_model.grounding_encoder).to(torch.bfloat16)
+    like = torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16)
+    with ThreadPoolExecutor(4) as pool:
+        positions = list(pool.map(cast._dense_position, [like] * 2000))
+    assert all(torch.equal(position, positions[0]) for position in positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_places_are_encoded_in_float32_whatever_the_dtype_of_the_model(golden_model, dtype):
+    layer = copy.deepcopy(golden_model.grounding_encoder.sam2_model.sam_prompt_encoder.pe_layer).to(dtype)
+    plain = PositionEmbeddingRandom(layer.positional_encoding_gaussian_matrix.shape[1])
+    plain.positional_encoding_gaussian_matrix = layer.positional_encoding_gaussian_matrix.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer((5, 7))
+    assert torch.equal(found, plain((5, 7)))
 
 
 def random_states() -> tuple:

@@ -20,6 +20,7 @@ from sa2va.processing_sa2va import (
     TEMPLATES,
     Sa2VAInputs,
     Sa2VAProcessor,
+    _shorten,
     choose_tiling,
     draw_overlay,
     load_image,
@@ -412,6 +413,12 @@ def test_a_released_folder_without_processor_config_loads(processor):
     assert (processor.num_key_frames, processor.frame_sampling) == (5, "first")
 
 
+@pytest.mark.parametrize("frames", [torch.tensor([0, 2]), np.array([0, 2]), [np.int64(0), 2], range(0, 4, 2)])
+def test_frame_numbers_of_any_kind_are_saved(processor, tmp_path, frames):
+    Sa2VAProcessor(processor.tokenizer, frame_sampling=frames).save_pretrained(tmp_path)
+    assert Sa2VAProcessor.from_pretrained(tmp_path).frame_sampling == [0, 2]
+
+
 def test_saved_processor_comes_back_without_config(processor, tmp_path):
     own = Sa2VAProcessor(processor.tokenizer, template="phi3_chat", max_dynamic_patch=6, frame_sampling="uniform")
     own.save_pretrained(tmp_path)
@@ -557,6 +564,13 @@ def test_every_object_has_its_colour():
     assert len(set(colors)) == 32
     distances = [np.abs(np.subtract(a, b)).sum() for a, b in pairwise(colors)]
     assert min(distances) > 100
+
+
+@pytest.mark.parametrize("width", [0, 3, 4, 9, 10, 11, 40])
+def test_a_phrase_is_cut_to_the_longest_beginning_that_fits(width):
+    text = "a  red cat on it"
+    cuts = [text, *(text[:length].rstrip() + "..." for length in range(len(text) - 1, 0, -1))]
+    assert _shorten(text, lambda words: len(words) <= width) == next((c for c in cuts if len(c) <= width), "")
 
 
 def test_overlay_paints_masks_and_leaves_the_rest():

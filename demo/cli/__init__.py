@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Sa2VA: ask in words about an image or a video, get words and masks.",
         epilog="commands:\n"
         + "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
-        + "\n\nsa2va COMMAND --help says more. Exit codes: 0 done, 1 failed, 2 wrong command line.",
+        + "\n\nsa2va COMMAND --help says more. Exit codes: 0 done, 1 failed, 2 wrong command line, 130 stopped.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
