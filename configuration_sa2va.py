@@ -151,7 +151,8 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
 
     Sizes (`embed_dim` ... `max_object_pointers`) follow `sam2_hiera_l.yaml` of the `sam2` package. The rest is ours:
 
-    num_key_frames: how many frames of a video the language model sees and prompts (released: 5).
+    num_key_frames: how many frames of a video the language model sees and prompts (released: 5). A loaded model's
+        processor keeps what it found at its first call; give `num_frames=` in a call, then.
     frame_sampling: "first" (released) or "uniform", which the paper's ablation prefers and Sa2VA-i was made for.
     separate_prompt_decoder: Sa2VA-i: a mask decoder of its own (`sam_mask_decoder_modified`) answers the prompts, and
         its masks are what the plain decoder tracks. None, as in every released config.json, means that the weights
@@ -493,7 +494,10 @@ class Sa2VAChatConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`."""
+        """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`.
+
+        Where this code came from a checkpoint, of which nothing but the config was loaded, it saves that file alone.
+        """
         self.auto_map = auto_map(self.is_qwen_vl)
         super().save_pretrained(save_directory)
         copy_code(save_directory)

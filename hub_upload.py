@@ -906,12 +906,20 @@ def _find_origin(source: str, revision: str | None, token: str | None, merged: P
     if folder.is_dir() and revision is not None:
         raise ValueError(f"revision={revision!r} is for Hub repositories, but {source} is a folder. Leave it out.")
     name = None if folder.is_dir() else source
-    folder = folder if name is None else _download(source, revision, token)
+    folder = _learned_in(folder) if name is None else _download(source, revision, token)
     training = _training_facts(folder)
     if not (folder / ADAPTER).is_file():
         return _Origin(folder, folder, name, None, training)
     base, more = _merge_adapter(folder, merged, token)
     return _Origin(merged, folder, name, base, training | more)
+
+
+def _learned_in(folder: Path) -> Path:
+    """What training left in its folder: the adapter, or if there is none the whole model; other folders as they are."""
+    if any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
+        return folder
+    learned = (folder / place for place in ("adapter", "final"))
+    return next((place for place in learned if any((place / name).is_file() for name in (CONFIG, ADAPTER))), folder)
 
 
 def _download(name: str, revision: str | None, token: str | None) -> Path:
@@ -1902,7 +1910,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_packing_arguments(add: Callable, add_fact: Callable) -> None:
-    add("source", metavar="SOURCE", help="checkpoint or adapter: folder, or name on the Hub")
+    add("source", metavar="SOURCE", help="checkpoint, adapter or output of training: folder, or name on the Hub")
     add("--max-shard-size", help="split larger weight files, as in 5GB")
     add("--skip-test", action="store_true", help="don't load the result and run it once (for huge models)")
     add("--token", help="default: that of `hf auth login`, or HF_TOKEN")

@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shlex
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -409,6 +410,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self.generation_config = GenerationConfig(max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
         self._processor: Sa2VAProcessor | None = None
         self._hub_arguments: dict[str, Any] = {}
+        self._folder: str | None = None  # where the checkpoint lay, whatever becomes of the working directory
         self.post_init()
         self._weight_conversions = _released_layout(self)
 
@@ -470,6 +472,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             # Sa2VA-i in a place where its weight names could not be read beforehand: a subfolder, a variant, a cache.
             model, report = load(**{**kwargs, "config": _as_sa2va_i(model.config)})
         model._hub_arguments = hub_arguments
+        if os.path.isdir(pretrained_model_name_or_path or ""):
+            model._folder = os.path.abspath(pretrained_model_name_or_path)
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
         if not chosen and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
@@ -632,14 +636,21 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 changed[field] = modules.native(ends, partial(_is_target, ends=ends))
         for field in ("rank_pattern", "alpha_pattern"):
             given = getattr(config, field, None) or {}
-            names = {end: modules.native([end], partial(_is_target, ends=[end])) for end in given}
-            changed[field] = {name: given[end] for end in given for name in names[end]}
+            changed[field] = {name: given[pattern] for pattern in given for name in modules.patterns(pattern)}
         changed = {field: value for field, value in changed.items() if value and value != getattr(config, field)}
         if changed:
             config = copy.deepcopy(config)
             for field, value in changed.items():
                 setattr(config, field, value)
         return config
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args, **kwargs) -> None:
+        """transformers' `set_attn_implementation`, which does not know that InternViT is made by "vision_config"."""
+        kept = self.config.vision_config._attn_implementation
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        wanted = attn_implementation.get("vision_config", kept) if isinstance(attn_implementation, dict) else None
+        if wanted and not self.config.is_qwen_vl:
+            self.vision_model.set_attn_implementation(wanted, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embeddings."""
@@ -919,18 +930,18 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """The processor of the checkpoint this model was loaded from, read once.
 
         Raises:
-            ValueError: the model was not loaded from a checkpoint.
+            ValueError: the model was not loaded from a checkpoint, or the checkpoint's folder is gone.
         """
         with _PROCESSOR_LOADING:
             if self._processor is None:
-                if not self.name_or_path:
+                name = self._folder or self.name_or_path
+                if not name or (self._folder and not os.path.isdir(self._folder)):
+                    reason = f"{self._folder} is gone" if name else "This model was built from a config"
                     raise ValueError(
-                        "This model was built from a config, so it has no checkpoint to read a tokenizer from. Pass "
-                        "processor= (or tokenizer=), or set it once with model.set_processor(processor)."
+                        f"{reason}, so there is no checkpoint to read a tokenizer from. Pass processor= (or "
+                        "tokenizer=), or set it once with model.set_processor(processor)."
                     )
-                self._processor = Sa2VAProcessor.from_pretrained(
-                    self.name_or_path, config=self.config, **self._hub_arguments
-                )
+                self._processor = Sa2VAProcessor.from_pretrained(name, config=self.config, **self._hub_arguments)
             return self._processor
 
     def set_processor(self, processor: Sa2VAProcessor) -> None:
@@ -1216,8 +1227,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         Only frames before the first key frame have to be held, as they are tracked backwards from it.
 
-        Arguments and errors are those of `predict_forward`. The answer is written before the first frame comes; an
-        answer without `[SEG]` gives frames with no objects. With `output_format="rle"` masks are encoded as they come.
+        Arguments and errors are those of `predict_forward`, but for `return_mask_logits`. The answer is written before
+        the first frame comes; an answer without `[SEG]` gives frames with no objects. With `output_format="rle"` masks
+        are encoded as they come.
 
         Args:
             resume: `stream.state()` of a stream that was stopped. Give the same video, from its first frame, and no
@@ -1587,7 +1599,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         yield from decoder.propagate(tracking, frames, pixel_values, count)
 
 
-class Sa2VAChatModelQwen(Sa2VAChatModel):
+class Sa2VAChatModelQwen(Sa2VAChatModel, GenerationMixin):  # named again, or transformers would derive another class
     """Sa2VA around transformers' Qwen2.5-VL or Qwen3-VL, which is `model`; `Sa2VAChatModel(config)` chooses it.
 
     Qwen3-VL's `[SEG]` state is the last layer's output before the final norm, on which the released checkpoints were
@@ -1605,7 +1617,9 @@ class Sa2VAChatModelQwen(Sa2VAChatModel):
     ]
 
     def _build_language_side(self, config: Sa2VAChatConfigQwen) -> None:
-        self.model = AutoModelForImageTextToText.from_config(config.qwen_vl_config())
+        parts = {"": config, "text_config": config.text_config, "vision_config": config.vision_config}
+        attention = {name: part._attn_implementation for name, part in parts.items()}  # building forgets it
+        self.model = AutoModelForImageTextToText.from_config(config.qwen_vl_config(), attn_implementation=attention)
         if config.qwen_vl_type == "qwen3_vl":
             self.get_decoder().norm.register_forward_pre_hook(_note_last_layer)
         else:
@@ -2122,6 +2136,8 @@ def _check_generation(config: GenerationConfig, given: Mapping[str, Any]) -> Non
                 raise ValueError(f"{name}={value}: each holds the whole prompt; {_MOST_BEAMS} are the most.")
     if given.get("guidance_scale", config.guidance_scale) not in (None, 1):
         raise ValueError("guidance_scale needs a prompt without its picture, which is not made here. Leave it out.")
+    if given.get("assistant_early_exit", getattr(config, "assistant_early_exit", None)) is not None:
+        raise ValueError("assistant_early_exit needs a model of words alone, and would change this one. Leave it out.")
     for name in ("logits_processor", "stopping_criteria"):
         if not all(map(callable, given.get(name) or ())):
             raise TypeError(f"{name} must be a list of functions, got {given[name]!r}.")
@@ -2137,8 +2153,12 @@ def _check_against_prompt(prompt: Mapping[str, Tensor | None], arguments: Mappin
         raise ValueError(
             f"max_length={config.max_length} counts the prompt, which takes {length} tokens. Give max_new_tokens."
         )
-    if arguments.get("assistant_model") is not None and "input_ids" not in prompt:
+    if "input_ids" in prompt:
+        return
+    if arguments.get("assistant_model") is not None:
         raise ValueError("assistant_model can't read pictures as this family gives them. Leave it out.")
+    if getattr(config, "prefill_chunk_size", None) is not None:
+        raise ValueError("prefill_chunk_size can't cut prompts that are embeddings, as in this family. Leave it out.")
 
 
 def _check_nothing_is_asked(video: Any, *asked: Any) -> None:
@@ -2461,6 +2481,13 @@ class ModuleNames:
             return targets
         kept = found if isinstance(targets, str) else [t for t in targets if any(_is_target(n, [t]) for n in found)]
         return sorted({*kept, *more})
+
+    def patterns(self, pattern: str) -> list[str]:
+        """A key of PEFT's rank_pattern, a regular expression of ends of names, and what only released names meet."""
+        matches = re.compile(rf"(.*\.)?({pattern})\Z").match
+        more = [name for name, released in self.released.items() if matches(released) and not matches(name)]
+        kept = [pattern] if not more or any(map(matches, self.released)) else []
+        return [*kept, *map(re.escape, more)]
 
 
 def _is_target(name: str, ends: Sequence[str]) -> bool:

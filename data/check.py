@@ -90,6 +90,7 @@ def _mask_problems(sample: Sample) -> Iterator[str]:
         for number, turn in enumerate(sample.turns)
         for place, masks in enumerate(turn.objects)
     ]
+    yield from _annotation_problems(sample, length)
     named += [(f"region {number}", masks) for number, masks in enumerate(sample.regions, 1)]
     for name, masks in named:
         if beyond := [frame for frame in masks.frames if not 0 <= frame < length]:
@@ -102,6 +103,17 @@ def _mask_problems(sample: Sample) -> Iterator[str]:
             continue
         if not any(areas) and not sample.media.is_video:
             yield f"{name}: the mask is empty; an object needs at least one pixel."
+
+
+def _annotation_problems(sample: Sample, length: int) -> Iterator[str]:
+    """Clips of which nothing can be learned or measured: all objects of a turn must be annotated in the same frames."""
+    for number, turn in enumerate(sample.turns):
+        marked = [thing.annotated for thing in turn.objects if thing.annotated is not None]
+        counted = frozenset(range(length)).intersection(*marked)
+        if not counted:
+            yield f"turn {number}: there is no frame in which all its objects are annotated."
+        elif sample.regions and 0 not in counted:
+            yield f"turn {number}: regions are shown on frame 0, in which not all its objects are annotated."
 
 
 def _other_size(media: Media, size: Size) -> str | None:

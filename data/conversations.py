@@ -63,7 +63,7 @@ class _Finetune:
         masks, texts = field(item, "mask", list), field(item, "text", list)
         if len(masks) != len(texts) or not masks:
             raise ValueError(f'"mask" and "text" need one entry for each object; got {len(masks)} and {len(texts)}.')
-        names = field(item, "name", list, default=texts)
+        names = field(item, "name", list, default=[""] * len(texts))
         if len(names) != len(texts) or not all(isinstance(name, str) for name in names):
             raise ValueError(f'"name" must hold a text for each of {len(texts)} objects, got {names!r:.40}.')
         chosen = self.style.choose(rng, range(len(masks))) if only is None else [only]
@@ -128,6 +128,8 @@ class _Line:
         media, regions = self._media(line), _select(objects, line, "regions")
         if not media and (regions or any(turn.objects for turn in turns)):
             raise ValueError(f'has objects, but no "image", "frames" or "video"; its keys are {sorted(line)}.')
+        if media.is_video:
+            _check_masks_of_clip(line)
         if regions and not all(0 in region.frames for region in regions):
             raise ValueError('"regions" are looked up in frame 0, where one of them has no mask.')
         return Sample(name, media, tuple(turns), regions, info)
@@ -153,6 +155,16 @@ class _Line:
             frames = {int(frame): parse_mask(mask, self.root) for frame, mask in field(entry, "masks", dict).items()}
             annotated = field(entry, "annotated", list, default=None)
             return ObjectMasks(frames, None if annotated is None else _frame_numbers(annotated, frames))
+
+
+def _check_masks_of_clip(line: Mapping[str, Any]) -> None:
+    """An object that a clip's turns point at says where it is in every frame; regions are looked up in frame 0 only."""
+    asked = {number for turn in line["turns"] for number in turn.get("objects", ())}
+    if alone := [number for number in sorted(asked) if "mask" in line["objects"][number]]:
+        raise ValueError(
+            f'"objects"[{alone[0]}] of a clip has "mask", which is for pictures and regions. Give "masks" by frame '
+            'number, and "annotated" if not all frames were labelled.'
+        )
 
 
 def _frame_numbers(annotated: Sequence[Any], masks: Mapping[int, Any]) -> frozenset[int]:

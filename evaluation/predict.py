@@ -2,12 +2,14 @@
 
 A folder holds one JSON Lines file for each process, `process-0.jsonl` ..., with one line for each sample:
 
-    {"id", "size": [height, width], "frames", "seconds",
+    {"id", "media", "size": [height, width], "frames", "seconds",
      "turns": [{"question", "prediction", "phrases", "masks": [[rle, ...], ...], "scores": [{"iou": [...], ...}, ...]}]}
 
-For each `[SEG]` of an answer there is one COCO run-length encoding and one score of each kind for every frame.
+For each `[SEG]` of an answer there is one COCO run-length encoding and one score of each kind for every frame. "media"
+tells the pictures from others that get their sample's id when the data change.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -62,7 +64,14 @@ def answer_sample(
         )
         past_text = output.past_text if dialogue else ""
         turns.append(_turn_record(turn.question, output))
-    return {"id": sample.id, "size": list(size), "frames": frames, "turns": turns}
+    stamp = media_stamp(sample.media)
+    return {"id": sample.id, "media": stamp, "size": list(size), "frames": frames, "turns": turns}
+
+
+def media_stamp(media: Media) -> str:
+    """Tells pictures from others, wherever they are: by the names and sizes of their files."""
+    files = [(path.name, path.stat().st_size if path.is_file() else None) for path in media.paths]
+    return hashlib.sha256(repr(files).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _picture(media: Media) -> dict[str, Any]:

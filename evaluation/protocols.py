@@ -27,7 +27,7 @@ import numpy as np
 from transformers.utils import logging
 
 from sa2va import Sa2VAOutput
-from sa2va.data.samples import Sample, Turn
+from sa2va.data.samples import ObjectMasks, Sample, Turn
 from sa2va.evaluation import captions, scenes
 from sa2va.evaluation.captions import grounding_scores, plain_caption, text_scores
 from sa2va.evaluation.metrics import (
@@ -45,7 +45,7 @@ from sa2va.evaluation.metrics import (
     robustness,
     video_quality,
 )
-from sa2va.evaluation.predict import join_masks, output_of
+from sa2va.evaluation.predict import join_masks, media_stamp, output_of
 from sa2va.processing_sa2va import masks_to_rle, rle_to_masks
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -145,6 +145,11 @@ def measure_sample(
         raise ValueError(f"The prediction of sample {sample.id!r} is damaged ({error!r}). Remove its line.") from error
     if len(answers) != len(sample.turns):
         raise ValueError(f"Sample {sample.id!r} has {len(sample.turns)} turns, its prediction {len(answers)}.")
+    if record.get("media", stamp := media_stamp(sample.media)) != stamp:
+        raise ValueError(
+            f"The picture of sample {sample.id!r} is another than the one that was answered: the data have changed. "
+            "Give another --output, or remove it."
+        )
     for turn, given in zip(sample.turns, record["turns"], strict=True):
         if given.get("question") != turn.question:
             raise ValueError(
@@ -154,7 +159,9 @@ def measure_sample(
     measurements = []
     for index, answer in enumerate(answers):
         asked = Asked(sample, index, answer, size, frames, merge)
-        if asked.labelled:
+        if asked.labelled and sample.media and not asked.counted:
+            logger.warning(f"Sample {sample.id!r}: turn {index} is left out, no frame has all its objects annotated.")
+        elif asked.labelled:
             measurements.append(Measurement(sample.id, index, *protocol.measure(asked), sample.info))
     return measurements
 
@@ -197,7 +204,7 @@ def _mean_of(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def measure_overlap(asked: Asked) -> tuple[float, tuple[int, int, bool, bool]]:
     """IoU; intersection and union, and whether anything was found and wanted. `info["ignore"]` does not count."""
     predicted, target = asked.predicted(), asked.target()
-    if ignore := asked.sample.info.get("ignore"):
+    if isinstance(ignore := asked.sample.info.get("ignore"), ObjectMasks):  # one's own data may hold anything there
         counts = ~ignore.read(asked.counted, asked.size)
         predicted, target = predicted & counts, target & counts
     intersection, union = (int(count.sum()) for count in intersection_union(predicted, target))
@@ -223,7 +230,7 @@ def measure_video(asked: Asked) -> tuple[float, dict[str, float]]:
     predicted, target = asked.predicted(), asked.target()
     quality = video_quality(predicted, target)
     value = _as_dict(quality)
-    if foreground := asked.sample.info.get("foreground"):
+    if isinstance(foreground := asked.sample.info.get("foreground"), ObjectMasks):
         value["robustness"] = robustness(predicted, target, foreground.read(asked.counted, asked.size))
     return quality.j_and_f, value
 

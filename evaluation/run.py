@@ -176,6 +176,9 @@ def _score(
 ) -> dict[str, Any]:
     """Measures the predictions that are there and writes all that is told about them."""
     saved = _saved(output)
+    if other := [name for name in ("data", "split") if saved["settings"].get(name) != getattr(arguments, name)]:
+        told = ", ".join(f"{name} {saved['settings'].get(name)!r}" for name in other)
+        raise ValueError(f"{str(output)!r} holds predictions of {told}. Give their --data and --split.")
     predictions = Predictions(output / PREDICTIONS)
     there = {sample.id: index for index, sample in ((i, dataset[i]) for i in indices) if sample.id in predictions}
     if len(there) < len(indices):
@@ -184,13 +187,13 @@ def _score(
     for name, index in tqdm(there.items(), desc="scores", file=sys.stderr):
         measurements += measure_sample(protocol, dataset[index], predictions[name], arguments.merge)
     options = {"text_encoder": arguments.text_encoder} if protocol.summarize is summarize_grounding else {}
-    names = ("merge", "limit", "seed", *options)
+    names, root = ("merge", "limit", "seed", *options), str(arguments.root.resolve())
     result = {
         "scores": percent(protocol.summarize(measurements, **options)) if measurements else {},
         "samples": {"data_set": len(dataset), "drawn": len(indices), "predicted": len(there)},
         "turns": len(measurements),
         "metric": arguments.metric or PROTOCOL_OF[arguments.data],
-        "settings": saved["settings"] | {name: getattr(arguments, name) for name in names},
+        "settings": saved["settings"] | {name: getattr(arguments, name) for name in names} | {"root": root},
         "predictions_made_with": saved["made_with"],
         "scored_with": _versions(),
     }

@@ -42,7 +42,7 @@ class SampleCollator:
 
     A batch may hold pictures, clips, regions and chat without a picture, in any order. Questions are written as
     `predict_forward` writes them; labels cover the answers and their end marks only. A turn without an answer of its
-    own gets one: "Sure, it is [SEG]." as in the released models' training, or that nothing fits.
+    own gets one: "Sure, it is [SEG]." as in the released models' training.
 
     Args:
         processor: of the model that is trained.
@@ -158,11 +158,14 @@ def answer_of(turn: Turn, is_video: bool) -> str:
     """What is to be answered: the turn's own answer, or one that points at its objects.
 
     Raises:
-        ValueError: the answer's `[SEG]` are not as many as the objects.
+        ValueError: nothing says what is right; the answer's `[SEG]` are not as many as the objects.
     """
     if turn.answer is None:
         if not turn.objects:
-            return templates.REFUSALS[0].format(medium=templates.medium(is_video))
+            raise ValueError(
+                f"{turn.question!r} has neither answer nor objects: the truth of a benchmark's split is not "
+                "published. Where nothing fits, write an answer that says so."
+            )
         return templates.ANSWERS[0].replace(SEG, ", ".join([SEG] * len(turn.objects)))
     if turn.answer.count(SEG) != len(turn.objects):
         raise ValueError(
@@ -193,7 +196,7 @@ def choose_frames(
     picture. `with_first` makes frame 0, on which regions are marked, one of them.
 
     Raises:
-        ValueError: there is no frame in which all are annotated.
+        ValueError: there is no frame in which all are annotated, or frame 0 is none and has to be seen.
     """
     if not media.is_video:
         return [0]
@@ -202,6 +205,8 @@ def choose_frames(
         known &= known if thing.annotated is None else thing.annotated
     if not known:
         raise ValueError("A clip has no frame in which all objects of its conversation are annotated.")
+    if with_first and 0 not in known:
+        raise ValueError("Regions are shown on frame 0, in which not all objects of the conversation are annotated.")
     first = [0] if with_first else []
     known = sorted(known - set(first))
     drawn = rng.choice(known, min(num_frames - len(first), len(known)), replace=False) if known else []

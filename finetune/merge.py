@@ -5,7 +5,8 @@
 
 The first is what `from_pretrained`, `hub_upload.py` and the official code take. The second names modules as the
 official code does, so that `peft.PeftModel.from_pretrained` works there, and `model.load_adapter` here. Both take what
-`finetune/train.py` saved with an adapter: a checkpoint, or OUTPUT_DIR/adapter. Nothing needs a GPU.
+`finetune/train.py` saved with an adapter: a checkpoint, or OUTPUT_DIR/adapter; the first also a checkpoint of
+`--lora_rank 0`, where nothing is merged, but written in the released layout. Nothing needs a GPU.
 """
 
 import argparse
@@ -34,7 +35,8 @@ def merge_adapter(folder: str | Path, output: str | Path, base: str | None = Non
     """Writes the model with the adapter's changes made, every key, shape and dtype as in the base.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors, modules named as here or in the official code.
+        folder: with adapter_config.json and adapter_model.safetensors, modules named as here or in the official code;
+            or a checkpoint of a model that was trained without an adapter, which keeps its dtype.
         output: folder for weights, config, tokenizer and processor.
         base: the checkpoint that was trained; default the one that the adapter names.
 
@@ -42,14 +44,22 @@ def merge_adapter(folder: str | Path, output: str | Path, base: str | None = Non
         ValueError: the adapter doesn't fit the base.
         OSError: no such folder or checkpoint.
     """
-    base = base or read_adapter(folder)[0].base_model_name_or_path
-    model = Sa2VAChatModel.from_pretrained(base, dtype="auto")
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    merged = merged_with_adapter(model, folder)
-    for name, parameter in merged.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])  # modules trained in full were float32
-    merged.save_pretrained(output)
-    merged.load_processor().save_pretrained(output)
+    if is_whole_model(folder):
+        model = Sa2VAChatModel.from_pretrained(folder, dtype="auto")
+    else:
+        base = base or read_adapter(folder)[0].base_model_name_or_path
+        model = Sa2VAChatModel.from_pretrained(base, dtype="auto")
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        model = merged_with_adapter(model, folder)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])  # modules trained in full were float32
+    model.save_pretrained(output)
+    model.load_processor().save_pretrained(output)
+
+
+def is_whole_model(folder: str | Path) -> bool:
+    """Whether a folder holds a model of its own and no adapter."""
+    return (Path(folder) / "config.json").is_file() and not (Path(folder) / "adapter_config.json").is_file()
 
 
 def release_adapter(folder: str | Path, base: str | None = None, output: str | Path | None = None) -> None:
@@ -102,7 +112,7 @@ def _released(model: Sa2VAChatModel, config, weights: dict[str, Tensor]):
         a, b = _joined(model, names, released, pairs)
         output |= {PREFIX + released + LORA_A: a, PREFIX + released + LORA_B: b}
         ranks[released] = len(a)
-    joint = {re.split(r"\.\d+\.", name)[-1]: rank for name, rank in ranks.items() if rank != config.r}
+    joint = {name_pattern([name]): rank for name, rank in ranks.items() if rank != config.r}
     config.target_modules = name_pattern(ranks)
     config.rank_pattern = joint
     config.alpha_pattern = {name: config.lora_alpha * rank // config.r for name, rank in joint.items()}
@@ -133,11 +143,13 @@ def _joined(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("folder", help="with adapter_config.json and adapter_model.safetensors, or a whole model")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--model", help="the checkpoint that was trained; default: the one that the adapter names")
     parser.add_argument("--adapter", action="store_true", help="write the adapter alone, by released names")
     options = parser.parse_args(argv)
+    if options.adapter and is_whole_model(options.folder):
+        parser.error(f"{options.folder} holds a whole model, trained without an adapter. Leave --adapter out.")
     write = release_adapter if options.adapter else merge_adapter
     write(options.folder, output=options.output, base=options.model)
     print(f"wrote {options.output}")

@@ -23,13 +23,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import ConcatDataset, SequentialSampler
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -72,6 +72,9 @@ class RecipeArguments:
 
     model: str = field(metadata={"help": "checkpoint to start from: a folder, or a name on the Hub"})
     split: str = field(default="train", metadata={"help": "split of the data sets that don't name their own"})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "split of the same data sets, whose loss --eval_strategy takes"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in OUTPUT_DIR, if any"})
     lora_rank: int = field(default=256, metadata={"help": "of the language model's adapter; 0 trains it in full"})
     lora_alpha: int = 512
@@ -94,7 +97,7 @@ class RecipeArguments:
     max_length: int = field(default=8192, metadata={"help": "tokens of a conversation"})
     preview_steps: int = field(default=500, metadata={"help": "steps between previews; 0: none"})
     previews: int = field(default=4, metadata={"help": "samples that previews show"})
-    dtype: str = field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "of frozen weights; auto: bfloat16 with --bf16 where nothing is sharded"}
     )
 
@@ -127,6 +130,13 @@ def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
             raise ValueError(f"--{name} {getattr(recipe, name)} must be at least 1.")
     if recipe.lora_rank < 0:
         raise ValueError(f"--lora_rank {recipe.lora_rank} must be at least 0 (0 trains the language model in full).")
+    if training.label_smoothing_factor:
+        raise ValueError(
+            "--label_smoothing_factor would have Trainer take the loss of words alone, and no mask would be learned. "
+            "Leave it out."
+        )
+    if training.eval_strategy != "no" and recipe.eval_split is None:
+        raise ValueError(f"--eval_strategy {training.eval_strategy} needs --eval_split, such as val, too.")
     if training.n_gpu > 1:
         raise ValueError(
             f"There are {training.n_gpu} GPUs, but one process. Use a launcher, such as accelerate launch "
@@ -339,7 +349,7 @@ class RecipeTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        self._parts_since = 0
+        self._parts_since: int | None = None  # the step of the last log; a resumed run does not begin at 0
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
@@ -356,15 +366,21 @@ class RecipeTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in `Trainer`, which undoes that gradients are averaged over processes; notes the parts for the log."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            self._note_parts(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _note_parts(self, outputs: Mapping[str, Any]) -> None:
+        if self._parts_since is None:
+            self._parts_since = self.state.global_step
         for name in LOSS_PARTS:
             if outputs.get(name) is not None:
                 self._parts[name] += outputs[name].detach().float()
-        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
         """Adds the parts: the mean, over the steps since the last time, of their sums over processes and batches."""
         if "loss" in logs:
-            steps = max(1, self.state.global_step - self._parts_since)
+            steps = max(1, self.state.global_step - (self._parts_since or 0))
             for name in LOSS_PARTS:  # all processes must ask for the same ones
                 total = self.accelerator.reduce(self._parts[name], reduction="sum").item()
                 if total:
@@ -379,6 +395,8 @@ class RecipeTrainer(Trainer):
             self.model.save_pretrained(
                 output_dir, state_dict=state_dict, is_main_process=self.args.should_save, save_original_format=False
             )
+            if self.args.should_save:
+                self.processing_class.save_pretrained(output_dir)
         else:
             super()._save(output_dir, state_dict)
 
@@ -456,10 +474,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     set_seed(training.seed)
     model, processor = load_model(recipe, training)
     mixture = plan_mixture(*open_datasets(data, recipe.split), training)
+    held_out = ConcatDataset(open_datasets(data, recipe.eval_split)[0].values()) if recipe.eval_split else None
     trainer = RecipeTrainer(
         model=model,
         args=training,
         train_dataset=Numbered(mixture),
+        eval_dataset=held_out and Numbered(held_out),
         data_collator=SampleCollator(processor, training.seed, recipe.frames, recipe.objects, recipe.max_length),
         processing_class=processor,
     )

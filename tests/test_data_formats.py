@@ -158,6 +158,11 @@ def test_an_answer_may_call_an_object_by_another_name(tmp_path):
     turn = open_dataset("finetune", tmp_path, "train", template="Find {}.", answer="It is {} [SEG].")[0].turns[0]
 
     assert (turn.question, turn.answer) == ("Find de ster.", "It is the star [SEG].")
+    item |= {"text": ["The Star.\r\n"]}
+    del item["name"]
+    (tmp_path / "annotations.json").write_text(json.dumps([item]))
+    turn = open_dataset("finetune", tmp_path, "train", template="Find {}.", answer="It is {} [SEG].")[0].turns[0]
+    assert (turn.question, turn.answer) == ("Find the star.", "It is the star [SEG].")
     (tmp_path / "annotations.json").write_text(json.dumps([item | {"name": []}]))
     with pytest.raises(ValueError, match='"name" must hold a text for each of 1 objects'):
         open_dataset("finetune", tmp_path, "train")[0]
@@ -442,6 +447,15 @@ def _clip_with_a_broken_frame(root):
     edit_line(root / "train.jsonl", 2, json.dumps(line))
 
 
+def _annotated_clip(root, *annotated, **more):
+    names = ["a.png", "b.png"]
+    for name in names:
+        Image.new("RGB", (64, 48)).save(root / name)
+    objects = [{"masks": {frames[0]: [0, 0, 9, 9]}, "annotated": frames} for frames in annotated]
+    turn = {"question": "Where?", "answer": "[SEG] [SEG]", "objects": [0, 1]}
+    edit_line(root / "train.jsonl", 2, json.dumps({"frames": names, "objects": objects, "turns": [turn], **more}))
+
+
 BROKEN = {
     "polygon of two corners": (
         ("finetune", "train", lambda r: edit(r / "annotations.json", lambda d: d[1]["mask"][0].append([1, 2, 3, 4.5]))),
@@ -476,6 +490,11 @@ BROKEN = {
             'has objects, but no "image"': {"images": "a.png", "objects": [BOX], "regions": [0]},
             '"frames" is empty': {"frames": []},
             '"regions" are looked up in frame 0': {"frames": ["a.png"] * 2, "objects": [LATER], "regions": [0]},
+            '"objects"[0] of a clip has "mask"': {
+                "frames": ["a.png"] * 2,
+                "objects": [BOX],
+                "turns": [{"question": "Where?", "objects": [0]}],
+            },
             '"objects"[0]: "annotated" must hold': {"frames": ["a.png"], "objects": [LATER | {"annotated": ["1"]}]},
             '"objects"[0]: "annotated" leaves out frame 1': {
                 "frames": ["a.png"],
@@ -483,6 +502,14 @@ BROKEN = {
             },
         }.items()
     },
+    "objects that are never annotated together": (
+        ("jsonl", "train", lambda r: _annotated_clip(r, [0], [1])),
+        ["train.jsonl:2: turn 0: there is no frame in which all its objects are annotated."],
+    ),
+    "regions on a frame that nobody annotated": (
+        ("jsonl", "train", lambda r: _annotated_clip(r, [1], [0, 1], regions=[1])),
+        ["train.jsonl:2: turn 0: regions are shown on frame 0, in which not all its objects are annotated."],
+    ),
     "a frame in the middle that can't be read": (
         ("jsonl", "train", lambda r: _clip_with_a_broken_frame(r)),
         ["train.jsonl:2: b.png can't be read"],

@@ -130,6 +130,22 @@ def test_frames_that_nobody_labelled_do_not_count():
     assert measure_sample(protocol_of("mevis"), sample, record_of(sample, [[mask]]))[0].quality == 1
 
 
+def test_a_turn_without_a_frame_that_counts_is_left_out_and_told(heard):
+    sample = samples_of("mevis")[0]
+    turn = sample.turns[0]
+    apart = [replace(thing, annotated=frozenset({frame})) for frame, thing in enumerate(turn.objects * 2)]
+    sample = replace(sample, turns=(replace(turn, objects=tuple(apart)),))
+    assert measure_sample(protocol_of("mevis"), sample, record_of(sample, true_masks(sample))) == []
+    assert "no frame has all its objects annotated" in heard[-1]
+
+
+@pytest.mark.parametrize(("data", "key"), [("refcoco", "ignore"), ("mevis", "foreground")])
+def test_what_is_noted_beside_a_sample_may_have_any_name(data, key):
+    sample = samples_of(data)[0]
+    sample = replace(sample, info={**sample.info, key: True})
+    assert measure_sample(protocol_of(data), sample, record_of(sample, true_masks(sample)))[0].quality == 1
+
+
 def test_overall_is_the_mean_of_two_kinds_however_many_expressions_they_have():
     found = {"referring": true_masks, "reasoning": lambda sample: [[] for _ in sample.turns]}
     scores = scores_of("revos", lambda sample: found.get(sample.info["kind"], true_masks)(sample))
@@ -312,6 +328,23 @@ def test_predictions_of_other_weights_data_or_questions_are_not_scored_as_these(
     path.write_text(json.dumps(record) + "\n")
     assert command(*arguments, "--metrics_only", root=root) == 2
     assert "its prediction answers 'Who?'" in capsys.readouterr().err
+    record["media"] = "another"
+    path.write_text(json.dumps(record) + "\n")
+    assert command(*arguments, "--metrics_only", root=root) == 2
+    assert "The picture of sample" in capsys.readouterr().err
+    assert command(*arguments, "--metrics_only", root=root, split="train") == 2
+    assert "predictions of split 'val'" in capsys.readouterr().err
+
+
+def test_predictions_are_not_scored_as_those_of_pictures_that_took_their_place(command, tmp_path, capsys):
+    root = shutil.copytree(EXAMPLES / "finetune", tmp_path / "data")
+    items = json.loads((root / "annotations.json").read_text())
+    same = [item | {"text": ["it"] * len(item["text"])} for item in items]
+    (root / "annotations_val.json").write_text(json.dumps(same))
+    assert command("finetune", tmp_path / "out", root=root) == 0
+    (root / "annotations_val.json").write_text(json.dumps(same[::-1]))
+    assert command("finetune", tmp_path / "out", root=root) == 2
+    assert "The picture of sample" in capsys.readouterr().err
 
 
 def test_a_metric_that_looks_at_what_the_data_lack_is_refused(command, tmp_path, capsys):

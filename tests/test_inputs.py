@@ -722,6 +722,8 @@ BAD_STATES = {
         ValueError,
         "max_length=5 co",
     ),
+    "an assistant that is the model": (lambda have: have.ask(assistant_early_exit=1), ValueError, "words alone"),
+    "a prompt in chunks": (lambda have: have.ask(prefill_chunk_size=8), ValueError, "embeddings"),
     "guided away from no words": (lambda have: have.ask(guidance_scale=2.0), ValueError, "guidance_scale"),
     "one message": (lambda have: have.processor.apply_chat_template(SPOKEN[0]), TypeError, "list of messages"),
     "a picture of the assistant's": (

@@ -144,6 +144,29 @@ def test_internlm2_keeps_positions_that_only_transformers_knows(scaling, tmp_pat
     assert scaling.items() <= again.llm_config.rope_parameters.items()
 
 
+def attention_of(model) -> dict[str, str]:
+    """What really runs in a layer of each tower."""
+    if model.config.is_qwen_vl:
+        seeing = model.model.model.visual.blocks[0].attn
+    else:
+        seeing = model.vision_model.encoder.layer[0].attention
+    parts = {"vision_config": seeing, "llm_config": model.get_decoder().layers[0].self_attn}
+    return {name: part.config._attn_implementation for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "ivl_internlm2", "qwen25vl", "qwen3vl"])
+def test_the_attention_that_is_asked_for_runs(family):
+    def load(**kwargs):
+        return AutoModel.from_pretrained(GOLDEN / family, dtype=torch.float32, **kwargs)
+
+    model, seeing = load(), {"vision_config": "eager"}
+    assert attention_of(model) == {"vision_config": "sdpa", "llm_config": "sdpa"}
+    assert attention_of(load(attn_implementation="eager")) == {"vision_config": "eager", "llm_config": "eager"}
+    assert attention_of(load(attn_implementation=seeing)) == {"vision_config": "eager", "llm_config": "sdpa"}
+    model.set_attn_implementation(seeing)
+    assert attention_of(model) == {"vision_config": "eager", "llm_config": "sdpa"}
+
+
 # --------------------------------------------------------------------------------------------------------- layouts
 
 

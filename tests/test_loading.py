@@ -32,6 +32,7 @@ AUTO_MAP = {
 }
 
 FLAT_SCRIPT = """
+import pickle
 import sys
 from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
@@ -42,7 +43,8 @@ except ImportError:
     pass
 folder = sys.argv[1]
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)) is type(model)
+pickle.dumps(type(model))
 AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 output = model.predict_forward(image=Image.new("RGB", (40, 30)), text="Can you segment the person?", max_new_tokens=8)
 print(type(model).__module__.split(".")[0], output["prediction"], len(output["prediction_masks"]))
@@ -100,6 +102,21 @@ def test_the_package_wins_over_an_auto_map_that_points_elsewhere(golden):
     for trust in (False, True):
         assert type(AutoModel.from_pretrained(golden.folder, trust_remote_code=trust)) is Sa2VAChatModel
         assert type(AutoProcessor.from_pretrained(golden.folder, trust_remote_code=trust)) is Sa2VAProcessor
+
+
+def test_a_model_keeps_to_its_checkpoint_wherever_the_process_goes(golden, golden_model, tmp_path, monkeypatch):
+    folder = tmp_path / "here" / "model"
+    golden_model.save_pretrained(folder)
+    golden_model.load_processor().save_pretrained(folder)
+    monkeypatch.chdir(folder.parent)
+    model = AutoModel.from_pretrained("model")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert model.load_processor().tokenizer.get_vocab() == golden_model.load_processor().tokenizer.get_vocab()
+    model = AutoModel.from_pretrained("here/model")
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"model is gone.*set_processor"):
+        model.special_token_ids()
 
 
 def test_loading_a_released_folder_reports_no_missing_or_unexpected_key(golden):

@@ -273,7 +273,8 @@ def test_an_adapter_is_merged(tmp_path, released, picture):
     peft = pytest.importorskip("peft")
     model = AutoModel.from_pretrained(GOLDEN / "ivl_internlm2", dtype=torch.float32)
     torch.manual_seed(0)
-    adapter = tmp_path / "adapter"
+    run = tmp_path / "run"
+    adapter = run / "adapter"
     if released:
         rows = 320
         module = "language_model.model.layers.0.attention.wqkv"
@@ -292,7 +293,7 @@ def test_an_adapter_is_merged(tmp_path, released, picture):
     (adapter / "adapter_config.json").write_text(json.dumps(values))
     (adapter / "training.json").write_text('{"steps": 7, "data": "/home/me/data"}')
     (adapter / "optimizer.pt").write_bytes(b"state")
-    report = pack(adapter, tmp_path / "out")
+    report = pack(run if released else adapter, tmp_path / "out")  # the folder of a training run stands for its adapter
     assert report.weights == "merged" and check_checkpoint(tmp_path / "out").ok
     text = (tmp_path / "out" / "README.md").read_text()
     assert "- steps: 7" in text and "- adapter: LORA, merged" in text and "/home/me" not in text

@@ -85,6 +85,11 @@ def losses(output: Path) -> list[float]:
     return [entry["loss"] for entry in curve(output)]
 
 
+def parts(output: Path) -> list[dict[str, float]]:
+    """Parts of the loss in all steps."""
+    return [{name: entry[name] for name in recipe.LOSS_PARTS if name in entry} for entry in curve(output)]
+
+
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
     """A run that nothing interrupted, in one process."""
@@ -141,6 +146,8 @@ def test_frames_are_drawn_where_all_objects_are_annotated_and_regions_are_marked
     assert drawn[0] == 0 and drawn == sorted(set(drawn)) and len(drawn) == 5
     with pytest.raises(ValueError, match="no frame"):
         choose_frames(clip, [ObjectMasks({}, frozenset())], 5, rng)
+    with pytest.raises(ValueError, match="frame 0"):
+        choose_frames(clip, labelled[1:], 5, rng, with_first=True)
 
 
 def test_independent_expressions_beyond_five_objects_are_left_out():
@@ -161,6 +168,8 @@ def test_a_sample_that_can_not_be_learned_from_is_named(samples):
         collate([(0, Sample("odd", picture, (Turn("Where?", "[SEG] [SEG]", (box,)),)))])
     with pytest.raises(ValueError, match="'gone'"):
         collate([(0, Sample("gone", Media((Path("gone.png"),)), (Turn("Where?", None, (box,)),)))])
+    with pytest.raises(ValueError, match=r"'kept'.*neither answer nor objects"):
+        collate([(0, Sample("kept", picture, (Turn("Where?", None),)))])
     collate.max_length = 50
     with pytest.raises(ValueError, match=r"'long'.*max_length=50 leaves nothing to learn"):
         collate([(0, Sample("long", picture, (Turn("Where?", None, (box,)),)))])
@@ -247,10 +256,9 @@ def test_two_processes_learn_as_one_does(data, whole, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launcher, str(ROOT / "finetune" / "train.py"), *arguments], check=True, timeout=600)
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
-    for ours, theirs in zip(curve(tmp_path), curve(whole), strict=True):
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=SAME_CURVE)
-        parts = [{name: entry[name] for name in recipe.LOSS_PARTS if name in entry} for entry in (ours, theirs)]
-        assert parts[0] == pytest.approx(parts[1], rel=SAME_CURVE, abs=2e-6)  # as they are rounded
+    norms, wanted = ([entry["grad_norm"] for entry in curve(output)] for output in (tmp_path, whole))
+    assert norms == pytest.approx(wanted, rel=SAME_CURVE)
+    assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=2e-6) for step in parts(whole)]  # rounded
 
 
 @pytest.mark.slow
@@ -266,6 +274,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, whole, tmp_path):
     assert recipe.newest_checkpoint(tmp_path)
     train.main(arguments)
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
+    assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=2e-6) for step in parts(whole)]
 
 
 @pytest.mark.slow
@@ -278,6 +287,10 @@ def test_a_run_without_adapter_is_resumed_with_its_random_numbers(data, tmp_path
     ours, theirs = ([e["loss"] for e in curve(tmp_path / name, 3)] for name in ("again", "whole"))
     assert ours == pytest.approx(theirs, rel=SAME_CURVE)
     assert check_checkpoint(final).ok and check_checkpoint(final).layout == "released"
+    merge.main([str(tmp_path / "again" / "checkpoint-3"), "--output", str(tmp_path / "merged")])
+    made, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", final))
+    assert made.keys() == wanted.keys() and all(torch.equal(made[name], wanted[name]) for name in wanted)
+    assert AutoModel.from_pretrained(tmp_path / "merged").load_processor().image_size == 56
 
 
 def test_half_a_checkpoint_is_passed_over_and_a_whole_one_is_not_overwritten(whole, data, tmp_path):
@@ -301,9 +314,36 @@ def test_a_run_is_not_resumed_with_another_adapter(whole, data, tmp_path, rank):
         train.main([*command(data, tmp_path, lora_rank=rank), "--resume"])
 
 
-def test_no_epoch_is_no_training(data, tmp_path):
-    with pytest.raises(ValueError, match="num_train_epochs=0"):
-        train.main(command(data, tmp_path, max_steps=-1, num_train_epochs=0))
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0"),
+        ({"label_smoothing_factor": 0.1}, "no mask would be learned"),
+        ({"eval_strategy": "steps"}, "needs --eval_split"),
+    ],
+)
+def test_arguments_by_which_nothing_sensible_is_learned_are_refused(data, tmp_path, options, told):
+    with pytest.raises(ValueError, match=told):
+        train.main(command(data, tmp_path, **options))
+
+
+def test_the_best_checkpoint_on_held_out_data_is_what_comes_out(data, tmp_path):
+    held_out = {"eval_split": "train", "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    final = train.main(command(data, tmp_path, max_steps=2, learning_rate=5, preview_steps=0, **held_out))
+    log = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    before, after = (entry["eval_loss"] for entry in log if "eval_loss" in entry)
+    assert before < after  # at this rate the first step is bad and the second one worse
+    merge.main([str(tmp_path / "checkpoint-1"), "--output", str(tmp_path / "merged")])
+    best, found = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", final))
+    assert all(torch.equal(best[name], found[name]) for name in best)
+
+
+def test_targets_that_are_fused_in_one_tower_only_come_out(data, tmp_path):
+    final = train.main(command(data, tmp_path, max_steps=1, lora_targets="attn.qkv", preview_steps=0))
+    assert check_checkpoint(final).ok
+    merge.main([str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
+    made, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", final))
+    torch.testing.assert_close(made, wanted)
 
 
 # ---------- what comes out
