@@ -67,7 +67,7 @@ _EXAMPLE_PART = '{"type": "image", "image": "a.png"}'
 _TEMPLATE_ARGUMENTS = ("chat_template", "tools", "documents", "continue_final_message", "return_assistant_tokens_mask")
 _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
 _EXIF_ORIENTATION = 0x0112
-_CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
+CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
     *(AssertionError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError),
 )
@@ -143,7 +143,7 @@ def _load_file(path: Path, max_pixels: int) -> Image.Image:
         image = Image.open(path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the second under python -W error
         raise ValueError(f"{str(path)!r}: {error} Resize it, or raise PIL.Image.MAX_IMAGE_PIXELS.") from error
-    except _CORRUPT_FILE_ERRORS as error:
+    except CORRUPT_FILE_ERRORS as error:
         raise OSError(f"{str(path)!r} is no readable image: {error}. Pass a video file as video=.") from error
     with image:
         return _opened_to_rgb(
@@ -163,13 +163,13 @@ def _opened_to_rgb(image: Image.Image, max_pixels: int, describe: Callable[[Exce
     check_area(*image.size, max_pixels)
     try:
         _decode(image)
-    except _CORRUPT_FILE_ERRORS as error:
+    except CORRUPT_FILE_ERRORS as error:
         raise OSError(describe(error)) from error
     return _to_rgb(image)
 
 
 def _decode(image: Image.Image) -> None:
-    """Reads the pixels of an opened file; what is damaged raises one of `_CORRUPT_FILE_ERRORS`."""
+    """Reads the pixels of an opened file; what is damaged raises one of `CORRUPT_FILE_ERRORS`."""
     image.load()
     if image.mode == "P" and image.palette is None:
         raise OSError("its palette is gone")
@@ -191,7 +191,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _is_rotated(image: Image.Image) -> bool:
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1) != 1
-    except _CORRUPT_FILE_ERRORS:  # damaged metadata doesn't make the picture unreadable
+    except CORRUPT_FILE_ERRORS:  # damaged metadata doesn't make the picture unreadable
         return False
 
 
@@ -486,7 +486,7 @@ def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Dec
     """Frames of an animated gif or webp, up to its end or to the first damaged frame."""
     try:
         clip = Image.open(path)
-    except _CORRUPT_FILE_ERRORS as error:
+    except CORRUPT_FILE_ERRORS as error:
         raise ValueError(f"{str(path)!r} is no readable video: {error}. Convert it, for instance to mp4.") from error
     with clip:
         check_area(*clip.size, what="video")
@@ -495,7 +495,7 @@ def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Dec
                 if not _is_at(clip, index):
                     return
                 _decode(clip)
-            except _CORRUPT_FILE_ERRORS as error:
+            except CORRUPT_FILE_ERRORS as error:
                 reason = str(error) or type(error).__name__
                 _report(problems, f"{str(path)!r} is damaged at frame {index} ({reason}); {index} frames are used.")
                 return

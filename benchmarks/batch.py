@@ -21,6 +21,7 @@ from transformers import AutoModel
 from sa2va.benchmarks.stages import clock, median_ratio
 from sa2va.data.scenes import make_sample
 from sa2va.demo.media import replacing
+from sa2va.demo.predict import DEFAULT_MODEL
 
 TASKS = ("refer", "question", "caption")
 ONE_BY_ONE = "one by one"
@@ -68,7 +69,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sa2va-tiny", help="folder or hub name (default: %(default)s)")
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or hub name (default: %(default)s)")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=(1, 4, 16), help="(default: %(default)s)")
     parser.add_argument("--samples", type=int, default=48, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoModel
 
 from sa2va.demo.media import replacing
+from sa2va.demo.predict import DEFAULT_MODEL
 
 QUESTION = "Please segment the red circle in this video."
 SIDE, ORBIT, RADIUS, ROUND = 128, 40, 14, 240  # pixels, and frames of a full circle
@@ -78,7 +79,7 @@ def measure(model: str, frames: int, every: int) -> Iterator[dict[str, float]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sa2va-tiny", help="folder or hub name (default: %(default)s)")
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="folder or hub name (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=10000, help="length of the video (default: %(default)s)")
     parser.add_argument("--every", type=int, default=1000, help="frames between two lines (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the lines to a file")

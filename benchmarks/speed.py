@@ -280,7 +280,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     names = [name for name in reversed(STAGES) if name in shown]
     labels = [name.replace("_", " ").replace("sam2", "SAM 2") for name in names]
     figure.legend([shown[name] for name in names], labels, loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
 
 

@@ -52,7 +52,7 @@ def validate(name: str, root: str | os.PathLike, split: str, *, limit: int | Non
         if sample.id in places:
             problems.append(f"{where}: has the id {sample.id!r} of {places[sample.id]}; ids must be unique.")
         places.setdefault(sample.id, where)
-        problems += [f"{where}: {problem}" for problem in _problems(sample)]
+        problems += [f"{where}: {problem}" for problem in _problems(sample, learned=split.startswith("train"))]
     return problems if len(dataset) else [f"{root}: split {split!r} has no samples."]
 
 
@@ -60,13 +60,15 @@ def _place(dataset: Any, index: int) -> str:
     return dataset.records[index].where if isinstance(dataset, Reader) else f"sample {index}"
 
 
-def _problems(sample: Sample) -> Iterator[str]:
-    """What is wrong with a sample that could be made."""
+def _problems(sample: Sample, learned: bool) -> Iterator[str]:
+    """What is wrong with a sample that could be made, and maybe is to be learned from."""
     for number, turn in enumerate(sample.turns):
         if not turn.question.strip() or "<image>" in turn.question:
             yield f"turn {number}: a question needs words, without <image>; got {turn.question[:50]!r}."
         if turn.answer is not None and turn.answer.count(SEG) != len(turn.objects):
             yield f"turn {number}: {turn.answer.count(SEG)} {SEG} in the answer, but {len(turn.objects)} objects."
+        if learned and turn.answer is None and not turn.objects:
+            yield f"turn {number}: neither answer nor objects say what is right."
     if not sample.turns:
         yield "there are no turns."
     missing = [path for path in sample.media.paths if not os.path.exists(path)]  # nor if no file can have that name

@@ -18,7 +18,8 @@ import numpy as np
 from .samples import Encoded, MaskFile, Polygons, Sample, resolve
 
 FARTHEST = 100_000  # pixels; corners beyond are no places in a picture (and would exhaust COCO's filling)
-BROKEN = (ValueError, OSError, KeyError, IndexError, TypeError, AttributeError)  # what bad data can lead to
+# What bad data can lead to.
+BROKEN = (ValueError, OSError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
 
 
 class Record(NamedTuple):

@@ -18,6 +18,7 @@ import numpy as np
 
 from . import templates
 from .records import (
+    FARTHEST,
     Reader,
     Record,
     field,
@@ -177,6 +178,8 @@ class _ReasonSeg:
                 label = field(shape, "label", str).lower()
                 if label != "flag":  # left over from annotation, means nothing
                     points = tuple((float(x), float(y)) for x, y in field(shape, "points", list))
+                    if not all(abs(number) <= FARTHEST for point in points for number in point):
+                        raise ValueError(f"its points must lie within {FARTHEST} pixels, got {points!r:.60}.")
                     layers.append((IGNORED if "ignore" in label else 1, points))
         return PaintedPolygons(tuple(layers), 1), PaintedPolygons(tuple(layers), IGNORED)
 

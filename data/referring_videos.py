@@ -105,6 +105,7 @@ class _Clips:
         return self.style.sample(rng, name, _clip(self.folders, video, names), expressions, info)
 
     def _expression(self, video: str, names: Sequence[str], id: str) -> Expression:
+        resolve(Path(), id)  # it becomes the name of a folder where predictions are submitted
         entry = self.videos[video]["expressions"][id]
         text = field(entry, "exp", str)
         info: dict[str, Any] = {}
@@ -133,7 +134,8 @@ def _clip(folders: Sequence[Path], video: str, names: Sequence[str]) -> Media:
     folder = next((folder / video for folder in folders if resolve(folder, video).is_dir()), None)
     file = file_in(folders, f"{video}.mp4", f"{video[:7]}/{video}.mp4")  # SA-V keeps sav_000001 in sav_000
     if folder is not None or not file.is_file():
-        return Media(tuple((folder or folders[0] / video) / f"{name}.jpg" for name in names), is_video=True)
+        base = folder or resolve(folders[0], video)
+        return Media(tuple(resolve(base, f"{name}.jpg") for name in names), is_video=True)
     numbers = [int(name) for name in names]
     step = numbers[1] if len(numbers) > 1 else 1
     if numbers != list(range(0, len(numbers) * step, step)):

@@ -9,13 +9,14 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from sa2va.processing_sa2va import decode_rle, load_image, open_video
+from sa2va.processing_sa2va import CORRUPT_FILE_ERRORS, decode_rle, load_image, open_video
 
 Size: TypeAlias = tuple[int, int]  # (h, w) in pixels
 
@@ -48,7 +49,10 @@ class Media:
         """Number of frames: 1 for an image."""
         if not self.is_file:
             return len(self.paths)
-        return -(-len(open_video(self.paths[0])) // self.step) if self.length is None else self.length
+        if self.length is not None:
+            return self.length
+        path, stat = self.paths[0], self.paths[0].stat()
+        return -(-_count_frames(path, stat.st_size, stat.st_mtime_ns) // self.step)
 
     def __bool__(self) -> bool:
         """Whether there is a picture; a truth test must not count a file's frames."""
@@ -81,6 +85,12 @@ class Media:
         """Height and width of the first frame in pixels; errors as in `read`."""
         width, height = self.read([0])[0].size
         return height, width
+
+
+@lru_cache(maxsize=100_000)
+def _count_frames(path: Path, *version: int) -> int:
+    """Number of frames of a video file (of this size and time), which is read to its end for that, once."""
+    return len(open_video(path))
 
 
 def _is_picture(path: Path) -> bool:
@@ -162,8 +172,13 @@ class MaskFile:
 
     def decode(self, size: Size) -> np.ndarray:
         """Bool [h, w]; ValueError for colours where a single value is sought, OSError for no readable picture."""
-        with Image.open(self.path) as picture:
-            labels = np.asarray(picture.convert("RGB") if picture.mode in ("RGBA", "LA", "PA", "CMYK") else picture)
+        try:
+            with Image.open(self.path) as picture:
+                labels = np.asarray(picture.convert("RGB") if picture.mode in ("RGBA", "LA", "PA", "CMYK") else picture)
+        except OSError:
+            raise
+        except CORRUPT_FILE_ERRORS as error:
+            raise OSError(f"{str(self.path)!r} is no readable picture: {error}") from error
         if labels.ndim == 3 and self.value is not None:
             raise ValueError(f"{str(self.path)!r} holds colours; value {self.value} needs a palette or grey picture.")
         found = labels.any(-1) if labels.ndim == 3 else labels != 0 if self.value is None else labels == self.value

@@ -98,6 +98,7 @@ def draw_words(words: Sequence[Word], width: int, size: int, color: tuple[int, i
 
 
 def readable_on(color: tuple[int, int, int]) -> str:
+    """The name of the color, black or white, in which words can be read on an RGB color."""
     return "black" if np.dot(color, (0.299, 0.587, 0.114)) > 140 else "white"
 
 

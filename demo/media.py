@@ -5,6 +5,7 @@
 """
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sa2va.processing_sa2va import VideoFrames, load_image, open_video
+from sa2va.processing_sa2va import CORRUPT_FILE_ERRORS, VideoFrames, load_image, open_video
 
 DEFAULT_FPS = 8.0  # where the source says nothing
 ANIMATIONS = frozenset({".gif", ".webp", ".apng"})
@@ -85,6 +86,8 @@ def _is_video(path: Path) -> bool:
         return False  # load_image tells what to do
     except UnidentifiedImageError:
         return True
+    except CORRUPT_FILE_ERRORS:  # found in counting its frames: those that can be read are shown
+        return path.suffix.lower() in ANIMATIONS
 
 
 def _timing(path: Path, frames: VideoFrames) -> tuple[float, int | None]:
@@ -93,9 +96,13 @@ def _timing(path: Path, frames: VideoFrames) -> tuple[float, int | None]:
         return DEFAULT_FPS, len(frames)
     if path.suffix.lower() in ANIMATIONS:
         with Image.open(path) as animation:
-            animation.load()
+            try:
+                animation.load()
+                length = getattr(animation, "n_frames", None)
+            except CORRUPT_FILE_ERRORS:
+                length = None
             milliseconds = animation.info.get("duration")
-            return _plausible(1000 / milliseconds if milliseconds else 0), getattr(animation, "n_frames", None)
+            return _plausible(1000 / milliseconds if milliseconds else 0), length
     import cv2
 
     capture = cv2.VideoCapture(str(path))
@@ -121,7 +128,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the folder can't be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -170,15 +170,6 @@ class Page:
         look = [self.session, self.turn, self.frame, self.threshold, self.objects]
         files = [self.player, self.overlay, self.masks]
         whole = [self.session, self.turn, self.chat, self.stage, self.frame, self.objects, *files]
-        for media, opened, other in (
-            (self.image, self.open_image, self.video),
-            (self.video, self.open_video, self.image),
-        ):
-            # preprocess: gradio would decode images itself, and tell in its own way of those it can't
-            media.change(
-                opened, [media, self.session], [*whole, other], show_progress_on=media, preprocess=False, **PRIVATE
-            )
-        gr.on([self.anew.click, self.chat.clear], self.restart, self.session, whole, **QUICK)
         asked = gr.on(
             [self.send.click, self.question.submit],
             self.ask,
@@ -188,6 +179,15 @@ class Page:
             **with_model,
             **PRIVATE,
         )
+        for media, opened, other in (
+            (self.image, self.open_image, self.video),
+            (self.video, self.open_video, self.image),
+        ):
+            # preprocess: gradio would decode images itself, and tell in its own way of those it can't
+            # cancels: an answer about the picture before would go on and put that one back
+            options = {"show_progress_on": media, "preprocess": False, "cancels": asked, **PRIVATE}
+            media.change(opened, [media, self.session], [*whole, other], **options)
+        gr.on([self.anew.click, self.chat.clear], self.restart, self.session, whole, cancels=asked, **QUICK)
         asked.success(self.redraw, look, self.stage, **QUICK).then(self.keep, look, files, **PRIVATE)
         self.stop.click(self.keep, look, files, cancels=asked, **PRIVATE)
         self.frame.input(self.redraw, look, self.stage, **QUICK)

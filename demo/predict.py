@@ -86,6 +86,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, metavar="N", help="longest answer; default: 2048")
 
 
+def check_regions_are_seen(sampling: str | Sequence[int] | None) -> None:
+    """Regions of a video are marked on frame 0, and the model looks for them in the first frame that it sees.
+
+    Args:
+        sampling: `frame_sampling` of `predict_forward`.
+
+    Raises:
+        ValueError: frame numbers without 0.
+    """
+    if not isinstance(sampling, str | None) and 0 not in sampling:
+        raise ValueError(f"Regions are marked on frame 0, so the model must see it: add 0 to {list(sampling)}.")
+
+
 def frame_sampling(text: str) -> str | list[int]:
     """ "first" and "uniform" as they are, "0,4,8" as numbers.
 

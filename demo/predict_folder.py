@@ -17,6 +17,7 @@ done. Processes on several machines need a file system in common.
 import argparse
 import glob
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -58,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         failed = run(arguments, state)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if state.is_main_process:
-            print(f"error: {error}", file=sys.stderr)
+        process = f" in process {state.process_index}" if state.num_processes > 1 else ""
+        print(f"error{process}: {error}", file=sys.stderr)
         return USER_ERROR
     for record in failed:
         print(f"{record['file']}: {record['error']}", file=sys.stderr)
@@ -154,10 +155,9 @@ def _answer_all(names: list[str], arguments: argparse.Namespace, state: PartialS
         model = load_model(arguments.model, device, arguments.dtype)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     part = arguments.output.with_name(f".{arguments.output.name}.{state.process_index}.part")
-    complete = list(_read(part))
-    with part.open("w", encoding="utf-8") as file:
-        for record in complete:
-            print(json.dumps(record), file=file)
+    if part.is_file():
+        os.truncate(part, part.read_bytes().rfind(b"\n") + 1)  # without a line that was left unfinished
+    with part.open("a", encoding="utf-8") as file:
         for name in names:
             print(json.dumps(_answer(name, model, arguments)), file=file, flush=True)
 

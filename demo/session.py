@@ -27,7 +27,7 @@ from PIL import Image
 from sa2va import Sa2VAChatModel, Sa2VAFrame
 from sa2va.demo.make_figure import GROUNDED, SPECIAL_TOKEN, readable_on
 from sa2va.demo.media import Source, open_source, picture_writer, replacing, video_writer
-from sa2va.demo.predict import add_frame, new_record
+from sa2va.demo.predict import add_frame, check_regions_are_seen, new_record
 from sa2va.processing_sa2va import draw_overlay, object_color
 
 LEVELS = 200  # a threshold of n / LEVELS cuts the kept probabilities exactly where it would cut the model's own
@@ -147,7 +147,7 @@ def ask(
         session: with a source.
         question: the words.
         reading: `num_frames` and `frame_sampling` of `predict_forward`.
-        marks: regions that the question calls region1, region2...; on a video they lie in its first key frame.
+        marks: regions that the question calls region1, region2...; on a video they lie in frame 0.
         past_text: of a conversation that the session doesn't hold.
         **generate_kwargs: as for `predict_forward`.
 
@@ -161,6 +161,8 @@ def ask(
     turns = session.turns if session.goes_on(marks, reading) else ()
     if past_text is None:
         past_text = turns[-1].frames[0].past_text if turns else ""
+    if marks and session.is_video:
+        check_regions_are_seen(reading.get("frame_sampling"))
     regions = region_masks(marks, session.size, model.load_processor().region_grid) if marks else None
     given = {"video": session.source.frames} if session.is_video else {"image": session.source.frames[0]}
     asked = {"text": question, "past_text": past_text, "mask_prompts": regions, "return_raw_masks": True}

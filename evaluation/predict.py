@@ -25,6 +25,7 @@ from sa2va import Sa2VAChatModel, Sa2VAOutput, Sa2VAProcessor
 from sa2va.data.records import located
 from sa2va.data.registry import Dataset
 from sa2va.data.samples import Media, Sample
+from sa2va.demo.predict import check_regions_are_seen
 from sa2va.processing_sa2va import rle_to_masks
 
 # ---------- one sample
@@ -51,6 +52,8 @@ def answer_sample(
     with located(f"sample {sample.id!r}"):
         size, frames = (sample.media.size(), len(sample.media)) if sample.media else ((0, 0), 0)
         regions = [region.read([0], size)[0] for region in sample.regions]
+        if regions and sample.media.is_video:
+            check_regions_are_seen(options.get("frame_sampling"))
     turns, past_text = [], ""
     for turn in sample.turns:
         output = model.predict_forward(

@@ -110,7 +110,9 @@ def _predict(
     """Adds what is missing to the predictions, shared among the processes."""
     names = ("num_frames", "frame_sampling", "max_new_tokens")
     options |= {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    asked = {name: getattr(arguments, name) for name in ("model", "data", "split", "dtype")} | options
+    asked = {name: getattr(arguments, name) for name in ("data", "split", "dtype")} | options
+    folder = Path(arguments.model).expanduser()
+    asked |= {"model": str(folder.resolve()) if folder.is_dir() else arguments.model}
     asked |= {"root": str(arguments.root.resolve()), "weights": _weights_version(arguments.model)}
     _check_settings(asked, output)
     todo = missing(dataset, indices, output / PREDICTIONS)

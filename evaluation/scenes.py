@@ -42,6 +42,7 @@ from transformers import AutoModel, AutoProcessor
 import sa2va
 from sa2va import Sa2VAChatModel, Sa2VAOutput, Sa2VAProcessor
 from sa2va.data.scenes import IMAGE_TASKS, SPLITS, VIDEO_TASKS, SceneSample, Turn, make_sample
+from sa2va.demo.media import replacing
 from sa2va.evaluation.metrics import (
     Overlaps,
     PhraseMasks,
@@ -347,8 +348,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     report = json.dumps({**result, "settings": _settings(options, model)}, indent=2)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(report + "\n")
+        with replacing(options.output) as temporary:
+            temporary.write_text(report + "\n")
     print(report if options.json else format_table(result))
 
 

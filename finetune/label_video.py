@@ -22,9 +22,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import logging
 
 from sa2va.data.registry import open_dataset
 from sa2va.data.samples import MaskFile, Media, ObjectMasks, Sample
 from sa2va.demo.media import replacing
-from sa2va.processing_sa2va import masks_to_rle
+from sa2va.processing_sa2va import CORRUPT_FILE_ERRORS, masks_to_rle
 
 Captioner = Callable[[Sequence[Image.Image], str], str]
 Checker = Callable[[str], str]
@@ -84,6 +86,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 VIDEO_DATA = ("mevis", "ref_youtube_vos", "revos", "ref_davis17", "ref_sav", "jsonl")
 QUESTION = "Please segment the object that this describes: {}"
 USER_ERROR = 2
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class Rejection(Exception):
@@ -151,9 +155,15 @@ def targets_in_folders(videos: Path, masks: Path) -> Iterator[Target]:
         raise FileNotFoundError(f"{str(masks)!r} holds no folders. It needs one with masks for each video.")
     for name in names:
         media = _video(videos, name)
-        labelled = frozenset(_frame_of(path, media) for path in (masks / name).rglob("*.png"))
-        for thing, files in _objects(masks / name).items():
-            frames = {_frame_of(file.path, media): file for file in files}
+        try:
+            objects = _objects(masks / name)
+        except CORRUPT_FILE_ERRORS as error:
+            logger.warning(f"The masks {str(masks / name)!r} are left out: {error}")
+            continue
+        number_of = partial(_frame_of, media, {frame.stem: index for index, frame in enumerate(media.paths)})
+        labelled = frozenset(map(number_of, (masks / name).rglob("*.png")))
+        for thing, files in objects.items():
+            frames = {number_of(file.path): file for file in files}
             yield Target(f"{name}/{thing}", media, ObjectMasks(frames, labelled))
 
 
@@ -182,18 +192,18 @@ def _objects(folder: Path) -> dict[str, list[MaskFile]]:
         return {part.name: [MaskFile(path) for path in sorted(part.glob("*.png"))] for part in parts}
     objects: dict[str, list[MaskFile]] = {}
     for path in sorted(folder.glob("*.png")):
-        for value in np.unique(np.asarray(Image.open(path))):
+        with Image.open(path) as labels:
+            values = np.unique(np.asarray(labels))
+        for value in values:
             if value:
                 objects.setdefault(str(value), []).append(MaskFile(path, int(value)))
     return objects
 
 
-def _frame_of(mask: Path, media: Media) -> int:
+def _frame_of(media: Media, numbers: Mapping[str, int], mask: Path) -> int:
     try:
-        if media.is_file:
-            return int(mask.stem)
-        return next(index for index, frame in enumerate(media.paths) if frame.stem == mask.stem)
-    except (StopIteration, ValueError) as error:
+        return int(mask.stem) if media.is_file else numbers[mask.stem]
+    except (KeyError, ValueError) as error:
         raise ValueError(
             f"{str(mask)!r} is a mask of no frame of {str(media.paths[0])!r}. Masks are called like their frames; "
             "those of a video file, by the frame's number."
@@ -303,7 +313,7 @@ def _describe(
         record["frames"] = spread_frames(target, num_frames)
         pictures = target.media.read(record["frames"])
         masks = target.masks.read(record["frames"], mask.shape)
-    shown = [draw_contour(*pair) for pair in zip(pictures, masks, strict=True)]
+        shown = [draw_contour(*pair) for pair in zip(pictures, masks, strict=True)]
     expression = _said("video", captioner(shown, VIDEO_PROMPT.format(scene=record["scene"], frames=len(shown))))
     if DRAWN.search(expression):
         raise Rejection("video", f"speaks of what was drawn into the picture: {expression}")
@@ -378,7 +388,7 @@ def training_line(target: Target, expression: str, root: Path) -> dict[str, Any]
     """
     media, step = target.media, target.media.step
     try:
-        paths = [str(path.resolve().relative_to(root.resolve())) for path in media.paths]
+        paths = [path.resolve().relative_to(root.resolve()).as_posix() for path in media.paths]
     except ValueError as error:
         raise ValueError(
             f"{media.paths[0]} is not below {str(root)!r}: put the data set's file above its videos."

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sa2va import Sa2VAChatModel
 from sa2va.modeling_sa2va import ModuleNames, merged_with_adapter, native_adapter_weights
+from sa2va.processing_sa2va import replacing_files
 
 PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -80,11 +81,10 @@ def release_adapter(folder: str | Path, base: str | None = None, output: str | P
         model = Sa2VAChatModel(Sa2VAChatModel.config_class.from_pretrained(base or config.base_model_name_or_path))
     weights = native_adapter_weights(model, weights)
     config, weights = _released(model, model.adapter_config(config), weights)
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / f".{WEIGHTS}"
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary, metadata={"format": "pt"})
-    temporary.replace(output / WEIGHTS)
-    config.save_pretrained(output)
+    with replacing_files(output) as temporary:
+        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(temporary)
 
 
 def read_adapter(folder: str | Path):
@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="the checkpoint that was trained; default: the one that the adapter names")
     parser.add_argument("--adapter", action="store_true", help="write the adapter alone, by released names")
     options = parser.parse_args(argv)
-    if options.adapter and is_whole_model(options.folder):
-        parser.error(f"{options.folder} holds a whole model, trained without an adapter. Leave --adapter out.")
+    if (options.adapter or options.model) and is_whole_model(options.folder):
+        parser.error(f"{options.folder} is a whole model, trained without an adapter: leave --adapter, --model out.")
     write = release_adapter if options.adapter else merge_adapter
     write(options.folder, output=options.output, base=options.model)
     print(f"wrote {options.output}")

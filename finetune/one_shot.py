@@ -25,6 +25,7 @@ from sa2va.data.make_samples import outline
 from sa2va.data.scenes import IMAGE_REQUESTS, SceneSample, Turn
 from sa2va.data.shapes import COLORS, SHAPES, SceneObject, draw_clip, place_objects, shown_well, shuffled
 from sa2va.demo.media import picture_writer, replacing
+from sa2va.demo.predict import DEFAULT_MODEL
 from sa2va.evaluation.scenes import converse, evaluate, load, measure_overlap, summarize_overlaps
 from sa2va.finetune.train import main as train
 
@@ -122,7 +123,8 @@ def write_mixture(folder: Path, seed: int, pictures: int, old_scenes: int, new_s
     new |= {"template": IMAGE_REQUESTS[0], "answer": ANSWER}
     old = {"name": "jsonl", "root": str(folder / "old"), "weight": 1 - new_share}
     file = folder / "mixture.json"
-    file.write_text(json.dumps({"datasets": [new, old]}, indent=2) + "\n")
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps({"datasets": [new, old]}, indent=2) + "\n")
     return file
 
 
@@ -146,7 +148,7 @@ def format_scores(before: dict[str, float], after: dict[str, float]) -> str:
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Our options, and those that go on to `finetune/train.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sa2va-tiny", help="checkpoint to teach (default: %(default)s)")
+    parser.add_argument("--model", default=str(DEFAULT_MODEL), help="checkpoint to teach (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=48, help="annotated pictures (default: %(default)s)")
     parser.add_argument("--old_scenes", type=int, default=200, help="of each old task, to learn (default: %(default)s)")
@@ -171,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     after = measure(final, options.test_seed, options.count, options.split)
     print(format_scores(before, after))
     report = {"before": before, "after": after, "settings": {**vars(options), "more": more}}
-    (output / "one_shot.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    with replacing(output / "one_shot.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2, default=str) + "\n")
     return report
 
 

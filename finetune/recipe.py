@@ -147,13 +147,16 @@ def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
 # ---------- data
 
 
-def open_datasets(data: Sequence[str], split: str) -> tuple[dict[str, Dataset], dict[str, float] | None]:
+def open_datasets(
+    data: Sequence[str], split: str, held_out: bool = False
+) -> tuple[dict[str, Dataset], dict[str, float] | None]:
     """Opens what `--data` names.
 
     Args:
         data: NAME:FOLDER[:WEIGHT], or a path to a YAML or JSON file: `datasets`, a list of mappings with "name", "root"
-            and if need be "weight", "split" and options of the reader.
+            and if need be "weight", "split", "eval_split" and options of the reader.
         split: for those that name none.
+        held_out: open the splits that are held out: "eval_split" in place of "split".
 
     Returns:
         The data sets by a name of their own, and their weights: None if none was given (each weighs as many samples as
@@ -165,7 +168,8 @@ def open_datasets(data: Sequence[str], split: str) -> tuple[dict[str, Dataset], 
     datasets: dict[str, Dataset] = {}
     weights: dict[str, float | None] = {}
     for entry in (entry for word in data for entry in _entries(word)):
-        entry = {"split": split, **entry}
+        chosen = entry.pop("split", split), entry.pop("eval_split", split)
+        entry = {**entry, "split": chosen[held_out]}
         weight = entry.pop("weight", None)
         key = f"{entry['name']}:{entry['root']}"
         key = key if key not in datasets else f"{key}#{len(datasets)}"
@@ -180,7 +184,7 @@ def _entries(word: str) -> list[dict[str, Any]]:
     if word.endswith((".yaml", ".yml", ".json")):
         import yaml
 
-        listed = yaml.safe_load(Path(word).read_text())  # JSON is YAML
+        listed = yaml.safe_load(Path(word).read_text(encoding="utf-8"))  # JSON is YAML
         entries = listed.get("datasets") if isinstance(listed, Mapping) else None
         if not (
             isinstance(entries, list) and all(isinstance(e, Mapping) and {"name", "root"} <= set(e) for e in entries)
@@ -474,12 +478,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     set_seed(training.seed)
     model, processor = load_model(recipe, training)
     mixture = plan_mixture(*open_datasets(data, recipe.split), training)
-    held_out = ConcatDataset(open_datasets(data, recipe.eval_split)[0].values()) if recipe.eval_split else None
+    held_out = None
+    if recipe.eval_split:
+        held_out = Numbered(ConcatDataset(open_datasets(data, recipe.eval_split, held_out=True)[0].values()))
     trainer = RecipeTrainer(
         model=model,
         args=training,
         train_dataset=Numbered(mixture),
-        eval_dataset=held_out and Numbered(held_out),
+        eval_dataset=held_out,
         data_collator=SampleCollator(processor, training.seed, recipe.frames, recipe.objects, recipe.max_length),
         processing_class=processor,
     )

@@ -19,10 +19,11 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
+from sa2va.demo.media import replacing
 from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, WORDS_TASKS, SceneCollator, ScheduledScenes, Stage
+from sa2va.finetune.recipe import newest_checkpoint
 from sa2va.finetune.tiny import build_model
 from sa2va.finetune.trainee import HEAD_WEIGHTS, LOSS_NAMES, SceneTrainee, load_heads, save_heads
 
@@ -120,7 +121,8 @@ def draw_curve(history: list[dict], path: Path) -> None:
         axis.set(title=title, xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
 
 
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> Path:
     collator = SceneCollator(processor, masks=options.learn != "words")
     trainer = SceneTrainer(model=trainee, args=arguments, train_dataset=dataset, data_collator=collator)
     output = Path(arguments.output_dir)
-    resume = arguments.resume_from_checkpoint or (get_last_checkpoint(str(output)) if output.is_dir() else None)
+    resume = arguments.resume_from_checkpoint or newest_checkpoint(output)
     trainer.train(resume_from_checkpoint=resume)
     final = output / "final"
     if trainer.is_world_process_zero():
@@ -223,7 +225,8 @@ def main(argv: list[str] | None = None) -> Path:
         processor.save_pretrained(final)
         draw_curve(trainer.state.log_history, final / "curve.png")
         settings = {"preset": options.preset, "seed": arguments.seed, "steps": trainer.state.global_step}
-        (final / "training.json").write_text(json.dumps(settings, indent=2) + "\n")
+        with replacing(final / "training.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
     return final
 
 

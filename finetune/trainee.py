@@ -13,6 +13,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 from sa2va import Sa2VAChatModel
 from sa2va.data.scenes import COLORS, SHAPES
 from sa2va.data.shapes import MOTIONS
+from sa2va.demo.media import replacing
 from sa2va.finetune.batches import IGNORE_INDEX, MAX_COUNT, NUM_FLAGS, NUM_GROUPS
 
 HEAD_WEIGHTS = {
@@ -260,7 +261,8 @@ def _cell_loss(heads: nn.ModuleList, states: Tensor, classes: Tensor) -> Tensor:
 
 def save_heads(trainee: SceneTrainee, path: Path) -> None:
     """Saves what only training needs, so that a later sitting need not begin with heads that know nothing."""
-    save_file({name: t for name, t in trainee.state_dict().items() if not name.startswith("model.")}, path)
+    with replacing(path) as temporary:
+        save_file({name: t for name, t in trainee.state_dict().items() if not name.startswith("model.")}, temporary)
 
 
 def load_heads(trainee: SceneTrainee, path: Path) -> None:

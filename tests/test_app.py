@@ -111,6 +111,12 @@ def test_video_answer_grows_frame_by_frame_and_reads_as_it_is_told(model):
     assert np.array_equal(kept, out.prediction_masks[0])
 
 
+def test_regions_of_a_video_lie_in_its_first_frame_which_must_be_seen(model):
+    clip = open_session(VIDEO, max_frames=24)
+    with pytest.raises(ValueError, match="frame 0"):
+        last(ask(model, clip, CROSS, {"num_frames": 5, "frame_sampling": [8, 16]}, [PURPLE_BOX]))
+
+
 def test_video_with_too_many_frames_is_refused():
     with pytest.raises(ValueError, match="more than 23 frames"):
         open_session(VIDEO, max_frames=23)
@@ -479,8 +485,9 @@ def test_visitor_takes_a_video_with_the_webcam(visit):
     assert len(json.loads(visitor.download("#masks"))["objects"][0]["rle"]) > 1
 
 
-@pytest.mark.slow
-def test_visitor_stops_a_video_and_keeps_what_is_there(visit, tmp_path):
+@pytest.fixture
+def waiting(visit, tmp_path):
+    """Somebody who has asked about a video of 96 frames, and sees the second."""
     frames = list(open_source(VIDEO).frames) * 4
     with video_writer(tmp_path / "long.mp4", frames[0].size[::-1], 8.0) as write:
         for frame in frames:
@@ -491,11 +498,27 @@ def test_visitor_stops_a_video_and_keeps_what_is_there(visit, tmp_path):
     visitor.page.click("#ask")
     visitor.page.get_by_text(re.compile(r"\d+/96 frames")).wait_for()
     visitor.page.wait_for_selector("svg[data-frame]:not([data-frame='0']) .mask", state="attached")
-    visitor.page.click("#stop")
-    visitor.page.wait_for_selector("#masks")
-    (thing,) = json.loads(visitor.download("#masks"))["objects"]
-    assert 1 < len(thing["rle"]) < len(frames)
-    assert visitor.ask("How many shapes are there?")
+    return visitor
+
+
+@pytest.mark.slow
+def test_visitor_stops_a_video_and_keeps_what_is_there(waiting):
+    waiting.page.click("#stop")
+    waiting.page.wait_for_selector("#masks")
+    (thing,) = json.loads(waiting.download("#masks"))["objects"]
+    assert 1 < len(thing["rle"]) < 96
+    assert waiting.ask("How many shapes are there?")
+
+
+@pytest.mark.slow
+def test_visitor_opens_another_picture_without_waiting_for_the_answer(waiting):
+    waiting.give(IMAGE)
+    waiting.page.wait_for_selector("#stage svg[viewBox='0 0 480 360']")
+    waiting.page.wait_for_timeout(3000)  # in which frames of the video would come
+    assert waiting.page.locator("#stage svg").get_attribute("viewBox") == "0 0 480 360"
+    assert waiting.page.locator("#chat .bot.message").count() == 0
+    waiting.ask("Please segment the red star.")
+    assert waiting.page.locator("#chat .bot.message").count() == 1
 
 
 @pytest.mark.slow

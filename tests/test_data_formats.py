@@ -447,6 +447,14 @@ def _clip_with_a_broken_frame(root):
     edit_line(root / "train.jsonl", 2, json.dumps(line))
 
 
+def _edit_first_video(root, change, split="valid_u"):
+    edit(root / split / "meta_expressions.json", lambda d: change(next(iter(d["videos"].values()))))
+
+
+def _rename_first(entries, name):
+    entries[name] = entries.pop(next(iter(entries)))
+
+
 def _annotated_clip(root, *annotated, **more):
     names = ["a.png", "b.png"]
     for name in names:
@@ -549,6 +557,22 @@ BROKEN = {
     "ids are text": (
         ("grefcoco", "val", lambda r: edit(r / "grefs(unc).json", lambda d: d[-2].update(ann_id="200"))),
         ['grefs(unc).json[7]: "ann_id" must be a whole number or a list'],
+    ),
+    "point beyond every picture": (
+        ("reasonseg", "val", lambda r: edit(r / "val/2.json", lambda d: d["shapes"][0]["points"].append([1e999, 0]))),
+        ["val/2.json: shapes[0]: its points must lie within"],
+    ),
+    "a turn of which nothing is known": (
+        ("jsonl", "train", lambda r: edit_line(r / "train.jsonl", 2, json.dumps({"turns": [{"question": "Hi?"}]}))),
+        ["train.jsonl:2: turn 0: neither answer nor objects say what is right."],
+    ),
+    "frames that lead elsewhere": (
+        ("mevis", "valid", lambda r: _edit_first_video(r, lambda v: v.update(frames=["../../secret"]), "valid")),
+        ["must lie below the data set's folder"],
+    ),
+    "an expression that leads elsewhere": (
+        ("mevis", "valid_u", lambda r: _edit_first_video(r, lambda v: _rename_first(v["expressions"], "../0"))),
+        ["must lie below the data set's folder"],
     ),
     "shape without label": (
         ("reasonseg", "val", lambda r: edit(r / "val/2.json", lambda d: d["shapes"][1].pop("label"))),

@@ -1,6 +1,7 @@
 """Labelling of videos: what each stage sees and says, what is rejected and why, and going on after a stop."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,17 @@ def test_masks_in_folders_of_objects_and_a_video_file_are_the_same_object(clip, 
     assert np.array_equal(other.masks.read([4], SIZE), target.masks.read([4], SIZE))
     record = label(other, Scripted("a", "b", "c", "d"), Scripted(AGREE))
     assert record["expression"] == "d" and record["frame"] in (4, 8) and record["frames"] == [0, 4, 8]
+
+
+def test_a_damaged_mask_costs_its_video_only(clip, tmp_path, heard):
+    for name in ("car", "van"):
+        shutil.copytree(clip / "frames" / "car", tmp_path / "frames" / name)
+        shutil.copytree(clip / "masks" / "car", tmp_path / "masks" / name)
+    mask = tmp_path / "masks" / "car" / "0.png"
+    mask.write_bytes(mask.read_bytes()[:60])
+    found = list(targets_in_folders(tmp_path / "frames", tmp_path / "masks"))
+    assert {target.id.partition("/")[0] for target in found} == {"van"}
+    assert "car' are left out" in heard[-1]
 
 
 def test_masks_without_a_video_or_frame_are_errors(clip, tmp_path):

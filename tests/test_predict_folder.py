@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sa2va.demo import predict_folder
 from sa2va.demo.make_samples import SAMPLES
 from sa2va.demo.predict_folder import main
 from sa2va.processing_sa2va import open_video
@@ -65,6 +66,26 @@ def test_files_with_an_answer_are_not_asked_again_and_failures_are(folder, tmp_p
     output.write_text("".join(json.dumps(record) + "\n" for record in (known[0], stopped, failed)))
     assert main([str(folder), QUESTION, "--output", str(output)]) == 0
     assert lines_of(output)[2]["prediction"].endswith("<|im_end|>")
+
+
+def test_a_run_that_is_stopped_as_it_begins_keeps_all_answers(folder, tmp_path, monkeypatch):
+    part = tmp_path / ".out.jsonl.0.part"
+    part.write_text(json.dumps({"file": "b.png", "question": QUESTION, "prediction": "kept"}) + "\n")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict_folder, "_answer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder.main([str(folder), QUESTION, "--output", str(tmp_path / "out.jsonl")])
+    assert [record["prediction"] for record in lines_of(part)] == ["kept"]
+
+
+@pytest.mark.parametrize("size", [300, 2000, 20000])
+def test_a_damaged_animation_costs_no_other_file_its_answer(folder, tmp_path, size):
+    (folder / "a.gif").write_bytes((folder / "a.gif").read_bytes()[:size])
+    main([str(folder), QUESTION, "--output", str(tmp_path / "out.jsonl")])
+    assert [record["file"] for record in lines_of(tmp_path / "out.jsonl")] == ["a.gif", "b.png", "c.mp4", "d.jpg"]
 
 
 def test_an_output_may_have_any_name_and_other_runs_keep_their_parts(folder, tmp_path):

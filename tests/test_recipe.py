@@ -346,6 +346,15 @@ def test_targets_that_are_fused_in_one_tower_only_come_out(data, tmp_path):
     torch.testing.assert_close(made, wanted)
 
 
+def test_held_out_splits_are_not_those_that_are_learned(data, tmp_path):
+    shutil.copy(data / "train.jsonl", data / "val.jsonl")
+    listed = [{"name": "jsonl", "root": str(data), "split": "train"}]
+    listed += [listed[0] | {"split": "gone", "eval_split": "train"}]
+    (tmp_path / "mixture.json").write_text(json.dumps({"datasets": listed}))
+    datasets, _ = recipe.open_datasets([str(tmp_path / "mixture.json")], "val", held_out=True)
+    assert [dataset.records.path.name for dataset in datasets.values()] == ["val.jsonl", "train.jsonl"]
+
+
 # ---------- what comes out
 
 
