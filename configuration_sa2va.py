@@ -632,7 +632,7 @@ def has_prompt_decoder(name_or_path: str, revision: str | None = None) -> bool:
 
             with safe_open(weights, framework="pt") as file:
                 return _PROMPT_DECODER_KEY in file.keys()  # noqa: SIM118  (not a dict)
-        indexed = json.loads(index.read_text()) if index.is_file() else None
+        indexed = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else None
         return isinstance(indexed, dict) and _PROMPT_DECODER_KEY in indexed["weight_map"]
 
 

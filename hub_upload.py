@@ -33,7 +33,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
@@ -647,12 +647,18 @@ def _convert_pickle(pickle: Path, target: Path) -> dict[str, int]:
         tensors = torch.load(pickle, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(pickle))
     except (UnpicklingError, RuntimeError, EOFError, ValueError, struct.error, AttributeError, KeyError) as error:
         raise CheckpointError(f"{pickle} can't be read as tensors, so it is not converted: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and _is_plain(t) for name, t in tensors.items()):
         raise CheckpointError(f"{pickle} holds more than tensors by their names. Save the model's state_dict alone.")
-    temporary = target.with_name(f"{target.name}.tmp")
-    save_file(_in_memory_of_their_own(tensors), temporary, metadata={"format": "pt"})
-    temporary.replace(target)
+    save_file(_in_memory_of_their_own(tensors), target, metadata={"format": "pt"})
     return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor whose numbers safetensors can write."""
+    import torch
+
+    is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return is_dense and not value.is_meta and not value.is_quantized
 
 
 def _in_memory_of_their_own(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -684,9 +690,7 @@ def _write_index(sizes: dict[str, dict[str, int]], out: Path) -> None:
         "metadata": {"total_size": sum(sum(shard.values()) for shard in sizes.values())},
         "weight_map": {key: name for name, shard in sizes.items() for key in shard},
     }
-    temporary = out / f"{WEIGHTS_INDEX}.tmp"
-    _write_json(temporary, index)
-    temporary.replace(out / WEIGHTS_INDEX)
+    _write_json(out / WEIGHTS_INDEX, index)
 
 
 @dataclass(frozen=True)
@@ -792,13 +796,14 @@ def pack_checkpoint(
         OSError: `source` is not there, `out` is and may not be replaced, or the Hub can't be asked.
         CheckpointError: `source` is no checkpoint that loads, or what would be written names secrets or local paths.
     """
-    out = Path(out).absolute()
+    model_id = model_id or Path(out).absolute().name
+    out = Path(out).resolve()  # of a link, what it leads to
     _put_back(out)
     _check_replaceable(out, overwrite)
     with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
         origin = _find_origin(str(source), revision, token, merged)
         old_card = (out if (out / CARD).is_file() else origin.documents) / CARD
-        old_text = old_card.read_text(encoding="utf-8") if old_card.is_file() else ""
+        old_text = _read_card(old_card) if old_card.is_file() else ""
         _card(old_text)  # if it can't be read, say so before anything that takes long
         files = _find_files(str(origin.folder), None)
         report, config = _inspect(files)
@@ -806,7 +811,7 @@ def pack_checkpoint(
             raise CheckpointError(f"Not packed, since it would not load.\n{report}")
         weights = _pack_weights(files, target, config, report.layout, _size(max_shard_size))
         _pack_settings(files, target, config)
-        card, notes = _pack_card(target, config, report, origin, old_text, facts, model_id or out.name)
+        card, notes = _pack_card(target, config, report, origin, old_text, facts, model_id)
         _pack_documents((origin.documents, old_card.parent), target)
         packed = {name: target / name for name in _uploaded_names(target)}
         sizes = {name: path.stat().st_size for name, path in packed.items()}
@@ -839,14 +844,13 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _temporary_sibling(path: Path, purpose: str) -> Iterator[Path]:
-    """A new folder beside `path` for as long as the block lasts; what an earlier run left there is removed."""
-    folder = path.resolve().with_name(f".{path.name}.{purpose}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
+    """A new folder beside `path` for as long as the block lasts, of this call alone; a killed process leaves it."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.{purpose}-") as place:
+        folder = Path(place) / f".{path.name}.{purpose}"
+        folder.mkdir()
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replaced(out: Path) -> Path:
@@ -1112,7 +1116,7 @@ def _pack_settings(files: _Files, out: Path, config) -> None:
     values["grounding_config"] = grounding
     _write_json(out / CONFIG, values)
     for name in (CONFIG, GENERATION, "tokenizer_config.json", "processor_config.json"):
-        _write_json(out / name, _without_places(json.loads((out / name).read_text())))
+        _write_json(out / name, _without_places(json.loads((out / name).read_text(encoding="utf-8"))))
     copy_code(out)
     (out / REQUIREMENTS_FILE).write_text("\n".join(REQUIREMENTS) + "\n")
 
@@ -1132,7 +1136,7 @@ def _pack_documents(folders: Sequence[Path], out: Path) -> None:
     """License texts, and the pictures that the card shows; ours if the card says Apache-2.0 and there is none."""
     text = (out / CARD).read_text(encoding="utf-8")
     for path in (path for folder in folders for path in sorted(folder.iterdir())):
-        if path.is_file() and (_matches(path.name, DOCUMENTS) or (_matches(path.name, PICTURES) and path.name in text)):
+        if path.is_file() and (_matches(path.name, DOCUMENTS) or _is_shown(path.name, text)):
             shutil.copyfile(path, out / path.name)
     ours = Path(__file__).with_name("LICENSE")
     if not (out / "LICENSE").exists() and ours.is_file() and _card(text).data.license == "apache-2.0":
@@ -1143,13 +1147,19 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _is_shown(name: str, card: str) -> bool:
+    """Whether a file is a picture in a model card: cat.png is none where it shows fat-cat.png."""
+    return _matches(name, PICTURES) and re.search(rf"(?<![\w.-]){re.escape(name)}", card) is not None
+
+
 def _pack_card(
     out: Path, config, report: CheckpointReport, origin: _Origin, old_text: str, facts: CardFacts, model_id: str
 ) -> tuple[str, tuple[str, ...]]:
     """Writes README.md; says whether it was "generated" or "kept", and what is to be known about it."""
     written_by_hand = bool(old_text) and not _is_made_by_machine(old_text)
     if written_by_hand and not facts.new_card:
-        text = _readdressed(old_text, Path(origin.name or origin.documents), model_id)
+        source = origin.documents if origin.name is None else PurePosixPath(origin.name)
+        text = _readdressed(old_text, source, model_id)
         (out / CARD).write_text(text, encoding="utf-8")
         given = [field.name for field in fields(facts) if getattr(facts, field.name)]
         notes = [f"The card is the one found; {', '.join(given)} did not change it (--new-card)."] if given else []
@@ -1157,6 +1167,13 @@ def _pack_card(
     text = _render_card(config, report, origin, _card(old_text).data if written_by_hand else None, facts, model_id)
     (out / CARD).write_text(_marked(text, model_id), encoding="utf-8")
     return "generated", _card_notes(text, model_id)
+
+
+def _read_card(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not in UTF-8: {error}. Save it so.") from error
 
 
 def _card(text: str):
@@ -1307,9 +1324,9 @@ def read_results(path: str | Path) -> tuple[dict[str, Any], ...]:
 def _uploaded_names(folder: Path) -> list[str]:
     """The files of a folder that belong into a model repository; everything else stays at home."""
     card = folder / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = _read_card(card) if card.is_file() else ""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return [name for name in names if _matches(name, UPLOADED) or (_matches(name, PICTURES) and name in text)]
+    return [name for name in names if _matches(name, UPLOADED) or _is_shown(name, text)]
 
 
 def _refuse_private(files: Mapping[str, Path | bytes], *places: Path) -> None:
@@ -1468,7 +1485,7 @@ def push_checkpoint(
     hub = _Hub(repo_id, revision, create_pr, token, endpoint)
     exists = hub.look_around()
     options = {"facts": facts, "max_shard_size": max_shard_size, "skip_test": skip_test, "token": token}
-    with _packed(Path(source), revision=source_revision, model_id=repo_id, **options) as (folder, notes):
+    with _packed(source, revision=source_revision, model_id=repo_id, **options) as (folder, notes):
         files, left_out = _contents(Path(source), folder, repo_id)
         card = "generated" if _is_made_by_machine(files[CARD].decode()) else "kept"
         if exists and card == "generated" and not facts.new_card and hub.has_written_card():
@@ -1485,17 +1502,18 @@ def push_checkpoint(
 
 
 @contextmanager
-def _packed(source: Path, **options: Any) -> Iterator[tuple[Path, tuple[str, ...]]]:
+def _packed(given: str | Path, **options: Any) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """A folder as `pack_checkpoint` leaves it, made for the time being if the source is none; and its notes."""
+    source = Path(given)
     if options["facts"] == CardFacts() and _is_packed(source, _size(options["max_shard_size"])):
-        text = (source / CARD).read_text(encoding="utf-8")
+        text = _read_card(source / CARD)
         yield source, _card_notes(_readdressed(text, source, options["model_id"]), options["model_id"])
         return
     beside = {"dir": source.resolve().parent, "prefix": f".{source.name}."}  # where weights can be linked
     may = source.is_dir() and os.access(beside["dir"], os.W_OK)
     with tempfile.TemporaryDirectory(**beside if may else {}) as place:
         out = Path(place) / (source.resolve().name or "model")
-        yield out, pack_checkpoint(str(source), out, **options).notes
+        yield out, pack_checkpoint(given, out, **options).notes  # a path would turn the slash of a name round
 
 
 def _contents(source: Path, folder: Path, repo_id: str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -1621,9 +1639,9 @@ class _Hub:
                 raise
         return self.ask(self.api.repo_info, self.repo_id).sha
 
-    def compare(self, additions: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:
-        """The head of the branch, which files differ there by their hashes, and which should not be there."""
-        head = self.head()
+    def compare(self, additions: Mapping[str, Any], commit: str | None = None) -> tuple[str, list[str], list[str]]:
+        """A commit (the branch's last), which files differ there by their hashes, and which should not be there."""
+        head = commit or self.head()
         remote = {file.path: file for file in self.ask(self._files, head)}
         changed = [name for name, addition in additions.items() if not _is_same(addition, remote.get(name))]
         stale = [name for name in remote if name not in additions and _is_replaced(name)]
@@ -1670,39 +1688,38 @@ class _Hub:
 
     def upload(self, additions: Mapping[str, Any], message: str) -> str:
         """Commits until the Hub has what is here; returns the commit in which it has."""
-        sent = False
+        sent: str | None = None
         for attempt in itertools.count(1):
-            head, changed, stale = self.compare(additions)
+            head, changed, stale = self.compare(additions, sent)  # somebody may have committed since
             if not changed and not stale:
                 return head
             if sent:
-                raise HubError(
-                    f"{self.repo_id} holds other bytes of {', '.join(changed)} than were sent. Run it again."
-                )
+                differing = ", ".join([*changed, *stale])
+                raise HubError(f"{self.repo_id} holds other bytes of {differing} than were sent. Run it again.")
             try:
                 with _asking_for(self.repo_id):
-                    self._send([additions[name] for name in changed], stale, message, head)
-                sent = True
+                    sent = self._send([additions[name] for name in changed], stale, message, head)
             except HubError as error:  # also if only the answer was lost: comparing tells
                 if attempt == ATTEMPTS or not _is_passing(error, MOVED_STATUS):
                     raise
                 time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
 
-    def _send(self, additions: list[Any], stale: list[str], message: str, head: str) -> None:
-        """One commit; weights go first and one by one, so that what has arrived need not be sent again."""
+    def _send(self, additions: list[Any], stale: list[str], message: str, head: str) -> str:
+        """One commit, whose id is returned; weights go first, one by one, so that none has to be sent again."""
         from huggingface_hub import CommitOperationDelete
 
         weights = [[addition] for addition in additions if addition.path_in_repo.endswith(".safetensors")]
         others = [addition for addition in additions if [addition] not in weights]
         with ExitStack() as files:
             sent = [addition for group in (*weights, others) for addition in self._send_large(group, files)]
-            self.api.create_commit(
+            commit = self.api.create_commit(
                 self.repo_id,
                 [*sent, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
                 commit_message=message,
                 revision=self.revision,
                 parent_commit=head,
             )
+        return commit.oid
 
     def _send_large(self, additions: list[Any], files: ExitStack) -> list[Any]:
         """Sends the large ones to the Hub's store; returns what a commit takes.
@@ -1846,7 +1863,7 @@ def push_model(model, repo_id: str, *, tags: Sequence[str] | None = None, **kwar
         HubError: see `push_checkpoint`.
     """
     base = model.name_or_path
-    is_public = base.count("/") == 1 and not Path(base).exists()
+    is_public = model._folder is None and base.count("/") == 1 and not Path(base).exists()
     facts = CardFacts(base_model=(base,) if is_public else (), tags=tuple(tags or ()))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
@@ -1867,7 +1884,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         values, words = arguments.run(arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_CHECKPOINT if isinstance(error, CheckpointError) else CANNOT_RUN
     print(json.dumps(values, indent=2) if arguments.json else words)

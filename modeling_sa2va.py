@@ -305,8 +305,8 @@ class Sa2VAStream(Generator):
         """Everything the frames after the last one depend on, for `predict_stream(video=..., resume=state)`.
 
         Returns:
-            Tensors on the CPU by name, which `torch.save` and safetensors' `save_file` write as they are. Their size
-            does not depend on how much was read.
+            Tensors on the CPU by name, which `torch.save` and safetensors' `save_file` write as they are. Their size is
+            bounded: of tracked frames they hold the last `num_maskmem` - 1 maps and `max_object_pointers` - 1 pointers.
 
         Raises:
             ValueError: no frame has come yet, or the stream was closed.
@@ -412,6 +412,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self._hub_arguments: dict[str, Any] = {}
         self._folder: str | None = None  # where the checkpoint lay, whatever becomes of the working directory
         self.post_init()
+        kinds = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = kinds.intersection(self._no_split_modules)  # FSDP wants no others
         self._weight_conversions = _released_layout(self)
 
     def __new__(cls, config: Sa2VAChatConfig | None = None, *args, **kwargs):
@@ -470,7 +472,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         model, report = load(**kwargs)
         if any(PROMPT_DECODER in key for key in report["unexpected_keys"]):
             # Sa2VA-i in a place where its weight names could not be read beforehand: a subfolder, a variant, a cache.
-            model, report = load(**{**kwargs, "config": _as_sa2va_i(model.config)})
+            config = _as_sa2va_i(model.config)
+            del model  # there may not be room for two
+            model, report = load(**{**kwargs, "config": config})
         model._hub_arguments = hub_arguments
         if os.path.isdir(pretrained_model_name_or_path or ""):
             model._folder = os.path.abspath(pretrained_model_name_or_path)
@@ -544,7 +548,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     ) -> str:
         """transformers' `push_to_hub`, of a whole repository: code, processor and model card beside the weights.
 
-        See `hub_upload.push_checkpoint`. Adapters and quantized models go transformers' own way.
+        See `hub_upload.push_checkpoint`. Adapters and quantized models go transformers' own way, with which alone
+        `commit_description` goes.
 
         Returns:
             Address of the commit or pull request.
@@ -798,6 +803,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("forward needs input_ids [B, L], not inputs_embeds; build them with the processor.")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} must have the shape of input_ids, {tuple(input_ids.shape)}."
+            )
         token_ids = self.special_token_ids()
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
@@ -891,6 +900,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         target = torch.cat([_resized_target(t, predictions[0].logits.shape[-2:]) for t in targets])
         sums: dict[str, Tensor] = {}
         for t, prediction in enumerate(predictions):
+            # FSDP rounds what a part gives back
+            prediction = MaskPrediction(*(None if value is None else value.float() for value in prediction))
             masks = prediction.multimask_logits if all_masks else prediction.logits
             wanted = target[:, t : t + 1].to(masks)
             parts = _point_losses(masks, wanted, self.config)
@@ -1043,14 +1054,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
     @property
     def execution_device(self) -> torch.device:
-        """Where inputs go: the device the first module, or its first part, computes on; offloaded weights hide it."""
-        for module in self._first_module.modules():
-            device = getattr(vars(module).get("_hf_hook"), "execution_device", None)
-            if device is not None:
-                return torch.device(device)
-            if next(module.parameters(recurse=False), None) is not None:
-                break
-        return self.device
+        """Where inputs go: the device the first module computes on."""
+        return _execution_device(self._first_module)
 
     @torch.no_grad()
     def predict_forward(
@@ -1294,7 +1299,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self, state: Mapping[str, Tensor], video: Any, progress: _Progress, grounding: dict[str, int]
     ) -> Sa2VAInputs:
         """Fills `progress` from what `Sa2VAStream.state` gave, and opens the video."""
-        device = next(self.text_hidden_fcs.parameters()).device
+        device = _execution_device(self.grounding_encoder)
         try:
             tensors = dict(state)
             words = json.loads(bytes(tensors.pop("description").tolist()))
@@ -1528,12 +1533,13 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         is_sa2va_i = self.config.grounding_config.separate_prompt_decoder
         sizes = _FrameSizes(inputs.size, options.mask_sizes == "own")
         tracking = TrackingState() if tracking is None else tracking
-        with closing(_ready_frames(inputs, processor, tracking, len(prompts) > 0)) as ready:
+        count = options.encode_batch_size or _encode_batch_size(self.grounding_encoder)
+        with closing(_ready_frames(inputs, processor, tracking, len(prompts) > 0, 2 * count)) as ready:
             frames = sizes.watch(ready, tracking.next_frame)
             if not len(prompts):
                 prediction = _no_objects(prompts)
             if prediction is None:
-                predictions = self._track(inputs, processor, prompts, frames, tracking, options.encode_batch_size)
+                predictions = self._track(inputs, processor, prompts, frames, tracking, count)
             else:
                 predictions = _same_for_all(prediction, frames, tracking)
             for index, prediction in predictions:
@@ -1558,7 +1564,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if not asked:
             return predictions
         like = answers[0].prompts
-        count = encode_batch_size or _encode_batch_size(like.device, self.config.grounding_config.image_size)
+        count = encode_batch_size or _encode_batch_size(self.grounding_encoder)
         for start in range(0, len(asked), count):
             some = asked[start : start + count]
             frames = [frame for i in some for frame in inputs[i].frames]
@@ -1575,28 +1581,26 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         processor: Sa2VAProcessor,
         prompts: Tensor,
         frames: Iterator,
-        tracking: TrackingState | None = None,
-        encode_batch_size: int | None = None,
+        tracking: TrackingState,
+        encode_batch_size: int,
     ) -> Iterator[tuple[int, MaskPrediction]]:
         pixel_values = partial(
             processor.grounding_pixel_values, dtype=prompts.dtype, device=prompts.device, is_video=inputs.is_video
         )
         decoder = self.grounding_encoder
-        tracking = TrackingState() if tracking is None else tracking
         if not inputs.is_video:  # nothing will be tracked, so nothing need be remembered
             for index, frame in enumerate(frames):
                 tracking.next_frame = index + 1
                 yield index, decoder.decode(decoder.encode(pixel_values([frame])), prompts)
             return
-        count = encode_batch_size or _encode_batch_size(prompts.device, self.config.grounding_config.image_size)
         if not tracking.banks:
             images = inputs.key_images or inputs.frames.select(inputs.key_frames)
             keys = zip(inputs.key_frames, images, strict=True)
             keys = ((index, pixel_values([frame])) for index, frame in keys)
-            conditioned = decoder.condition(keys, prompts, inputs.size, count)
+            conditioned = decoder.condition(keys, prompts, inputs.size, encode_batch_size)
             tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
             inputs.key_images.clear()  # a long video must not carry them along
-        yield from decoder.propagate(tracking, frames, pixel_values, count)
+        yield from decoder.propagate(tracking, frames, pixel_values, encode_batch_size)
 
 
 class Sa2VAChatModelQwen(Sa2VAChatModel, GenerationMixin):  # named again, or transformers would derive another class
@@ -1637,6 +1641,10 @@ class Sa2VAChatModelQwen(Sa2VAChatModel, GenerationMixin):  # named again, or tr
     def get_decoder(self) -> nn.Module:
         """The language model without its head."""
         return self.model.model.language_model
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Any:
+        """What transformers' Qwen-VL gives of `pixel_values` [patches, values] and `image_grid_thw` [pictures, 3]."""
+        return self.model.get_image_features(pixel_values, image_grid_thw)
 
     def special_token_ids(self, tokenizer=None) -> SpecialTokenIds:
         """Ids of the special tokens; this family has no visual prompts, and -1 for theirs.
@@ -1765,11 +1773,12 @@ class _WrittenStates:
             self._steps = None
 
     def of(self, answers: Sequence[Tensor]) -> Tensor | None:
-        """States [B, n - 1, hidden] of answers of at most n tokens, without the last, which nobody read.
+        """States [B, n - 1 or n, hidden] of answers of at most n tokens; mostly nobody read the last.
 
         None if they weren't written token by token, or by a compiled step.
         """
-        if not self._steps or self._calls != max(map(len, answers)):
+        surplus = self._calls - max(map(len, answers))  # on MPS one call is made before it is known that all have ended
+        if not self._steps or surplus not in (0, 1):
             return None
         return torch.cat(self._steps, dim=1)
 
@@ -1877,11 +1886,12 @@ def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **k
 
 
 def _ready_frames(
-    inputs: Sa2VAInputs, processor: Sa2VAProcessor, tracking: TrackingState, wanted: bool
+    inputs: Sa2VAInputs, processor: Sa2VAProcessor, tracking: TrackingState, wanted: bool, ahead: int
 ) -> ReadAhead | Generator[tuple[tuple[int, int], Any], None, None]:
     """Sizes (h, w) of the frames that come next, and the frames.
 
-    Those of a video are read and, where SAM 2 wants them, resized ahead, in a thread: uint8 [1, 3, S, S].
+    Those of a video are read and, where SAM 2 wants them, resized ahead, in a thread: uint8 [1, 3, S, S]. So many are
+    ahead that the next ones to be encoded together are there in time.
     """
     start, encoded = tracking.next_frame, set(inputs.key_frames)
 
@@ -1892,7 +1902,7 @@ def _ready_frames(
                 yield (frame.height, frame.width), processor.resize_for_grounding([frame]) if wants else None
 
     if inputs.is_video:
-        return ReadAhead(ready())
+        return ReadAhead(ready(), ahead)
     return (((frame.height, frame.width), frame) for frame in inputs.frames)
 
 
@@ -1904,15 +1914,27 @@ def _same_for_all(
         yield index, prediction
 
 
-def _encode_batch_size(device: torch.device, image_size: int) -> int:
+def _execution_device(module: nn.Module) -> torch.device:
+    """The device that a module, or its first part, computes on; offloaded weights hide it."""
+    for part in module.modules():
+        device = getattr(vars(part).get("_hf_hook"), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+        if next(part.parameters(recurse=False), None) is not None:
+            break
+    return next(module.parameters()).device
+
+
+def _encode_batch_size(decoder: Sam2Decoder) -> int:
     """How many frames of a video or images of a batch are encoded together where nobody says: one on a CPU.
 
     An accelerator has room for more, but how much a frame takes is an estimate: a third of free memory is used.
     """
+    device = _execution_device(decoder)
     if device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(_MOST_ENCODED, int(free / 3 / (_ENCODING_MEMORY * (image_size / 1024) ** 2))))
+    return max(1, min(_MOST_ENCODED, int(free / 3 / (_ENCODING_MEMORY * (decoder.config.image_size / 1024) ** 2))))
 
 
 def _as_sa2va_i(config: Sa2VAChatConfig) -> Sa2VAChatConfig:
@@ -1930,7 +1952,7 @@ def _with_native_names(names: "ModuleNames", arguments: dict[str, Any]) -> dict[
         places = ((name, place) for key, place in device_map.items() for name in names.at(key))
         changed["device_map"] = dict(places)
     if (config := arguments.get("quantization_config")) is not None:
-        config = _language_model_only(config)
+        config = _language_model_only(config, arguments.get("dtype"))
         for field in _SKIP_LISTS:
             if given := getattr(config, field, None):
                 setattr(
@@ -1940,15 +1962,21 @@ def _with_native_names(names: "ModuleNames", arguments: dict[str, Any]) -> dict[
     return changed
 
 
-def _language_model_only(config: dict[str, Any] | QuantizationConfigMixin) -> QuantizationConfigMixin:
+def _language_model_only(
+    config: dict[str, Any] | QuantizationConfigMixin, dtype: str | torch.dtype | None
+) -> QuantizationConfigMixin:
     """A copy of a quantization config that also leaves out all but the layers of the language model.
 
-    The rest is a small part of the weights, and masks suffer when it is rounded.
+    The rest is a small part of the weights, and masks suffer when it is rounded. bitsandbytes multiplies 4 bits in
+    float32 unless it is told the model's `dtype` (here that of the checkpoints, if none is asked for).
     """
     config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
     for name in _SKIP_LISTS:
         if hasattr(config, name):
             setattr(config, name, list(dict.fromkeys([*(getattr(config, name) or ()), *_FULL_PRECISION])))
+    if getattr(config, "load_in_4bit", False) and config.bnb_4bit_compute_dtype == torch.float32:
+        name = "bfloat16" if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+        config.bnb_4bit_compute_dtype = getattr(torch, name)
     return config
 
 
@@ -2326,11 +2354,17 @@ def _wait_for_host(device: torch.device) -> None:
 
 def _mask_target(masks: Tensor, num_objects: int, num_frames: int) -> Tensor:
     """Checks a sample's masks and gives an image's its frame axis: [objects, T, h, w]."""
+    if not isinstance(masks, Tensor):
+        raise TypeError(f"mask_labels hold a {type(masks).__name__}. Give a tensor [objects, frames, h, w] of 0..1.")
     masks = masks.unsqueeze(1) if masks.ndim == 3 and num_frames == 1 else masks
     if masks.ndim != 4 or masks.shape[:2] != (num_objects, num_frames):
         raise ValueError(
             f"mask_labels of shape {tuple(masks.shape)} do not fit {num_objects} [SEG] tokens and {num_frames} frames: "
             f"[{num_objects}, {num_frames}, h, w] is needed."
+        )
+    if masks.numel() and not 0 <= masks.min() <= masks.max() <= 1:
+        raise ValueError(
+            f"mask_labels hold values from {masks.min():g} to {masks.max():g}. Give 0..1: divide by 255, or masks > 0."
         )
     return masks
 

@@ -1968,7 +1968,7 @@ def _publish(new: Path, folder: Path) -> None:
 
 def _rename_shards(index: Path, folder: Path) -> None:
     """Gives the shards of an index names of their own if `folder` has some of the same names."""
-    values = json.loads(index.read_text())
+    values = json.loads(index.read_text(encoding="utf-8"))
     shards = sorted(set(values["weight_map"].values()))
     if not any((folder / shard).exists() for shard in shards):
         return

@@ -18,9 +18,9 @@ gives them to SAM 2 as a user's masks; from there on it is plain SAM 2, blanking
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -149,9 +149,21 @@ class ObjectMemoryAttention(MemoryAttention):
         return self.norm(output).transpose(0, 1)
 
 
+class SharedPositionEmbedding(PositionEmbeddingSine):
+    """`sam2`'s sine encoding of a map: one row that serves all frames, kept for each size and device.
+
+    The parent keeps the whole first batch alive, on the device of the first call, and copies a row for each frame.
+    """
+
+    def _pe(self, B: int, device: torch.device, *size: int) -> Tensor:
+        if (key := (*size, device)) not in self.cache:
+            self.cache[key] = super()._pe(1, device, *size)
+        return self.cache[key].expand(B, -1, -1, -1)
+
+
 def _position_encoding(channels: int) -> PositionEmbeddingSine:
     # The warm-up would fill a cache on "cuda" wherever there is one, before anyone chose a device.
-    return PositionEmbeddingSine(num_pos_feats=channels, normalize=True, temperature=10000, warmup_cache=False)
+    return SharedPositionEmbedding(num_pos_feats=channels, normalize=True, temperature=10000, warmup_cache=False)
 
 
 class WidePositionEmbedding(PositionEmbeddingRandom):
@@ -287,8 +299,7 @@ class Sam2Model(SAM2Base):
         return getattr(self, "sam_mask_decoder_modified", self.sam_mask_decoder)
 
 
-@dataclass(frozen=True)
-class FrameFeatures:
+class FrameFeatures(NamedTuple):
     """Image encoder output of T frames (or of T rows, one per object, after `rows`).
 
     Attributes:
@@ -313,8 +324,7 @@ class FrameFeatures:
         return FrameFeatures(self.vision_features[index], self.vision_pos_embeds, high_res, prompt)
 
 
-@dataclass(frozen=True)
-class MaskPrediction:
+class MaskPrediction(NamedTuple):  # a tuple, so that FSDP and DeepSpeed see the tensors that backward comes from
     """What the mask decoder says about N objects on one frame.
 
     Attributes:
@@ -338,8 +348,7 @@ class MaskPrediction:
         """Joins the predictions of several groups of objects on the same frame."""
         if len(parts) == 1:
             return parts[0]
-        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        return cls(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})
+        return cls(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -462,7 +471,7 @@ class TrackingState:
                     name = f"banks.{number}.{kind}.{frame}"
                     named |= {f"{name}.features": memory.features, f"{name}.object_pointers": memory.object_pointers}
         for frame, prediction in self.predictions.items():
-            named |= {f"predictions.{frame}.{f.name}": getattr(prediction, f.name) for f in fields(prediction)}
+            named |= {f"predictions.{frame}.{name}": tensor for name, tensor in prediction._asdict().items()}
         given = {name: tensor for name, tensor in named.items() if tensor is not None}
         return {name: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in given.items()}
 
@@ -731,7 +740,7 @@ class Sam2Decoder(nn.Module):
         )
         appears = masks.flatten(1).any(dim=1, keepdim=True).to(masks.dtype)
         pointers = appears * self._mask_pointers(features, masks) + (1 - appears) * self.sam2_model.no_obj_ptr
-        return replace(prediction, logits=logits, object_pointers=pointers)
+        return prediction._replace(logits=logits, object_pointers=pointers)
 
     def _mask_pointers(self, features: FrameFeatures, masks: Tensor) -> Tensor:
         """Object pointers [N, D] of masks [N, 1, S, S] given as prompts, from the plain decoder's single-mask token."""

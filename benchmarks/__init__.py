@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat: what a checkpoint of true size costs (`real_size.py`)."""
+"""Measurements that anyone can repeat; each script says at its top what it measures, docs/performance.md what came."""

@@ -1,1 +1,1 @@
-"""Trying Sa2VA: ask about a file (`predict.py`), the sample files (`make_samples.py`), the picture of the README."""
+"""Trying Sa2VA: one file (`predict.py`), a folder (`predict_folder.py`), a page (`app.py`), `sa2va` (`cli/`)."""

@@ -73,7 +73,7 @@ def launch(arguments: argparse.Namespace, wait: bool = True) -> str:
     page = Page(
         model,
         num_frames=options.pop("num_frames", model.load_processor().num_key_frames),
-        frame_sampling=options.pop("frame_sampling", "first"),
+        frame_sampling=options.pop("frame_sampling", model.load_processor().frame_sampling),
         threshold=options.pop("mask_threshold"),
         max_frames=arguments.max_frames,
         concurrency=arguments.concurrency,

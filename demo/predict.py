@@ -76,7 +76,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps...; auto (default) is an accelerator if there is one")
     add("--dtype", default="auto", choices=DTYPES, help="auto (default): float32 on a CPU, else the checkpoint's")
     add("--num-frames", type=int, metavar="N", help="frames of a video the language model sees (released: 5)")
-    add("--frame-sampling", type=frame_sampling, metavar="first|uniform|I,J,K", help="which frames (released: first)")
+    add(
+        "--frame-sampling",
+        type=frame_sampling,
+        metavar="first|uniform|I,J,K",
+        help="which frames (default: the checkpoint's)",
+    )
     add(
         "--threshold",
         type=float,

@@ -173,7 +173,7 @@ def _answer(name: str, model: Sa2VAChatModel, arguments: argparse.Namespace) -> 
                 del record["overlay"]
             add_frame(record["objects"], frame)
         return {"file": name, **record}
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
         return {"file": name, "question": arguments.text, "error": str(error)}
 
 

@@ -1,8 +1,7 @@
 """Predicts a data set and scores the predictions.
 
     python -m evaluation.run --model ByteDance/Sa2VA-4B --data refcoco --root data/ref_seg --split val
-    accelerate launch --num_processes 8 evaluation/run.py --model ByteDance/Sa2VA-4B --data mevis --root data/mevis \
-        --split valid_u
+    accelerate launch --multi_gpu --num_processes 8 evaluation/run.py --data mevis --root data/mevis --split valid_u
     python -m evaluation.run --data refcoco --root data/ref_seg --split val --output DIR --metrics_only
 
 It prints a table (what is measured of which data set: `evaluation/protocols.py`) and fills a folder: `predictions/`
@@ -73,7 +72,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("device", default="auto", help="cpu, cuda, mps...; auto (default) is an accelerator if there is one")
     add("dtype", default="auto", choices=DTYPES, help="auto (default): float32 on a CPU, else the checkpoint's")
     add("num_frames", type=int, metavar="N", help="frames of a video the language model sees (released: 5)")
-    add("frame_sampling", type=frame_sampling, metavar="first|uniform|I,J,K", help="which frames (released: first)")
+    add(
+        "frame_sampling",
+        type=frame_sampling,
+        metavar="first|uniform|I,J,K",
+        help="which frames (default: the checkpoint's)",
+    )
     add("max_new_tokens", type=int, metavar="N", help="longest answer; default: 2048")
     return parser.parse_args(argv)
 

@@ -1,1 +1,1 @@
-"""Training: a small Sa2VA from nothing on synthetic scenes (`train.py`, `tiny.py`, `batches.py`)."""
+"""Training (`train.py`): on one's own data (`recipe.py`), or a small Sa2VA from nothing (`scenes.py`)."""

@@ -4,9 +4,9 @@
     accelerate launch --config_file finetune/accelerate/ddp.yaml finetune/train.py --model ... --data ... --resume
 
 `--data` names data sets of `data/registry.py` as NAME:FOLDER[:WEIGHT], or a YAML or JSON file that lists them under
-"datasets" with their options; it may be repeated. Every argument of `transformers.TrainingArguments` works and wins
-over the recipe. In OUTPUT_DIR land checkpoints, previews/ (pictures of what the model answers), adapter/ (what was
-learned, for PEFT) and final/ (the whole model in the released layout).
+"datasets" with their options; it may be repeated. Every argument of `transformers.TrainingArguments` works (but label
+smoothing) and wins over the recipe. In OUTPUT_DIR land checkpoints, previews/ (pictures of what the model answers),
+adapter/ (what was learned, for PEFT) and final/ (the whole model in the released layout).
 
 By default a step sees 256 samples, by gradient accumulation. It is the same step however they are spread over
 processes and accumulated: each loss is summed over tokens, or over objects and frames, and divided by how many there
@@ -20,7 +20,8 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from sa2va.data.registry import Dataset, open_dataset
 from sa2va.finetune.collator import Numbered, SampleCollator
 from sa2va.finetune.merge import merge_adapter, name_pattern, release_adapter
 from sa2va.finetune.previews import Previews
+from sa2va.modeling_sa2va import IGNORE_INDEX
 
 GLOBAL_BATCH = 256
 LOSS_PARTS = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss")
@@ -114,7 +116,7 @@ def parse_arguments(
     parser.add_argument("--data", action="extend", nargs="+", required=True, metavar="NAME:FOLDER[:WEIGHT]|FILE")
     argv = list(sys.argv[1:] if argv is None else argv)
     defaults = dict(TRAINING_DEFAULTS)
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         defaults["bf16"] = True
     words = [word for name, value in defaults.items() for word in (f"--{name}", str(value))]  # later ones win
     batch = parser.parse_known_args(words + argv)[0].per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
@@ -306,18 +308,20 @@ def run_idle_parts(model: Sa2VAChatModel) -> None:
     @functools.wraps(forward)
     def forward_with_idle_parts(**inputs: Any) -> Any:
         """The model's `forward`; the loss also holds 0 times what this process had no use for."""
-        if not model.training or inputs.get("labels") is None:
+        if inputs.get("labels") is None or not (model.training or dist.is_initialized()):
             return forward(**inputs)
         is_blind, device = inputs.get("pixel_values") is None, inputs["input_ids"].device
-        idle = [_see_nothing(model, device)] if is_blind and dist.is_initialized() else []
-        output = forward(**inputs)
-        lengths = {masks.shape[1] for masks in output.pred_masks or () if len(masks)}
-        if dist.is_initialized():
-            turns = torch.tensor(max(1, len(lengths)), device=device)
-            dist.all_reduce(turns, dist.ReduceOp.MAX)
-            idle += [_segment_nothing(model, device) for _ in range(int(turns) - len(lengths))]
-        elif is_blind or not lengths:
-            idle = [parameter.sum() for parameter in model.parameters() if parameter.requires_grad]
+        lengths = _lengths_of_clips(model, inputs)
+        if not dist.is_initialized():
+            output = forward(**inputs)
+            if is_blind or not lengths:
+                output.loss = output.loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
+            return output
+        turns = torch.tensor(max(1, len(lengths)), device=device)
+        dist.all_reduce(turns, dist.ReduceOp.MAX)  # before any part runs, which may gather its weights from all
+        with _seeing_nothing(model, device) if is_blind else nullcontext([]) as idle:
+            output = forward(**inputs)
+        idle += [_segment_nothing(model, device) for _ in range(int(turns) - len(lengths))]
         if idle:
             output.loss = output.loss + 0.0 * sum(idle)
         return output
@@ -325,9 +329,35 @@ def run_idle_parts(model: Sa2VAChatModel) -> None:
     model.forward = forward_with_idle_parts
 
 
+def _lengths_of_clips(model: Sa2VAChatModel, inputs: Mapping[str, Any]) -> set[int]:
+    """Numbers of frames of the pictures and clips in which there are objects: so many turns are segmented."""
+    is_seg = inputs["input_ids"] == model.special_token_ids().seg
+    has_objects = (is_seg & (inputs["labels"] != IGNORE_INDEX)).any(dim=1).tolist()
+    clips = inputs.get("grounding_pixel_values")
+    clips = [None] * len(has_objects) if clips is None else clips
+    seen = zip(clips, has_objects, strict=True)
+    return {math.prod(clip.shape[:-3]) for clip, has in seen if clip is not None and has}
+
+
+@contextmanager
+def _seeing_nothing(model: Sa2VAChatModel, device: torch.device) -> Iterator[list[Tensor]]:
+    """Runs the vision tower on nothing where it would run: before words are embedded, around Qwen-VL after."""
+    if not model.config.is_qwen_vl:
+        yield [_see_nothing(model, device)]
+        return
+    seen: list[Tensor] = []
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda *_: seen.append(_see_nothing(model, device)))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def _segment_nothing(model: Sa2VAChatModel, device: torch.device) -> Tensor:
     side = model.config.grounding_config.image_size
-    prompts = model.text_hidden_fcs(torch.zeros(1, model.config.get_text_config().hidden_size, device=device))
+    like = {"dtype": next(model.text_hidden_fcs.parameters()).dtype, "device": device}
+    prompts = model.text_hidden_fcs(torch.zeros(1, model.config.get_text_config().hidden_size, **like))
     clip, where = prompts.new_zeros(1, 1, 3, side, side), torch.zeros(1, dtype=torch.long, device=device)
     (seen,) = model.grounding_encoder.segment_clips(clip, prompts, where, 1)
     return seen.multimask_logits.mean() + seen.multimask_iou_scores.mean() + seen.object_scores.mean()
@@ -357,6 +387,12 @@ class RecipeTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def get_train_dataloader(self):
+        """As in `Trainer`, but batches stay where they are until their turn: a step may hold hundreds of pictures."""
+        loader = super().get_train_dataloader()
+        loader.device = None
+        return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, each with the number of masks in all of them, of all processes."""

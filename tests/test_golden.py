@@ -11,6 +11,7 @@ from conftest import GOLDEN, GoldenFamily
 from transformers import AutoModel
 
 from sa2va.processing_sa2va import collate_inputs
+from sa2va.sam2_decoder import TrackingState
 
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2")
 CASES = [(family, name) for family in FAMILIES for name in GoldenFamily(family).cases]
@@ -131,7 +132,10 @@ def low_res_predictions(model, case, prompts):
     processor = model.load_processor()
     inputs = processor.prepare(**case.arguments)
     with torch.no_grad():
-        return [prediction for _, prediction in model._track(inputs, processor, prompts, iter(inputs.frames))]
+        return [
+            prediction
+            for _, prediction in model._track(inputs, processor, prompts, iter(inputs.frames), TrackingState(), 1)
+        ]
 
 
 @cases_with("low0", "ptr0", "dec0")

@@ -801,10 +801,13 @@ BAD_STATES = {
         "words alone",
     ),
     "loss without all logits": (
-        lambda have: have.forward(labels=torch.zeros(1, 4, dtype=torch.long), logits_to_keep=1),
+        lambda have: have.forward(
+            labels=have.processor(plain(size=(6, 6)), ASK + "[SEG]")["input_ids"], logits_to_keep=1
+        ),
         ValueError,
         "logits_to_keep",
     ),
+    "labels of another text": (lambda have: have.forward(labels=torch.zeros(1, 4, dtype=int)), ValueError, "shape of"),
     "generation_config is a dict": (lambda have: have.ask(generation_config={"num_beams": 2}), TypeError, "dict"),
     "processor is a number": (lambda have: have.ask(processor=5), TypeError, "processor="),
     "tokenizer is a name": (lambda have: have.ask(tokenizer="bert"), TypeError, "'bert'"),
@@ -916,6 +919,8 @@ BAD_STATES = {
     ),
     "frames of another batch": (lambda have: have.forward(grounding_pixel_values=[None] * 2), ValueError, "2"),
     "masks of another batch": (lambda have: have.forward(mask_labels=[]), ValueError, "mask_labels of 0"),
+    "masks of 255": (lambda have: have.forward(mask_labels=[torch.full((1, 6, 8), 255.0)]), ValueError, "by 255"),
+    "masks in an array": (lambda have: have.forward(mask_labels=[np.ones((1, 6, 8))]), TypeError, "ndarray"),
     "masks of two objects": (
         lambda have: have.forward(mask_labels=[torch.ones(2, 1, 6, 8)]),
         ValueError,

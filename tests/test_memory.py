@@ -6,10 +6,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import Prescribed
+from conftest import GOLDEN, Prescribed
 from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
 from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_utils import select_closest_cond_frames
+from transformers import AutoModel
 
 from sa2va import Sa2VAChatConfig
 from sa2va.configuration_sa2va import Sa2VAGroundingConfig
@@ -212,3 +213,18 @@ def test_all_key_frames_are_looked_at_unless_the_config_says_otherwise(tmp_path)
     assert Sa2VAGroundingConfig().max_cond_frames_in_attn == -1
     Sa2VAChatConfig(grounding_config={"max_cond_frames_in_attn": 3}).save_pretrained(tmp_path)
     assert Sa2VAChatConfig.from_pretrained(tmp_path).grounding_config.max_cond_frames_in_attn == 3
+
+
+@pytest.mark.parametrize(("family", "alike"), [("ivl_qwen2", range(6)), ("sa2vai_qwen2", range(3, 6))])
+def test_training_follows_objects_as_prediction_does(family, alike):
+    """Of Sa2VA-i only tracked frames: in training its key frames are what the prompted decoder says, not cut out."""
+    decoder = AutoModel.from_pretrained(GOLDEN / family, dtype=torch.float32).eval().grounding_encoder
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(6, 3, decoder.config.image_size, decoder.config.image_size, generator=generator)
+    prompts = torch.randn(2, decoder.config.d_model, generator=generator)
+    with torch.no_grad():
+        trained = decoder.segment_clips(frames[None], prompts, torch.zeros(2, dtype=torch.long), 3)
+        state = decoder.condition([(t, frames[t : t + 1]) for t in range(3)], prompts)
+        predicted = dict(decoder.propagate(state, list(frames), lambda some: torch.stack(tuple(some))))
+    for t in alike:
+        torch.testing.assert_close(trained[t].logits, predicted[t].logits, atol=1e-4, rtol=1e-4)

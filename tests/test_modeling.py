@@ -25,6 +25,7 @@ from transformers.trainer_utils import align_special_tokens
 from sa2va import Sa2VAChatModel, Sa2VAOutput
 from sa2va.modeling_sa2va import _WrittenStates
 from sa2va.processing_sa2va import rle_to_masks
+from sa2va.sam2_decoder import TrackingState
 
 
 @pytest.fixture
@@ -123,7 +124,12 @@ def test_three_objects_get_the_masks_each_gets_alone(golden_model, golden_proces
 
     def track(prompts):
         with torch.no_grad():
-            return [p.logits for _, p in golden_model._track(inputs, golden_processor, prompts, iter(inputs.frames))]
+            return [
+                p.logits
+                for _, p in golden_model._track(
+                    inputs, golden_processor, prompts, iter(inputs.frames), TrackingState(), 1
+                )
+            ]
 
     together = torch.stack(track(prompts))
     alone = torch.cat([torch.stack(track(prompts[i : i + 1])) for i in range(3)], dim=1)

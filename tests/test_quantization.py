@@ -144,5 +144,5 @@ def test_a_dictionary_will_do(golden):
 
 @pytest.mark.parametrize("config", [QuantoConfig(weights="int8"), EetqConfig()], ids=lambda c: type(c).__name__)
 def test_configs_of_other_backends_get_the_same_list(config):
-    skipped = _language_model_only(config).modules_to_not_convert
+    skipped = _language_model_only(config, None).modules_to_not_convert
     assert {"vision_model", "grounding_encoder", "text_hidden_fcs"} <= set(skipped)

@@ -1,6 +1,7 @@
 """Losses of `forward`, and the training script: it learns, and goes on after a stop as if there had been none."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from sa2va.finetune import batches, trainee
 from sa2va.finetune import scenes as train
 from sa2va.finetune.batches import CURRICULUM, SceneCollator, ScheduledScenes, Stage
 from sa2va.finetune.tiny import build_model
+from sa2va.modeling_sa2va import _uncertain_points
+from sa2va.sam2_decoder import MaskPrediction
 
 
 @pytest.fixture(scope="module")
@@ -302,3 +305,49 @@ def test_tracking_looks_at_the_same_object_in_earlier_frames_only(tiny):
     nothing_earlier[0, 0] = nothing_earlier[-1].max()
     assert loss > 0
     assert trainee._tracking_loss(*first, is_image, nothing_earlier) > loss  # one token of 64 where there were several
+
+
+# ---------- losses of masks
+
+
+@pytest.mark.parametrize("all_masks", [False, True])
+def test_mask_losses_are_those_computed_by_hand(all_masks):
+    model, _ = build_model(0)
+    model.config.num_points, model.config.supervise_all_masks = 0, all_masks
+    wanted = torch.zeros(1, 2, 16, 16)
+    wanted[0, 0, :8] = 1
+    wanted[0, 1, :, :4] = 1
+    predictions = []
+    for t in range(2):  # one candidate of three is wrong everywhere, the third expects too little of itself
+        right = torch.where(wanted[:, t : t + 1] > 0, 20.0, -20.0)
+        candidates, expected = torch.cat([right, -right, right], dim=1), torch.tensor([[1.0, 1.0, 0.5]])
+        one = torch.ones(1), torch.zeros(1), torch.zeros(1, 8)
+        predictions.append(MaskPrediction(right, *one, candidates, expected))
+    found = {name: float(value) for name, value in model._mask_losses(predictions, [wanted]).items()}
+    wrong = 1 / 3 if all_masks else 0.0
+    assert found["count"] == 2
+    assert found["mask_loss"] == pytest.approx(40 * wrong, abs=1e-3)
+    assert found["dice_loss"] == pytest.approx(2 * (1 - 1 / 257) * wrong, abs=1e-3)
+    assert found["object_score_loss"] == pytest.approx(2 * math.log(2), abs=1e-4)
+    assert found["iou_loss"] == pytest.approx(2 * 1.25 / 3, abs=1e-4)
+
+
+def test_a_mask_that_is_empty_and_found_empty_agrees():
+    model, _ = build_model(0)
+    model.config.num_points = 0
+    nothing = torch.full((1, 1, 16, 16), -20.0)
+    prediction = MaskPrediction(
+        nothing, torch.ones(1), -20 * torch.ones(1), torch.zeros(1, 8), nothing.repeat(1, 3, 1, 1), torch.ones(1, 3)
+    )
+    found = model._mask_losses([prediction], [torch.zeros(1, 1, 16, 16)])
+    assert all(found[name] < 1e-3 for name in ("mask_loss", "dice_loss", "object_score_loss", "iou_loss"))
+
+
+def test_points_lie_where_a_mask_is_uncertain():
+    model, _ = build_model(0)
+    model.config.num_points, model.config.importance_sample_ratio, model.config.oversample_ratio = 64, 0.5, 16
+    logits = torch.full((1, 1, 16, 16), 9.0)
+    logits[..., 4:8, :] = 0
+    points = _uncertain_points(logits, model.config)
+    assert points.shape == (1, 64, 2)
+    assert ((points[0, :32, 1] > 0.25) & (points[0, :32, 1] < 0.5)).all()
