@@ -1,6 +1,7 @@
 """Training on one's own data: what a batch holds, what learns, and that a step is a step however it is computed."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -259,6 +260,60 @@ def test_two_processes_learn_as_one_does(data, whole, tmp_path):
     norms, wanted = ([entry["grad_norm"] for entry in curve(output)] for output in (tmp_path, whole))
     assert norms == pytest.approx(wanted, rel=SAME_CURVE)
     assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=2e-6) for step in parts(whole)]  # rounded
+
+
+SHARDED = """
+import os, sys
+from datetime import timedelta
+from types import SimpleNamespace
+import numpy as np, torch
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from conftest import GOLDEN, training_batch
+from PIL import Image
+from transformers import AutoModel
+from sa2va.finetune import recipe
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+os.environ["ACCELERATE_USE_FSDP"] = "true"
+model = AutoModel.from_pretrained(GOLDEN / sys.argv[1], dtype=torch.float32)
+processor, is_first = model.load_processor(), dist.get_rank() == 0
+recipe.run_idle_parts(model)
+model = recipe.prepare_model(model, recipe.RecipeArguments(model=sys.argv[1], lora_rank=4, lora_alpha=8))
+plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+)
+plugin.set_mixed_precision("bf16")
+place = {"device": torch.device("cpu"), "is_main_process": is_first, "torch_device_mesh": None}
+state = SimpleNamespace(fsdp_plugin=plugin)
+model = fsdp2_prepare_model(SimpleNamespace(state=state, mixed_precision="bf16", **place), model)
+if is_first:
+    batch = training_batch(processor, Image.fromarray(np.zeros((61, 97, 3), np.uint8)))
+else:
+    ids = processor.prepare(text="Hi?").input_ids
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch |= {"grounding_pixel_values": [None], "mask_labels": [None]}
+model.train()
+model(**batch).loss.backward()
+assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+model.eval()
+with torch.no_grad():
+    assert model(**batch).loss > 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_sharded_processes_with_and_without_pictures_wait_for_each_other(family, tmp_path):
+    """FSDP2 in bfloat16, as finetune/accelerate/fsdp.yaml has it, over two processes: one has a picture, one words."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, "sharded.py", family], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
