@@ -416,6 +416,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self._no_split_modules = kinds.intersection(self._no_split_modules)  # FSDP wants no others
         self._weight_conversions = _released_layout(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle or copy holds: all but a token of the Hub."""
+        shown = {name: value for name, value in self._hub_arguments.items() if name != "token"}
+        return {**self.__dict__, "_hub_arguments": shown}
+
     def __new__(cls, config: Sa2VAChatConfig | None = None, *args, **kwargs):
         is_qwen = cls is Sa2VAChatModel and getattr(config, "is_qwen_vl", False)
         return super().__new__(Sa2VAChatModelQwen if is_qwen else cls)

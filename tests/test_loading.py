@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -117,6 +118,16 @@ def test_a_model_keeps_to_its_checkpoint_wherever_the_process_goes(golden, golde
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match=r"model is gone.*set_processor"):
         model.special_token_ids()
+
+
+def test_a_pickled_model_holds_no_token(golden, picture):
+    model = AutoModel.from_pretrained(golden.folder, token="hf_of_somebody")
+    pickled = pickle.dumps(model)
+    assert b"hf_of_somebody" not in pickled
+    ours, theirs = (
+        m.predict_forward(image=picture, text="?", max_new_tokens=3) for m in (model, pickle.loads(pickled))
+    )
+    assert ours.prediction == theirs.prediction
 
 
 def test_loading_a_released_folder_reports_no_missing_or_unexpected_key(golden):
