@@ -84,6 +84,13 @@ IMAGES = {
     "L": (lambda _: Image.new("L", (8, 6), 77), (8, 6), (77, 77, 77)),
     "LA": (lambda _: Image.new("LA", (8, 6), (77, 255)), (8, 6), (77, 77, 77)),
     "La": (lambda _: Image.new("LA", (8, 6), (77, 255)).convert("La"), (8, 6), (77, 77, 77)),
+    "I;16 between two levels": (
+        lambda _: Image.fromarray(np.full((6, 8), 257 * 77 + 200, np.uint16)),
+        (8, 6),
+        (78,) * 3,
+    ),
+    "floats between two levels": (lambda _: np.full((6, 8, 3), 0.499), (8, 6), (127,) * 3),
+    "floats nearer to the next": (lambda _: np.full((6, 8, 3), 0.5), (8, 6), (128,) * 3),
     "I;16": (lambda _: Image.fromarray(np.full((6, 8), 257 * 77, np.uint16)), (8, 6), (77, 77, 77)),
     "I of 8 bits": (lambda _: Image.new("I", (8, 6), 77), (8, 6), (77, 77, 77)),
     "I of 16 bits": (lambda _: Image.new("I", (8, 6), 257 * 77), (8, 6), (77, 77, 77)),

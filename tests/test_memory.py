@@ -1,5 +1,6 @@
 """Memory of a video: attention as SAM 2 computes it, and how many key frames it looks at."""
 
+import copy
 import itertools
 import random
 
@@ -69,12 +70,26 @@ def test_a_frame_taken_once_gives_what_sam2_computes_for_each_object(attention, 
         torch.testing.assert_close(ours(**inputs), theirs(**row_for_each(inputs)), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("tokens", [0, 12])
-def test_maps_larger_than_a_block_give_the_same(attention, tokens):
+def test_maps_larger_than_a_block_give_the_same(attention, tokens, gradients):
     ours, theirs, config = attention
     inputs = memories(config, objects=2, maps=2, tokens=tokens, side=40)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(**inputs), theirs(**row_for_each(inputs)), atol=1e-5, rtol=1e-4)
+    inputs["memory"].requires_grad_(gradients)
+    with torch.set_grad_enabled(gradients):
+        found, wanted = ours(**inputs), theirs(**row_for_each(inputs))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    if gradients:
+        slopes = [torch.autograd.grad(output.square().sum(), inputs["memory"])[0] for output in (found, wanted)]
+        torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-3)
+
+
+def test_memory_attention_drops_out_in_training_only(attention):
+    ours, _, config = attention
+    inputs = memories(config, objects=2, maps=2, tokens=12)
+    layers = copy.deepcopy(ours).train()
+    assert not torch.equal(layers(**inputs), layers(**inputs))
+    assert torch.equal(layers.eval()(**inputs), layers(**inputs))
 
 
 def test_the_first_layer_attends_to_the_frame_once_for_all_objects(attention):

@@ -122,6 +122,16 @@ BAD_RESUMES = {
         "Use the same model",
     ),
     "settings of an answer": (lambda state: state, {"max_new_tokens": 5}, "how masks are wanted"),
+    "masks of another size": (
+        lambda state: {k: v[..., :-1] if k.endswith(".logits") else v for k, v in state.items()},
+        {},
+        "no state of a stream",
+    ),
+    "half a position": (
+        lambda state: {k: v[: len(v) // 2] if k.endswith(".position") else v for k, v in state.items()},
+        {},
+        "no state of a stream",
+    ),
     "half a memory": (
         lambda state: {k: v[: len(v) // 2] if k.endswith(".features") else v for k, v in state.items()},
         {},
