@@ -66,6 +66,16 @@ def told() -> Iterator[None]:
         raise gr.Error(html.escape(message, quote=False), print_exception=False) from error
 
 
+class Visit:
+    """What one visitor's page is about.
+
+    Events change it in place, so that an answer that is still written sees that something else was opened.
+    """
+
+    def __init__(self):
+        self.session = Session()
+
+
 class Page:
     """Layout, events and HTTP API.
 
@@ -101,7 +111,7 @@ class Page:
         self.model, self.max_frames, self.generate_kwargs = model, max_frames, generate_kwargs or {}
         sampling = frame_sampling if isinstance(frame_sampling, str) else ",".join(map(str, frame_sampling))
         with gr.Blocks(title="Sa2VA", analytics_enabled=False, delete_cache=KEPT_SECONDS, fill_width=True) as blocks:
-            self.session, self.turn = gr.State(Session()), gr.State(0)
+            self.visit, self.turn = gr.State(Visit()), gr.State(0)
             gr.Markdown("## Sa2VA\nAsk about an image or a video, and see what the answer points at.")
             with gr.Row():
                 with gr.Column(scale=3, min_width=360) as left:
@@ -167,13 +177,13 @@ class Page:
 
     def _wire(self, with_model: dict[str, Any]) -> None:
         """Which event calls what; `with_model` limits those that need the model."""
-        look = [self.session, self.turn, self.frame, self.threshold, self.objects]
+        look = [self.visit, self.turn, self.frame, self.threshold, self.objects]
         files = [self.player, self.overlay, self.masks]
-        whole = [self.session, self.turn, self.chat, self.stage, self.frame, self.objects, *files]
+        whole = [self.turn, self.chat, self.stage, self.frame, self.objects, *files]
         asked = gr.on(
             [self.send.click, self.question.submit],
             self.ask,
-            [self.question, self.session, self.stage, self.num_frames, self.sampling, self.threshold],
+            [self.question, self.visit, self.stage, self.num_frames, self.sampling, self.threshold],
             [*whole, self.question],
             show_progress_on=self.question,
             **with_model,
@@ -184,16 +194,16 @@ class Page:
             (self.video, self.open_video, self.image),
         ):
             # preprocess: gradio would decode images itself, and tell in its own way of those it can't
-            # cancels: an answer about the picture before would go on and put that one back
-            options = {"show_progress_on": media, "preprocess": False, "cancels": asked, **PRIVATE}
-            media.change(opened, [media, self.session], [*whole, other], **options)
-        gr.on([self.anew.click, self.chat.clear], self.restart, self.session, whole, cancels=asked, **QUICK)
+            media.change(
+                opened, [media, self.visit], [*whole, other], show_progress_on=media, preprocess=False, **PRIVATE
+            )
+        gr.on([self.anew.click, self.chat.clear], self.restart, self.visit, whole, **QUICK)
         asked.success(self.redraw, look, self.stage, **QUICK).then(self.keep, look, files, **PRIVATE)
         self.stop.click(self.keep, look, files, cancels=asked, **PRIVATE)
         self.frame.input(self.redraw, look, self.stage, **QUICK)
         for changed in (
             gr.on([self.threshold.input, self.objects.input], self.redraw, look, self.stage, **QUICK),
-            self.chat.select(self.choose, [self.session, self.threshold], whole, **QUICK),
+            self.chat.select(self.choose, [self.visit, self.threshold], whole, **QUICK),
         ):
             changed.then(self.keep, look, files, **QUICK)
 
@@ -213,37 +223,41 @@ class Page:
 
     # ------------------------------------------------------------------------------------------------------- events
 
-    def open_image(self, file: dict[str, Any] | None, session: Session) -> dict[Any, Any]:
+    def open_image(self, file: dict[str, Any] | None, visit: Visit) -> dict[Any, Any]:
         """An image came, or went."""
-        return self._open(file, session, False, self.video)
+        return self._open(file, visit, False, self.video)
 
-    def open_video(self, file: dict[str, Any] | None, session: Session) -> dict[Any, Any]:
+    def open_video(self, file: dict[str, Any] | None, visit: Visit) -> dict[Any, Any]:
         """A video came, or went."""
-        return self._open(file, session, True, self.image)
+        return self._open(file, visit, True, self.image)
 
-    def _open(
-        self, file: dict[str, Any] | None, session: Session, is_video: bool, other: gr.Component
-    ) -> dict[Any, Any]:
-        if file is None:  # also when the other kind has come instead
-            return self._whole(Session(), 0) if session.is_video == is_video else {self.turn: gr.skip()}
+    def _open(self, file: dict[str, Any] | None, visit: Visit, is_video: bool, other: gr.Component) -> dict[Any, Any]:
+        if file is None:
+            if visit.session.is_video != is_video:  # the other kind has come instead
+                return {self.turn: gr.skip()}
+            visit.session = Session()
+            return self._whole(visit.session, 0)
         with told():
-            return {**self._whole(open_session(file["path"], self.max_frames), 0), other: None}
+            visit.session = open_session(file["path"], self.max_frames)
+            return {**self._whole(visit.session, 0), other: None}
 
-    def restart(self, session: Session) -> dict[Any, Any]:
+    def restart(self, visit: Visit) -> dict[Any, Any]:
         """Begins a new conversation about the same picture."""
-        return self._whole(replace(session, turns=()), 0)
+        visit.session = replace(visit.session, turns=())
+        return self._whole(visit.session, 0)
 
     def ask(
         self,
         question: str,
-        session: Session,
+        visit: Visit,
         marks: Any,
         num_frames: int,
         sampling: str,
         threshold: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  as gradio wants it
     ) -> Iterator[dict[Any, Any]]:
-        """Answers, and shows every frame as soon as it has masks."""
+        """Answers, and shows every frame as soon as it has masks; ends when something else is shown meanwhile."""
+        session = visit.session
         with told():
             if session.source is None:
                 raise ValueError("There is no picture yet. Give an image or a video, and wait until it is shown.")
@@ -252,27 +266,33 @@ class Page:
             if not session.goes_on(marks, reading):
                 gr.Info("The marks or the frames to be read have changed, so this is a new conversation.")
             for answered in ask(self.model, session, question, reading, marks, **self.generate_kwargs):
+                if visit.session is not session:  # what is given last stays
+                    yield self._whole(visit.session, max(0, len(visit.session.turns) - 1))
+                    return
+                visit.session = session = answered
                 turn, number = answered.turns[-1], len(answered.turns) - 1
                 index, shown = len(turn.frames) - 1, range(len(turn.labels))
                 progress((index + 1, answered.length), unit="frames")
                 if not index:
                     yield {**self._whole(answered, number, threshold), self.question: ""}
                 else:
-                    stage = self.redraw(answered, number, index, threshold, shown)
-                    yield {self.session: answered, self.frame: index, self.stage: stage}
+                    stage = self.redraw(visit, number, index, threshold, shown)
+                    yield {self.frame: index, self.stage: stage}
             yield {self.frame: 0}
 
-    def choose(self, session: Session, threshold: float, event: gr.SelectData) -> dict[Any, Any]:
+    def choose(self, visit: Visit, threshold: float, event: gr.SelectData) -> dict[Any, Any]:
         """Shows the masks of the answer that was clicked."""
-        return self._whole(session, event.index // 2, threshold)
+        return self._whole(visit.session, event.index // 2, threshold)
 
-    def redraw(self, session: Session, turn: int, frame: int, threshold: float, shown: Any) -> Any:
+    def redraw(self, visit: Visit, turn: int, frame: int, threshold: float, shown: Any) -> Any:
         """The stage with another frame, threshold or choice of objects."""
+        session = visit.session
         with told():
             return gr.HTML(picture=stage_html(session, frame, turn, threshold, shown)) if session.source else gr.skip()
 
-    def keep(self, session: Session, turn: int, frame: int, threshold: float, shown: Any) -> list[Any]:
+    def keep(self, visit: Visit, turn: int, frame: int, threshold: float, shown: Any) -> list[Any]:
         """Player and downloads for what the stage shows."""
+        session = visit.session
         if turn >= len(session.turns):
             return [gr.skip()] * 3
         with told():
@@ -296,7 +316,6 @@ class Page:
         picture = stage_html(session, 0, number, threshold, range(len(labels))) if session.source else EMPTY
         choices = [(f"{i + 1}. {label}", i) for i, label in enumerate(labels)]
         return {
-            self.session: session,
             self.turn: number,
             self.chat: messages,
             self.stage: gr.HTML(**({} if session.turns else {"value": []}), picture=picture),
