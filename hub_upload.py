@@ -33,7 +33,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
@@ -1158,8 +1158,7 @@ def _pack_card(
     """Writes README.md; says whether it was "generated" or "kept", and what is to be known about it."""
     written_by_hand = bool(old_text) and not _is_made_by_machine(old_text)
     if written_by_hand and not facts.new_card:
-        source = origin.documents if origin.name is None else PurePosixPath(origin.name)
-        text = _readdressed(old_text, source, model_id)
+        text = _readdressed(old_text, origin.name or origin.documents, model_id)
         (out / CARD).write_text(text, encoding="utf-8")
         given = [field.name for field in fields(facts) if getattr(facts, field.name)]
         notes = [f"The card is the one found; {', '.join(given)} did not change it (--new-card)."] if given else []
@@ -1204,12 +1203,12 @@ def _is_made_by_machine(text: str) -> bool:
     return any(phrase in text for phrase in FORM_PHRASES)
 
 
-def _readdressed(text: str, source: Path, model_id: str) -> str:
+def _readdressed(text: str, source: str | Path, model_id: str) -> str:
     """A card whose examples load `model_id` where they loaded the source; whatever else somebody wrote stays."""
     mark = CARD_MARK.search(text)
     is_ours = mark is not None and _is_made_by_machine(text)
     body = text[: mark.start()] if is_ours else text
-    for name in {str(source), source.resolve().name, *([mark["id"]] if mark else [])}:
+    for name in {str(source), Path(source).resolve().name, *([mark["id"]] if mark else [])}:
         call = rf"(?<=\.from_pretrained\()(\s*[\"']){re.escape(name)}(?=[\"'])"
         body = re.sub(call, lambda begin: begin[1] + model_id, body)
         body = body.replace(f"huggingface.co/{name}/resolve/", f"huggingface.co/{model_id}/resolve/")

@@ -151,6 +151,18 @@ def test_every_part_on_a_device_of_its_own_answers_alike(family, case):
         assert_answers_as_recorded(model, GoldenFamily(family).case(case))
 
 
+def test_a_stream_is_taken_up_where_sam2_computes(golden, golden_model):
+    arguments = {**golden.case("vid3_1seg").arguments, "num_frames": 1}
+    wanted = [frame.masks for frame in golden_model.predict_stream(**arguments)]
+    stream = golden_model.predict_stream(**arguments)
+    next(stream)
+    state, model = stream.state(), load("ivl_qwen2")
+    with pretend_devices():
+        dispatch_model(model, one_device_each(model), skip_keys=model._skip_keys_device_placement)
+        resumed = model.predict_stream(video=arguments["video"], resume=state)
+        assert all(np.array_equal(f.masks, masks) for f, masks in zip(resumed, wanted[1:], strict=True))
+
+
 def test_visual_prompts_go_with_the_picture_from_device_to_device(golden):
     model = load("ivl_qwen2")
     with pretend_devices():

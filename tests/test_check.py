@@ -575,8 +575,18 @@ def test_a_pickle_that_holds_code_is_not_run(tmp_path, capsys):
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "new").glob("*.safetensors*"))
 
 
-def test_a_pickle_of_more_than_tensors_is_refused(tmp_path):
-    torch.save({"model": {"a": torch.ones(1)}, "step": 3}, tmp_path / "pytorch_model.bin")
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": {"a": torch.ones(1)}, "step": 3},
+        {0: torch.ones(1)},
+        {"a": torch.ones(2, 2).to_sparse()},
+        {"a": torch.ones(2, device="meta")},
+    ],
+    ids=["more", "numbered", "sparse", "meta"],
+)
+def test_a_pickle_of_more_than_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="state_dict"):
         convert_pickles(tmp_path, tmp_path / "new")
 

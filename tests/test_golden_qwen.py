@@ -223,6 +223,17 @@ def test_messages_are_written_as_calls_are(models, family):
     assert torch.equal(found["pixel_values"], alone.pixel_values)
 
 
+@pytest.mark.parametrize("family", ["qwen25vl", "qwen3vl"])
+def test_image_features_are_those_of_transformers(models, family):
+    model = models[family]
+    inputs = model.load_processor()(np.zeros((56, 84, 3), np.uint8), "Hi")
+    with torch.no_grad():
+        found, wanted = (
+            m.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]) for m in (model, model.model)
+        )
+    assert torch.equal(found.last_hidden_state, wanted.last_hidden_state)
+
+
 def test_arguments_of_a_processor_count_in_a_template_too(models):
     processor, clip = models["qwen3vl"].load_processor(), np.zeros((4, 56, 84, 3), np.uint8)
     asked = [{"role": "user", "content": [{"type": "video", "video": clip}, {"type": "text", "text": "Hi"}]}]

@@ -377,6 +377,37 @@ def test_a_card_is_kept_once_somebody_has_changed_it(packed, tmp_path):
     assert any("license did not change it" in note for note in report.notes)
 
 
+def test_a_card_of_the_hub_speaks_of_the_new_repository(source, tmp_path, monkeypatch):
+    (source / "README.md").write_text(
+        '# Theirs\n`AutoModel.from_pretrained("me/base")`, [x](https://huggingface.co/me/base)\n'
+    )
+    monkeypatch.setattr(hub_upload, "_download", lambda *_: source)
+    pack("me/base", tmp_path / "out", model_id="you/new")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert 'from_pretrained("you/new")' in text and "huggingface.co/me/base)" in text
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_pictures_go_along_by_their_whole_names(source, tmp_path, shown):
+    (source / "README.md").write_text("# Mine\n![](fat-cat.png)" + " ![](cat.png)" * shown)
+    for name in ("fat-cat.png", "cat.png"):
+        (source / name).write_bytes(b"png")
+    assert ("cat.png" in pack(source, tmp_path / "out").files) is shown
+
+
+def test_a_link_stays_a_link_to_what_is_replaced(source, tmp_path):
+    place, link = shutil.copytree(source, tmp_path / "place"), tmp_path / "link"
+    link.symlink_to(place)
+    pack(source, link, overwrite=True)
+    assert link.is_symlink() and (place / "README.md").is_file() and not list(tmp_path.glob(".*"))
+
+
+def test_a_card_in_another_encoding_is_named(source, tmp_path):
+    (source / "README.md").write_bytes("# Modèle".encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"README.md is not in UTF-8"):
+        pack(source, tmp_path / "out")
+
+
 def test_what_a_process_that_died_was_replacing_comes_back(packed, tmp_path, monkeypatch):
     source, out = packed / "sa2vai_qwen2", shutil.copytree(packed / "sa2vai_qwen2", tmp_path / "out")
     (out / "README.md").write_text((out / "README.md").read_text() + "\nMy own words\n")

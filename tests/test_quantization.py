@@ -142,6 +142,16 @@ def test_a_dictionary_will_do(golden):
     assert quantized_modules(model) == language_layers(model)
 
 
+@pytest.mark.parametrize(
+    ("asked", "dtype"),
+    [(None, torch.bfloat16), ("auto", torch.bfloat16), ("float16", torch.float16), (torch.float32, torch.float32)],
+)
+def test_four_bits_are_multiplied_in_the_dtype_of_the_model(asked, dtype):
+    assert _language_model_only(BitsAndBytesConfig(load_in_4bit=True), asked).bnb_4bit_compute_dtype is dtype
+    chosen = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
+    assert _language_model_only(chosen, asked).bnb_4bit_compute_dtype is torch.float16
+
+
 @pytest.mark.parametrize("config", [QuantoConfig(weights="int8"), EetqConfig()], ids=lambda c: type(c).__name__)
 def test_configs_of_other_backends_get_the_same_list(config):
     skipped = _language_model_only(config, None).modules_to_not_convert
