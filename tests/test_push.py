@@ -293,6 +293,21 @@ def test_other_bytes_on_the_hub_are_noticed(hub, packed):
     assert push(packed, hub).uploaded == ("requirements.txt",) and holds(hub, packed)
 
 
+def test_a_commit_by_somebody_else_right_after_does_not_matter(hub, packed, monkeypatch):
+    send = hub_upload._Hub._send
+
+    def send_and_be_edited(self, *args):
+        commit = send(self, *args)
+        repo = hub.repos["model", "me/tiny"]
+        repo.add("main", "Edit", {**repo.at().files, "README.md": Blob(6, b"# Mine")})
+        return commit
+
+    monkeypatch.setattr(hub_upload._Hub, "_send", send_and_be_edited)
+    report = push(packed, hub, tag="v1")
+    repo = hub.repos["model", "me/tiny"]
+    assert repo.tags["v1"] == report.commit != repo.at().oid and repo.history()[0] == "Edit"
+
+
 def test_arguments_that_do_not_go_together_are_told(hub, packed):
     with pytest.raises(ValueError, match="leave out --revision or --create-pr"):
         push(packed, hub, create_pr=True, revision="dev")
