@@ -15,7 +15,7 @@ from PIL import Image
 
 from sa2va.data.records import BROKEN, Reader
 from sa2va.data.registry import DATASETS, open_dataset
-from sa2va.data.samples import Media, Sample, Size
+from sa2va.data.samples import Media, Sample, Size, annotated_frames
 
 SEG = "[SEG]"
 UNGROUPED = ("jsonl", "gcg", "region_captions", "llava", "chatunivi")  # all others draw from a sample's expressions
@@ -110,8 +110,7 @@ def _mask_problems(sample: Sample) -> Iterator[str]:
 def _annotation_problems(sample: Sample, length: int) -> Iterator[str]:
     """Clips of which nothing can be learned or measured: all objects of a turn must be annotated in the same frames."""
     for number, turn in enumerate(sample.turns):
-        marked = [thing.annotated for thing in turn.objects if thing.annotated is not None]
-        counted = frozenset(range(length)).intersection(*marked)
+        counted = annotated_frames(turn.objects, length)
         if not counted:
             yield f"turn {number}: there is no frame in which all its objects are annotated."
         elif sample.regions and 0 not in counted:

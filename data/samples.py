@@ -246,6 +246,12 @@ class ObjectMasks:
         return masks
 
 
+def annotated_frames(objects: Sequence[ObjectMasks], length: int) -> list[int]:
+    """Numbers of those of `length` frames in which all of some objects were labelled, in order."""
+    marked = [thing.annotated for thing in objects if thing.annotated is not None]
+    return sorted(frozenset(range(length)).intersection(*marked))
+
+
 # ---------- conversations
 
 

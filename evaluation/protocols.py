@@ -27,7 +27,7 @@ import numpy as np
 from transformers.utils import logging
 
 from sa2va import Sa2VAOutput
-from sa2va.data.samples import ObjectMasks, Sample, Turn
+from sa2va.data.samples import ObjectMasks, Sample, Turn, annotated_frames
 from sa2va.evaluation import captions, scenes
 from sa2va.evaluation.captions import grounding_scores, plain_caption, text_scores
 from sa2va.evaluation.metrics import (
@@ -80,8 +80,7 @@ class Asked(NamedTuple):
     @property
     def counted(self) -> list[int]:
         """The frames that were labelled."""
-        labelled = [thing.annotated for thing in self.turn.objects if thing.annotated is not None]
-        return sorted(frozenset(range(self.frames)).intersection(*labelled))
+        return annotated_frames(self.turn.objects, self.frames)
 
     def targets(self) -> np.ndarray:
         """Bool [objects, counted frames, h, w]."""

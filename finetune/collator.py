@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sa2va import Sa2VAProcessor
 from sa2va.data import templates
 from sa2va.data.registry import Dataset
-from sa2va.data.samples import Media, ObjectMasks, Sample, Turn
+from sa2va.data.samples import Media, ObjectMasks, Sample, Turn, annotated_frames
 from sa2va.modeling_sa2va import IGNORE_INDEX
 from sa2va.processing_sa2va import Sa2VAInputs, collate_inputs
 
@@ -200,14 +200,12 @@ def choose_frames(
     """
     if not media.is_video:
         return [0]
-    known = set(range(len(media)))
-    for thing in objects:
-        known &= known if thing.annotated is None else thing.annotated
+    known = annotated_frames(objects, len(media))
     if not known:
         raise ValueError("A clip has no frame in which all objects of its conversation are annotated.")
     if with_first and 0 not in known:
         raise ValueError("Regions are shown on frame 0, in which not all objects of the conversation are annotated.")
     first = [0] if with_first else []
-    known = sorted(known - set(first))
+    known = [frame for frame in known if frame not in first]
     drawn = rng.choice(known, min(num_frames - len(first), len(known)), replace=False) if known else []
     return first + sorted(int(frame) for frame in drawn)
