@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --json speed.json             # image and 8, 64, 256 frames; 1, 3, 8 objects; small SAM 2
     python benchmarks/speed.py --sam2 real --frames 1 8 --objects 1 3 --repeats 1 --seconds 0    # Hiera-L at 1024
+    python benchmarks/speed.py --sam2 real --frames 64 --repeats 1 --seconds 0 --floor-calls 3 --no-official
 
 The language side is that of `sa2va-tiny`; SAM 2 is its own or one of true size with random weights. The words of the
 answer are prescribed: one [SEG] for each object. Videos are files. Each case has a process of its own, in which are
@@ -16,11 +17,14 @@ timed, in turn and several times over:
 
 Rounds go on until there were `--repeats` of them and `--seconds` have passed. Printed are medians; a ratio is the
 median over rounds, as neighbours in time share what else the machine does. "memory" is the peak of a `predict_stream`
-over the video, before anything else has run; with `--repeats 1` it is left out.
+over the video, before anything else has run; with `--repeats 1` it is left out. For long videos, `--floor-calls`
+runs only so many of the floor's calls that do the same work, and counts the others as these, and `--no-official`
+leaves that way out.
 """
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -163,33 +167,31 @@ class Answering:
         return torch.cat([self.processor.binarize(frame) for frame in resized]).cpu().numpy()
 
 
-def measure(
-    sam2: str, num_frames: int, num_objects: int, repeats: int, seconds: float, device: str, dtype: str
-) -> dict[str, Any]:
-    """Measures one case in this process.
+def measure(sam2: str, num_frames: int, num_objects: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures one case in this process, with the settings of the command line.
 
     Returns:
         Seconds of each round ("ours", "floor", "official") and of each stage of our first ("stages"; "read" is
-        decoding the file, which overlaps with the rest); "encodes" of ours and official, "peak_mb" of a
-        `predict_stream` or None, and the case.
+        decoding the file, which overlaps with the rest); "encodes" of ours and official, "floor_calls" that were run of
+        each kind or None, "peak_mb" of a `predict_stream` or None, and the case.
     """
-    model = build_model(sam2, device, dtype)
+    model = build_model(sam2, options.device, options.dtype)
     with tempfile.TemporaryDirectory() as folder:
         media = write_media(Path(folder), num_frames, FRAME_SIZES[sam2])
         asked = Answering(model, media, num_frames > 1, num_objects)
         peak = None
-        if repeats > 1:  # takes a run of its own, which also warms up
+        if options.repeats > 1:  # takes a run of its own, which also warms up
             asked.stream()
             peak = peak_memory(model.device)
-        with Stages(model, asked.processor, record=True) as recorded:
+        with Stages(model, asked.processor, record=options.floor_calls or math.inf) as recorded:
             ours = [clock(asked.ours, model.device)]
-        floor = [replay(recorded.calls, model.device)]
+        floor = [replay(recorded, model.device)]
         with Stages(model) as counted:
-            official = [clock(asked.official, model.device)]
-        while len(ours) < repeats or sum(ours + floor + official) < seconds:
+            official = [clock(asked.official, model.device)] if options.official else []
+        while len(ours) < options.repeats or sum(ours + floor + official) < options.seconds:
             ours.append(clock(asked.ours, model.device))
-            floor.append(replay(recorded.calls, model.device))
-            official.append(clock(asked.official, model.device))
+            floor.append(replay(recorded, model.device))
+            official += [clock(asked.official, model.device)] if options.official else []
         frames = asked.processor.prepare(text=QUESTION, **asked.media).frames
         reading = clock(lambda: list(frames.read()), model.device)
     return {
@@ -202,6 +204,7 @@ def measure(
         "official": official,
         "stages": {"read": reading, **recorded.seconds, "other": ours[0] - sum(recorded.seconds.values())},
         "encodes": {"ours": recorded.counts["frames_encoded"], "official": counted.counts["frames_encoded"]},
+        "floor_calls": options.floor_calls,
         "peak_mb": peak,
     }
 
@@ -212,10 +215,8 @@ def run_case(options: argparse.Namespace, *case: Any) -> dict[str, Any]:
     Raises:
         RuntimeError: that process failed; the message holds what it wrote.
     """
-    settings = [*case, options.repeats, options.seconds, options.device, options.dtype]
-    done = subprocess.run(
-        [sys.executable, __file__, "--case", *map(str, settings)], capture_output=True, text=True, check=False
-    )
+    settings = json.dumps({"case": case, "options": vars(options)}, default=str)
+    done = subprocess.run([sys.executable, __file__, "--case", settings], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -227,7 +228,7 @@ HEADER = ("SAM 2", "frames", "objects", "seconds", "/ floor", "/ official", "enc
 def row(result: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table: medians over rounds, with the range of the seconds."""
     seconds = statistics.median(result["ours"])
-    to_floor, to_official = (median_ratio(result["ours"], result[name]) for name in ("floor", "official"))
+    ratios = {name: median_ratio(result["ours"], result[name]) for name in ("floor", "official") if result[name]}
     around = sum(result["stages"].get(name, 0.0) for name in STEPS) / result["ours"][0]
     encodes = result["encodes"]
     return (
@@ -235,9 +236,9 @@ def row(result: dict[str, Any]) -> tuple[str, ...]:
         str(result["frames"]),
         str(result["objects"]),
         f"{seconds:.2f} ({min(result['ours']):.2f}-{max(result['ours']):.2f})",
-        f"{to_floor:.2f}",
-        f"{to_official:.2f}",
-        f"{encodes['ours']} / {encodes['official']}",
+        f"{ratios['floor']:.2f}",
+        f"{ratios['official']:.2f}" if "official" in ratios else "-",
+        f"{encodes['ours']} / {encodes['official'] or '-'}",
         f"{around:.1%}",
         f"{result['peak_mb']:.0f} MB" if result["peak_mb"] else "-",
     )
@@ -268,6 +269,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     shown = {}
     for axis, result in zip(np.atleast_1d(axes), results, strict=True):
         for place, name in enumerate(("floor", "official"), 1):
+            if not result[name]:
+                continue
             axis.bar(place, statistics.median(result[name]), color="1", edgecolor="0.4", hatch="///")
         bottom = 0.0
         for name, height in visible_stages(result).items():
@@ -298,7 +301,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write every measurement to this file")
     parser.add_argument("--plot", type=Path, help="also draw the stages to this picture")
-    parser.add_argument("--case", nargs=7, help=argparse.SUPPRESS)
+    parser.add_argument("--floor-calls", type=int, help="of each kind of call the floor runs so many (default: all)")
+    parser.add_argument("--no-official", dest="official", action="store_false", help="leave the official way out")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -306,8 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs all cases and prints a line for each as it ends."""
     options = parse_arguments(argv)
     if options.case:
-        sam2, frames, objects, repeats, seconds, device, dtype = options.case
-        print(json.dumps(measure(sam2, int(frames), int(objects), int(repeats), float(seconds), device, dtype)))
+        print(json.dumps(measure(*options.case["case"], argparse.Namespace(**options.case["options"]))))
         return
     print(format_row(HEADER), format_row(["---"] * len(HEADER)), sep="\n", flush=True)
     results = []

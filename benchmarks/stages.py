@@ -10,11 +10,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
@@ -28,11 +31,19 @@ STEPS = {
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a network, with its arguments."""
+    """One call of a network, with its arguments. Calls of a kind, as tensors of equal shapes, do the same work."""
 
     module: nn.Module
     args: tuple
     kwargs: dict[str, Any]
+    kind: tuple
+
+    @classmethod
+    def of(cls, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "Call":
+        """The call with its kind; caches, which change, don't count."""
+        leaves = tree_leaves((args, {name: value for name, value in kwargs.items() if name != _CACHE}))
+        shapes = (tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
+        return cls(module, args, dict(kwargs), (id(module), *shapes))
 
 
 class Stages:
@@ -44,13 +55,15 @@ class Stages:
             "memory_encoder", "projections" (what lies between these networks), and `STEPS` where there is a processor.
             Devices are synchronised around each.
         counts: how often each ran; "frames_encoded" is the number of frames that went through SAM 2's image encoder.
-        calls: the networks' calls in order, except "seg_states", if `record`.
+        calls: the first `record` calls of each kind in order, except "seg_states".
+        kinds: how often each kind of call ran.
     """
 
-    def __init__(self, model: Sa2VAChatModel, processor: Sa2VAProcessor | None = None, record: bool = False):
+    def __init__(self, model: Sa2VAChatModel, processor: Sa2VAProcessor | None = None, record: float = 0):
         self.seconds: dict[str, float] = defaultdict(float)
         self.counts: Counter[str] = Counter()
         self.calls: list[Call] = []
+        self.kinds: Counter[tuple] = Counter()
         self._model, self._processor, self._record = model, processor, record
         self._handles: list[Any] = []
         self._outermost: tuple[Any, str] | None = None
@@ -84,10 +97,15 @@ class Stages:
             if stage == "sam2_encode" and args[0].shape[1] == 3:
                 self.counts["frames_encoded"] += len(args[0])
             if self._record and name != "seg_states":
-                self.calls.append(Call(module, args, dict(kwargs)))
+                self._keep(Call.of(module, args, kwargs))
             self._begin(module, name)
 
         return begin
+
+    def _keep(self, call: Call) -> None:
+        self.kinds[call.kind] += 1
+        if self.kinds[call.kind] <= self._record:
+            self.calls.append(call)
 
     def _begin(self, owner: Any, stage: str) -> None:
         self._outermost = (owner, stage)
@@ -149,22 +167,31 @@ def _language_stage(kwargs: dict[str, Any]) -> str:
     return "decode" if cache is not None and cache.get_seq_length() else "prefill"
 
 
-def replay(calls: Sequence[Call], device: torch.device) -> float:
-    """Seconds that the recorded calls take by themselves, with caches that begin empty."""
+def replay(recorded: Stages, device: torch.device) -> float:
+    """Seconds that the recorded calls take by themselves, with caches that begin empty.
+
+    Where not all calls of a kind were kept, those that were stand for the others.
+    """
+    kept = Counter(call.kind for call in recorded.calls)
+    seconds = 0.0
     caches: dict[int, DynamicCache] = {}
-    fresh = []
+    for share, calls in groupby(recorded.calls, key=lambda call: recorded.kinds[call.kind] / kept[call.kind]):
+        fresh = [_with_new_cache(call, caches) for call in calls]
+        seconds += share * clock(partial(_call_all, fresh), device)
+    return seconds
+
+
+def _with_new_cache(call: Call, caches: dict[int, DynamicCache]) -> Call:
+    """The call with a cache of its own; calls that shared one do so again, as `caches` remembers."""
+    if call.kwargs.get(_CACHE) is None:
+        return call
+    return replace(call, kwargs={**call.kwargs, _CACHE: caches.setdefault(id(call.kwargs[_CACHE]), DynamicCache())})
+
+
+@torch.no_grad()
+def _call_all(calls: Sequence[Call]) -> None:
     for call in calls:
-        kwargs = dict(call.kwargs)
-        if kwargs.get(_CACHE) is not None:
-            kwargs[_CACHE] = caches.setdefault(id(kwargs[_CACHE]), DynamicCache())
-        fresh.append((call.module, call.args, kwargs))
-
-    @torch.no_grad()
-    def call_all() -> None:
-        for module, args, kwargs in fresh:
-            module(*args, **kwargs)
-
-    return clock(call_all, device)
+        call.module(*call.args, **call.kwargs)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -41,16 +42,28 @@ def test_the_official_way_gives_our_masks_with_more_encodes(model, clip, num_obj
 
 def test_the_floor_replays_every_network_call_of_an_answer_once(model, clip):
     asked = Answering(model, clip, is_video=True, num_objects=1)
-    with Stages(model, record=True) as recorded:
+    with Stages(model, record=math.inf) as recorded:
         asked.ours()
     with Stages(model) as replayed:
-        assert replay(recorded.calls, model.device) > 0
+        assert replay(recorded, model.device) > 0
     assert recorded.counts == replayed.counts
     assert (replayed.counts["prefill"], replayed.counts["memory_attention"], replayed.counts["mask_decoder"]) == (
         1,
         3,
         8,
     )
+
+
+def test_calls_that_are_kept_stand_for_the_others_of_their_kind(model, clip):
+    with Stages(model, record=2) as recorded:
+        Answering(model, clip, is_video=True, num_objects=1).ours()
+    encoder = model.grounding_encoder.sam2_model.image_encoder
+    kept = [call for call in recorded.calls if call.module is encoder]
+    assert (len(kept), recorded.kinds[kept[0].kind]) == (2, 8)
+    with Stages(model) as replayed:
+        seconds = replay(recorded, model.device)
+    assert replayed.counts["frames_encoded"] == 2
+    assert seconds > 3 * replayed.seconds["sam2_encode"]  # eight calls, of which two were run
 
 
 def test_stages_leave_nothing_behind(model, clip):
@@ -65,7 +78,7 @@ def test_stages_leave_nothing_behind(model, clip):
 
 @pytest.mark.slow
 def test_a_case_is_measured_in_a_process_of_its_own():
-    options = argparse.Namespace(repeats=2, seconds=0.0, device="cpu", dtype="float32")
+    options = argparse.Namespace(repeats=2, seconds=0.0, device="cpu", dtype="float32", floor_calls=None, official=True)
     result = run_case(options, "small", 1, 3)
     assert [len(result[name]) for name in ("ours", "floor", "official")] == [2, 2, 2]
     assert sum(result["stages"].values()) - result["stages"]["read"] == pytest.approx(result["ours"][0])
