@@ -2,6 +2,7 @@
 
 * `open_source` decides what a path holds and opens it
 * `picture_writer`, `video_writer` write an overlay as it is made; no half-written file ever bears the final name
+* `append_lines`, `finished_lines` write and read records, a line each, of work that may be stopped and gone on with
 """
 
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -134,6 +135,32 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def finished_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Each line of a file with the byte where it begins; a last one that a stop left unfinished is none.
+
+    Raises:
+        OSError: no such file, or it can't be read.
+    """
+    start = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield start, line
+            start += len(line)
+
+
+def append_lines(path: Path) -> TextIO:
+    """The file, opened in UTF-8 for more lines behind its finished ones; folders are made as needed.
+
+    Raises:
+        OSError: it can't be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", encoding="utf-8")
+    os.truncate(path, sum(len(line) for _, line in finished_lines(path)))
+    return file
 
 
 @contextmanager

@@ -17,7 +17,6 @@ done. Processes on several machines need a file system in common.
 import argparse
 import glob
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -28,7 +27,7 @@ import torch
 from accelerate import PartialState
 
 from sa2va import Sa2VAChatModel
-from sa2va.demo.media import open_source, replacing
+from sa2va.demo.media import append_lines, finished_lines, open_source, replacing
 from sa2va.demo.predict import (
     USER_ERROR,
     add_frame,
@@ -140,10 +139,9 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file; a line that a stopped process left unfinished is none."""
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder. Give --output the name of a file.")
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+    for _, line in finished_lines(path) if path.is_file() else ():
         try:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+            yield json.loads(line)
         except ValueError as error:
             raise ValueError(f"{str(path)!r} holds no JSON lines ({error}). Give another --output.") from error
 
@@ -153,11 +151,7 @@ def _answer_all(names: list[str], arguments: argparse.Namespace, state: PartialS
     device = str(state.device) if arguments.device == "auto" else arguments.device
     with state.main_process_first():  # which downloads the checkpoint for all
         model = load_model(arguments.model, device, arguments.dtype)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    part = arguments.output.with_name(f".{arguments.output.name}.{state.process_index}.part")
-    if part.is_file():
-        os.truncate(part, part.read_bytes().rfind(b"\n") + 1)  # without a line that was left unfinished
-    with part.open("a", encoding="utf-8") as file:
+    with append_lines(arguments.output.with_name(f".{arguments.output.name}.{state.process_index}.part")) as file:
         for name in names:
             print(json.dumps(_answer(name, model, arguments)), file=file, flush=True)
 

@@ -11,12 +11,11 @@ tells the pictures from others that get their sample's id when the data change.
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from sa2va import Sa2VAChatModel, Sa2VAOutput, Sa2VAProcessor
 from sa2va.data.records import located
 from sa2va.data.registry import Dataset
 from sa2va.data.samples import Media, Sample
+from sa2va.demo.media import append_lines, finished_lines
 from sa2va.demo.predict import check_regions_are_seen
 from sa2va.processing_sa2va import rle_to_masks
 
@@ -141,7 +141,7 @@ class Predictions(Mapping[str, dict[str, Any]]):
     def __init__(self, folder: Path):
         self._places: dict[str, tuple[Path, int]] = {}
         for path in sorted(folder.glob("process-*.jsonl")):
-            for number, (start, line) in enumerate(_finished_lines(path), start=1):
+            for number, (start, line) in enumerate(finished_lines(path), start=1):
                 try:
                     self._places[json.loads(line)["id"]] = path, start
                 except (ValueError, KeyError, TypeError) as error:
@@ -158,16 +158,6 @@ class Predictions(Mapping[str, dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-def _finished_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Every line that ends, with the place where it begins."""
-    start = 0
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield start, line
-            start += len(line)
 
 
 def missing(dataset: Dataset, indices: Sequence[int], folder: Path) -> list[int]:
@@ -211,22 +201,13 @@ def predict_dataset(
     Raises:
         OSError, ValueError: a sample can't be read; what was predicted before it is kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _append(folder / f"process-{process}.jsonl") as file:
+    with append_lines(folder / f"process-{process}.jsonl") as file:
         for index in tqdm(indices, disable=not progress, file=sys.stderr, unit="sample"):
             started = time.perf_counter()
             record = answer_sample(model, processor, dataset[index], **options)
             record["seconds"] = round(time.perf_counter() - started, 3)
             file.write(json.dumps(record) + "\n")
             file.flush()
-
-
-def _append(path: Path) -> TextIO:
-    """The file opened for more lines, without one that was left unfinished."""
-    end = sum(len(line) for _, line in _finished_lines(path)) if path.exists() else 0
-    file = path.open("a", encoding="utf-8")
-    os.truncate(path, end)
-    return file
 
 
 def subset(length: int, limit: int | None, seed: int) -> list[int]:

@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +38,7 @@ from transformers.utils import logging
 
 from sa2va.data.registry import open_dataset
 from sa2va.data.samples import MaskFile, Media, ObjectMasks, Sample
-from sa2va.demo.media import replacing
+from sa2va.demo.media import append_lines, finished_lines, replacing
 from sa2va.processing_sa2va import CORRUPT_FILE_ERRORS, masks_to_rle
 
 Captioner = Callable[[Sequence[Image.Image], str], str]
@@ -349,7 +348,7 @@ def _require_agreement(verdict: str) -> None:
 
 
 def finished(path: Path, models: dict[str, str]) -> dict[str, str | None]:
-    """The expressions in the output by the id of their object; a last line that was torn by a stop is cut off.
+    """The expressions in the output by the id of their object; a last line that was torn by a stop is none.
 
     Args:
         path: the output; need not exist.
@@ -358,12 +357,8 @@ def finished(path: Path, models: dict[str, str]) -> dict[str, str | None]:
     Raises:
         ValueError: a line is broken, or by other models.
     """
-    if not path.is_file():
-        return {}
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
     expressions = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, (_, line) in enumerate(finished_lines(path) if path.is_file() else (), start=1):
         try:
             record = json.loads(line)
             expressions[record["id"]] = record["expression"]
@@ -371,7 +366,6 @@ def finished(path: Path, models: dict[str, str]) -> dict[str, str | None]:
             raise ValueError(f"{path}, line {number}: no record of this command. Give another --output.") from error
         if any(record.get(role) != name for role, name in models.items()):
             raise ValueError(f"{path}, line {number}: written with other models. Give another --output.")
-    os.truncate(path, len(whole))
     return expressions
 
 
@@ -520,9 +514,8 @@ def run(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("dtype", "device_map", "max_new_tokens")}
     captioner = load_captioner(arguments.captioner, **options)
     checker = load_checker(arguments.checker, **options)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     todo = (target for target in targets if target.id not in done)
-    with arguments.output.open("a", encoding="utf-8") as file:
+    with append_lines(arguments.output) as file:
         for target in tqdm(itertools.islice(todo, arguments.limit), unit="object"):
             record = label(target, captioner, checker, arguments.num_frames, arguments.min_area)
             print(json.dumps(record | models, ensure_ascii=False), file=file, flush=True)
