@@ -460,6 +460,16 @@ class Sa2VAChatConfig(PreTrainedConfig):
     def __new__(cls, *args, text_config=None, **kwargs):
         return super().__new__(Sa2VAChatConfigQwen if cls is Sa2VAChatConfig and text_config is not None else cls)
 
+    @property
+    def _attn_implementation(self) -> str | None:
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict[str, Any] | None) -> None:
+        PreTrainedConfig._attn_implementation.fset(
+            self, by_own_names(self, value) if isinstance(value, dict) else value
+        )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "Sa2VAChatConfig":
         """transformers' `from_pretrained`; see `from_dict` for what is read beside config.json."""
@@ -594,6 +604,13 @@ class Sa2VAChatConfigQwen(Sa2VAChatConfig):
         output["text_config"] = _with_legacy_rope(copy.deepcopy(output["text_config"]))
         output["vision_config"] = {**output["vision_config"], "model_type": self.qwen_vl_type}
         return output
+
+
+def by_own_names(config: Sa2VAChatConfig, parts: dict[str, Any]) -> dict[str, Any]:
+    """Settings of parts by the names of a family, whose language model is made by "llm_config" or "text_config"."""
+    names = {"llm_config", "text_config"}
+    (own,) = names & config.sub_configs.keys()
+    return {own if name in names else name: value for name, value in parts.items()}
 
 
 def _qwen_config(text_config: Any, vision_config: Any) -> PreTrainedConfig:

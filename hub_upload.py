@@ -1452,6 +1452,7 @@ def push_checkpoint(
     skip_test: bool = False,
     source_revision: str | None = None,
     commit_message: str = "Upload Sa2VA",
+    commit_description: str | None = None,
     endpoint: str | None = None,
     show: Callable[[PushReport], None] | None = None,
 ) -> PushReport:
@@ -1474,6 +1475,7 @@ def push_checkpoint(
         token, endpoint: default those of `hf auth login` or HF_TOKEN, and of HF_ENDPOINT.
         source_revision: revision of a source on the Hub.
         commit_message: of the commit, and title of the pull request.
+        commit_description: of both, below that.
         show: called with the plan before anything is sent.
 
     Raises:
@@ -1481,7 +1483,7 @@ def push_checkpoint(
         CheckpointError, OSError: as for `pack_checkpoint`.
         ValueError: arguments that don't go together.
     """
-    hub = _Hub(repo_id, revision, create_pr, token, endpoint)
+    hub = _Hub(repo_id, revision, create_pr, token, endpoint, commit_description)
     exists = hub.look_around()
     options = {"facts": facts, "max_shard_size": max_shard_size, "skip_test": skip_test, "token": token}
     with _packed(source, revision=source_revision, model_id=repo_id, **options) as (folder, notes):
@@ -1544,7 +1546,15 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
 class _Hub:
     """A repository on the Hub, as the one who holds the token sees it; passing faults are sat out."""
 
-    def __init__(self, repo_id: str, revision: str | None, create_pr: bool, token: str | None, endpoint: str | None):
+    def __init__(
+        self,
+        repo_id: str,
+        revision: str | None,
+        create_pr: bool,
+        token: str | None,
+        endpoint: str | None,
+        description: str | None = None,
+    ):
         from huggingface_hub import HfApi
         from huggingface_hub.utils import validate_repo_id
 
@@ -1560,6 +1570,7 @@ class _Hub:
         self.api = HfApi(endpoint=endpoint, token=token)
         self.create_pr = create_pr
         self.revision = revision or "main"
+        self.description = description
         self.user = ""
 
     def ask(self, function: Callable, *args, attempts: int = ATTEMPTS, **kwargs) -> Any:
@@ -1683,7 +1694,7 @@ class _Hub:
         for discussion in self.api.get_repo_discussions(self.repo_id, author=self.user):
             if discussion.is_pull_request and (discussion.status, discussion.title) == ("draft", title):
                 return discussion.num
-        return self.api.create_pull_request(self.repo_id, title=title).num
+        return self.api.create_pull_request(self.repo_id, title=title, description=self.description).num
 
     def upload(self, additions: Mapping[str, Any], message: str) -> str:
         """Commits until the Hub has what is here; returns the commit in which it has."""
@@ -1715,6 +1726,7 @@ class _Hub:
                 self.repo_id,
                 [*sent, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
                 commit_message=message,
+                commit_description=self.description,
                 revision=self.revision,
                 parent_commit=head,
             )

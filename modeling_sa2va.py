@@ -14,6 +14,7 @@ import copy
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral, Real
 from operator import index as as_index
@@ -38,6 +39,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    Cache,
     CompileConfig,
     DynamicCache,
     GenerationConfig,
@@ -72,6 +74,7 @@ from .configuration_sa2va import (
     Sa2VAInternLM2Config,
     Sa2VAVisionConfig,
     blaming_config,
+    by_own_names,
     reading_weights,
 )
 from .processing_sa2va import (
@@ -95,7 +98,9 @@ from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
 IGNORE_INDEX = -100
+_INTEGERS = (torch.int64, torch.int32)  # what embeddings and tensors can be indexed with
 _NO_PIXELS = "The text shows a picture, or regions of one, but there are no pixel_values. Give those of the processor."
+_OF_PROCESSOR = "Build both with the processor, from the same picture."
 _MOST_BEAMS = 1000  # more than anybody searches with; far more take all memory there is
 _MOST_BEAM_TOKENS = 10**7  # beams times tokens, for all of which beam search sets room aside
 _MOST_ABSENT = 2 * 10**9  # parameters that a checkpoint may lack; SAM 2 and a vision tower are 0.5 * 10**9
@@ -136,7 +141,46 @@ _SAVED_SETTINGS = {  # of generation_config.json: type, least and most
 }
 _MADE_HERE = {  # what the language model reads, which `predict_*` prepare by themselves
     *("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "mm_token_type_ids"),
-    *("pixel_values", "image_grid_thw", "prompt_masks", "prompt_mask_tiles"),
+    *("pixel_values", "image_grid_thw", "prompt_masks", "prompt_mask_tiles", "past_key_values", "cache"),
+}
+_REFUSED_SETTINGS = {  # arguments of transformers' `generate`: the only value they may have, and why
+    "guidance_scale": (1, "needs a prompt without its picture, which is not made here"),
+    "negative_prompt_ids": (None, "goes with guidance_scale, which needs a prompt without its picture"),
+    "assistant_early_exit": (None, "needs a model of words alone, and would change this one"),
+    "is_assistant": (False, "is what transformers tells a model that helps another one"),
+    "labels": (None, "belongs to forward, which gives a loss"),
+}
+_SETTING_RANGES = {"max_time": (0, math.inf)}  # least and most
+_SAMPLING_RANGES = {  # transformers overlooks them unless it samples
+    "temperature": (1e-20, 1e20),  # logits beyond are infinite or all alike
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), (0, 1)),
+}
+
+
+def _are(kind: Any, values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, kind) for value in values)
+
+
+_SETTING_KINDS = {  # arguments of transformers' `generate`: what they must be, and whether they are
+    **dict.fromkeys(("logits_processor", "stopping_criteria"), ("a list of functions", partial(_are, Callable))),
+    "streamer": ("an object with the methods put and end, as a TextStreamer has", lambda value: hasattr(value, "put")),
+    "stop_strings": ("a string or a list of them", lambda value: isinstance(value, str) or _are(str, value)),
+    "watermarking_config": (
+        "a WatermarkingConfig",
+        lambda value: isinstance(value, dict) or hasattr(value, "construct_processor"),
+    ),
+    "exponential_decay_length_penalty": (
+        "two numbers: the token it begins with, and its factor",
+        lambda value: _are(Real, value) and len(value) == 2,
+    ),
+    **dict.fromkeys(("past_key_values", "cache"), ("a Cache", lambda value: isinstance(value, Cache))),
+}
+_COMPILE_OPTIONS = {  # of `torch.compile`, and their types
+    "fullgraph": bool,
+    "dynamic": bool | None,
+    "backend": str | Callable,
+    "mode": str | None,
+    "options": dict | None,
 }
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -553,8 +597,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     ) -> str:
         """transformers' `push_to_hub`, of a whole repository: code, processor and model card beside the weights.
 
-        See `hub_upload.push_checkpoint`. Adapters and quantized models go transformers' own way, with which alone
-        `commit_description` goes.
+        See `hub_upload.push_checkpoint`. Adapters and quantized models go transformers' own way.
 
         Returns:
             Address of the commit or pull request.
@@ -566,8 +609,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         message = commit_message or "Upload Sa2VA"
         hub = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
         hub |= {"max_shard_size": max_shard_size, "tags": tags, "commit_message": message}
+        hub["commit_description"] = commit_description
         if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
-            return super().push_to_hub(repo_id, commit_description=commit_description, **hub)
+            return super().push_to_hub(repo_id, **hub)
         from .hub_upload import push_model
 
         return push_model(self, repo_id, **hub).url
@@ -655,12 +699,22 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return config
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args, **kwargs) -> None:
-        """transformers' `set_attn_implementation`, which does not know that InternViT is made by "vision_config"."""
-        kept = self.config.vision_config._attn_implementation
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        wanted = attn_implementation.get("vision_config", kept) if isinstance(attn_implementation, dict) else None
-        if wanted and not self.config.is_qwen_vl:
-            self.vision_model.set_attn_implementation(wanted, *args, **kwargs)
+        """transformers' `set_attn_implementation`, of the language model ("text_config" or "llm_config") and what sees.
+
+        transformers does not know that InternViT is made by "vision_config", nor that SAM 2's attention is its own.
+        """
+        wanted, vision = attn_implementation, self.config.vision_config
+        if not isinstance(wanted, dict):
+            wanted = dict.fromkeys(("", "vision_config", "text_config"), wanted)
+        wanted = by_own_names(self.config, wanted)
+        if self.config.is_qwen_vl:
+            super().set_attn_implementation(wanted, *args, **kwargs)
+            return
+        of_vision = wanted.pop("vision_config", vision._attn_implementation)
+        super().set_attn_implementation(wanted, *args, **kwargs)
+        if of_vision:
+            self.vision_model.set_attn_implementation(of_vision, *args, **kwargs)
+            vision._attn_implementation = self.vision_model.config._attn_implementation
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embeddings."""
@@ -699,16 +753,32 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """Encodes and projects tiles.
 
         Args:
-            pixel_values: [tiles, 3, H, W], ImageNet-normalised.
+            pixel_values: [tiles, 3, S, S], ImageNet-normalised, or [B, tiles, 3, S, S], as collators stack samples.
 
         Returns:
-            [tiles, tokens, hidden], tokens = (H / patch_size * downsample_ratio)^2 (256 in released checkpoints).
+            [tiles, tokens, hidden], tokens = (S / patch_size * downsample_ratio)^2 (256 in released checkpoints).
+
+        Raises:
+            ValueError: another shape.
         """
-        pixel_values = pixel_values.to(_dtype(self.mlp1))
+        pixel_values = self._as_tiles(pixel_values).to(_dtype(self.mlp1))
         layer = self.config.select_layer
         output = self.vision_model(pixel_values, output_hidden_states=layer != -1)
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         return self.mlp1(self._pixel_shuffle(states[:, 1:]))  # without the class token
+
+    def _as_tiles(self, pixel_values: Tensor) -> Tensor:
+        """Checks tiles, and takes them out of their samples: [tiles, 3, S, S]."""
+        tiles = pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
+        channels, step = self.config.vision_config.num_channels, self.config.vision_config.patch_size
+        step *= round(1 / self.config.downsample_ratio)
+        side = tiles.shape[-1] if tiles.ndim else 0
+        if tiles.ndim != 4 or tiles.shape[1:] != (channels, side, side) or side % step or not tiles.numel():
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)} are no tiles [n, {channels}, S, S] with a side S "
+                f"that {step} divides. Give those of the processor."
+            )
+        return tiles
 
     def _pixel_shuffle(self, states: Tensor) -> Tensor:
         """Folds s x s neighbouring patches into channels: [n, p * p, C] -> [n, (p / s)^2, s * s * C]."""
@@ -804,19 +874,23 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             `Sa2VATrainingOutput`.
 
         Raises:
-            ValueError: placeholders, `[SEG]` tokens, frames and masks do not match; `labels` with `logits_to_keep`.
+            ValueError: placeholders, `[SEG]` tokens, frames and masks do not match, or have other shapes than these;
+                tokens that the model doesn't know (on a GPU that trains, torch ends the process for them); `labels`
+                with `logits_to_keep`.
+            TypeError: something else than a tensor.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("forward needs input_ids [B, L], not inputs_embeds; build them with the processor.")
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels {tuple(labels.shape)} must have the shape of input_ids, {tuple(input_ids.shape)}."
-            )
-        token_ids = self.special_token_ids()
         if pixel_values is not None:
             kwargs["pixel_values"] = pixel_values
         if prompt_masks is not None:
             kwargs |= {"prompt_masks": prompt_masks, "prompt_mask_tiles": prompt_mask_tiles}
+        known = self.config.get_text_config().vocab_size
+        text = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        _check_inputs(known, {**text, "mm_token_type_ids": kwargs.get("mm_token_type_ids")}, kwargs)
+        if labels is not None:
+            _check_token_ids("labels", labels.masked_fill(labels == IGNORE_INDEX, 0), known)
+        token_ids = self.special_token_ids()
         states = self._read(token_ids, input_ids, attention_mask=attention_mask, **kwargs)
         output = self._text_output(states, logits_to_keep)
         if labels is not None:
@@ -870,7 +944,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         num_masks: Tensor | int | None,
     ) -> None:
         """Segments the objects of all samples, clips of equal length together, and averages the losses over objects."""
-        clips = [None if clip is None else clip.reshape(-1, *clip.shape[-3:]) for clip in clips]
+        side = self.config.grounding_config.image_size
+        clips = [None if clip is None else _as_clip(clip, side) for clip in clips]
         if len(clips) != len(objects_per_sample):
             raise ValueError(f"{len(objects_per_sample)} samples but grounding_pixel_values of {len(clips)}.")
         if mask_labels is not None and len(mask_labels) != len(clips):
@@ -960,9 +1035,14 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 self._processor = Sa2VAProcessor.from_pretrained(name, config=self.config, **self._hub_arguments)
             return self._processor
 
-    def set_processor(self, processor: Sa2VAProcessor) -> None:
-        """Makes `processor` the one that calls without a processor of their own use."""
-        self._processor = processor
+    def set_processor(self, processor: Sa2VAProcessor | None) -> None:
+        """Makes `processor` the one that calls without a processor of their own use; None takes the checkpoint's again.
+
+        Raises:
+            TypeError: it is no processor.
+            ValueError: it is of the other family.
+        """
+        self._processor = None if processor is None else self._resolve_processor(None, processor)
 
     @torch.no_grad()
     def generate(
@@ -977,7 +1057,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """Continues prompts with pictures.
 
         Args:
-            input_ids, attention_mask, pixel_values, prompt_masks, prompt_mask_tiles: as for `forward`.
+            input_ids, attention_mask, pixel_values, prompt_masks, prompt_mask_tiles: as for `forward`, padded on either
+                side. `inputs` is another name of `input_ids`, as in transformers.
             **generate_kwargs: anything transformers' `generate` takes. What is not given comes from
                 `generation_config` and the template, at whose end marks an answer stops.
 
@@ -985,14 +1066,18 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             What the language model's `generate` returns; sequences hold only the new tokens.
 
         Raises:
-            ValueError: no `input_ids`, or pictures that don't fit their placeholders.
+            ValueError: no `input_ids`, tokens that the model doesn't know, tensors of other shapes than those of
+                `forward`, pictures that don't fit their placeholders, or a setting that can't be followed.
+            TypeError: something else than a tensor, or than what a setting is.
         """
-        if input_ids is None:
-            raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
+        input_ids = _given_ids(input_ids, generate_kwargs)
+        pictures = {"pixel_values": pixel_values, "prompt_masks": prompt_masks, "prompt_mask_tiles": prompt_mask_tiles}
+        text = {"input_ids": input_ids, "attention_mask": attention_mask}
+        _check_inputs(self.config.get_text_config().vocab_size, text, pictures)
         arguments = self._generation_arguments(self.load_processor(), generate_kwargs)
-        embeds = self._prompt_embeds(self.special_token_ids(), input_ids, pixel_values, prompt_masks, prompt_mask_tiles)
+        embeds = self._prompt_embeds(self.special_token_ids(), input_ids, **pictures)
         mask = None if attention_mask is None else attention_mask.to(embeds.device)
-        return self._write({"inputs_embeds": embeds, "attention_mask": mask}, arguments)
+        return self._write(_padded_in_front({"inputs_embeds": embeds, "attention_mask": mask}), arguments)
 
     def _write(self, prompt: dict[str, Tensor | None], arguments: dict[str, Any]) -> Any:
         """transformers' `generate` of the part that writes.
@@ -1037,7 +1122,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             OSError: nothing can be compiled here, for want of a C++ compiler or of Triton.
-            TypeError, ValueError: an option that `torch.compile` does not have.
+            TypeError, ValueError: an option that `torch.compile` does not have, or does not take.
             ValueError: weights of a part are offloaded, or quantized in a way that can't be compiled.
         """
         config = _compile_config(options)
@@ -1316,7 +1401,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             model = words["model"]
             if len(prompts) != progress.tracking.num_objects:
                 raise ValueError(f"It tracks {progress.tracking.num_objects} objects of {len(prompts)}.")
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"resume is no state of a stream of a video. Give what stream.state() returned, unchanged. ({error})"
             ) from error
@@ -1418,7 +1503,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         given = dict(given)
         own = self.generation_config or GenerationConfig()
         config = _call_config(given.pop("generation_config", None), own)
-        _check_generation(config, given)
+        _check_generation(config, given, self.config.get_text_config().vocab_size)
         if given.get("max_length") is not None:
             config.max_new_tokens = None  # else transformers would follow that
         arguments = config.update(**given)  # leaves what is no setting: streamer, logits_processor...
@@ -1668,27 +1753,52 @@ class Sa2VAChatModelQwen(Sa2VAChatModel, GenerationMixin):  # named again, or tr
         """Continues prompts with pictures; sequences begin with the prompt, as those of transformers' Qwen-VL do.
 
         Args:
-            input_ids, attention_mask: int64 [B, L].
-            **kwargs: `pixel_values`, `image_grid_thw` and anything transformers' `generate` takes. What is not given
-                comes from `generation_config` and the template, at whose end marks an answer stops.
+            input_ids, attention_mask: int64 [B, L], padded on either side; the sequences are padded in front. `inputs`
+                is another name of `input_ids`, as in transformers.
+            **kwargs: `pixel_values` [patches, values], `image_grid_thw` [pictures, 3] and anything transformers'
+                `generate` takes. What is not given comes from `generation_config` and the template, at whose end marks
+                an answer stops.
 
         Raises:
-            ValueError: no `input_ids`.
+            ValueError, TypeError: see `Sa2VAChatModel.generate`.
         """
-        if input_ids is None:
-            raise ValueError("generate needs input_ids [B, L]; build them with the processor.")
+        input_ids = _given_ids(input_ids, kwargs)
+        text = {"input_ids": input_ids, "attention_mask": attention_mask}
+        text["mm_token_type_ids"] = kwargs.pop("mm_token_type_ids", None)
+        _check_inputs(self.config.get_text_config().vocab_size, text, kwargs)
         self._check_pixels(input_ids, kwargs)
-        kwargs.setdefault("mm_token_type_ids", self._token_types(input_ids))
-        prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
-        prompt |= {name: kwargs.pop(name) for name, value in list(kwargs.items()) if isinstance(value, Tensor)}
+        if text["mm_token_type_ids"] is None:
+            text["mm_token_type_ids"] = self._token_types(input_ids)
         arguments = self._generation_arguments(self.load_processor(), kwargs)
         device = self.execution_device
-        return self._write({k: None if v is None else v.to(device) for k, v in prompt.items()}, arguments)
+        text = {name: None if value is None else value.to(device) for name, value in text.items()}
+        pictures = {name: value.to(device) for name, value in arguments.items() if isinstance(value, Tensor)}
+        arguments = {name: value for name, value in arguments.items() if name not in pictures}
+        return self._write({**_padded_in_front(text), **pictures}, arguments)
 
     def _check_pixels(self, input_ids: Tensor, given: Mapping[str, Any]) -> None:
-        """transformers would go on with the placeholders' own embeddings."""
-        if given.get("pixel_values") is None and bool(self._token_types(input_ids).any()):
-            raise ValueError(_NO_PIXELS)
+        """Refuses pictures that don't fit the text; transformers would go on without them, or fail in the middle."""
+        pixels, grid = given.get("pixel_values"), given.get("image_grid_thw")
+        is_image = self._token_types(input_ids)
+        if pixels is None:
+            if bool(is_image.any()):
+                raise ValueError(_NO_PIXELS)
+            return
+        if grid is None or grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype not in _INTEGERS:
+            shape = None if grid is None else f"{grid.dtype} of shape {tuple(grid.shape)}"
+            raise ValueError(f"pixel_values need image_grid_thw int64 [pictures, 3], got {shape}. {_OF_PROCESSOR}")
+        vision, sizes = self.config.vision_config, grid.tolist()  # transformers waits for them, too
+        merge, width = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        patches = sum(map(math.prod, sizes))
+        if pixels.shape != (patches, width) or any(min(s) < 1 or s[1] % merge or s[2] % merge for s in sizes):
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixels.shape)} don't fit image_grid_thw={sizes}: it is for [{patches}, "
+                f"{width}], and {merge} must divide rows and columns. {_OF_PROCESSOR}"
+            )
+        edges = F.pad(is_image, (1, 1)).diff(dim=1)  # 1 where a picture's tokens begin, -1 behind their end
+        found = ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
+        if found != (wanted := [math.prod(size) // merge**2 for size in sizes]):
+            raise ValueError(f"The text's pictures have {found} placeholders, pixel_values {wanted}. {_OF_PROCESSOR}")
 
     def _token_types(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.config.image_token_id).long()
@@ -2088,8 +2198,8 @@ def _fill(embeds: Tensor, where: Tensor, features: Tensor, what: str) -> Tensor:
     """Puts features [n, hidden] at the n places of `where` [B, L], in order."""
     if int(where.sum()) != len(features):
         raise ValueError(
-            f"The text has {int(where.sum())} {what} placeholders but there are {len(features)} {what} features. Build "
-            "both with the processor, from the same picture."
+            f"The text has {int(where.sum())} {what} placeholders but there are {len(features)} {what} features. "
+            f"{_OF_PROCESSOR}"
         )
     return embeds.masked_scatter(where.unsqueeze(-1).to(embeds.device), features)
 
@@ -2102,9 +2212,16 @@ def _region_features(image_features: Tensor, masks: Tensor, tiles: Tensor | None
         masks: bool [R, g, g].
         tiles: int64 [R], the tile each region lies on; default the last.
     """
+    side = math.isqrt(image_features.shape[1])
+    if masks.dtype != torch.bool or masks.ndim != 3 or masks.shape[1:] != (side, side):
+        raise ValueError(
+            f"prompt_masks are {masks.dtype} of shape {tuple(masks.shape)}: bool [R, {side}, {side}] is needed, a cell "
+            "for each token of a tile. Give those of the processor."
+        )
     if tiles is None:
         tiles = torch.full((len(masks),), len(image_features) - 1)
-    if tiles.shape != masks.shape[:1] or bool(((tiles < 0) | (tiles >= len(image_features))).any()):
+    is_numbers = tiles.shape == masks.shape[:1] and tiles.dtype in _INTEGERS
+    if not is_numbers or bool(((tiles < 0) | (tiles >= len(image_features))).any()):
         raise ValueError(
             f"prompt_mask_tiles={tiles.tolist()} must hold, for each of the {len(masks)} prompt_masks, one of the "
             f"{len(image_features)} tiles, counted from 0."
@@ -2160,22 +2277,103 @@ def _saved_settings(loaded: GenerationConfig) -> GenerationConfig:
     return config
 
 
-def _check_generation(config: GenerationConfig, given: Mapping[str, Any]) -> None:
-    """Refuses arguments of `generate`, given or in its config, of which it would say less, or too late."""
+def _check_generation(config: GenerationConfig, given: Mapping[str, Any], known: int) -> None:
+    """Refuses arguments of `generate`, given or in its config, of which it would say less, or too late.
+
+    Args:
+        config: the settings beside those given.
+        given: arguments of a call.
+        known: how many tokens there are.
+    """
+    settings = {name: value for name, value in {**vars(config), **given}.items() if value is not None}
     for name in ("max_new_tokens", "max_length", "max_cache_len", "num_beams", "num_return_sequences"):
-        if (value := given.get(name, getattr(config, name, None))) is not None:
-            _check_count(name, value)
-            if name.startswith("num_") and value > _MOST_BEAMS:
-                raise ValueError(f"{name}={value}: each holds the whole prompt; {_MOST_BEAMS} are the most.")
-    if given.get("guidance_scale", config.guidance_scale) not in (None, 1):
-        raise ValueError("guidance_scale needs a prompt without its picture, which is not made here. Leave it out.")
-    if given.get("assistant_early_exit", getattr(config, "assistant_early_exit", None)) is not None:
-        raise ValueError("assistant_early_exit needs a model of words alone, and would change this one. Leave it out.")
-    for name in ("logits_processor", "stopping_criteria"):
-        if not all(map(callable, given.get(name) or ())):
-            raise TypeError(f"{name} must be a list of functions, got {given[name]!r}.")
-    if (streamer := given.get("streamer")) is not None and not hasattr(streamer, "put"):
-        raise TypeError(f"{streamer=} must have the methods put and end, as a TextStreamer has.")
+        if name in settings:
+            _check_count(name, settings[name])
+            if name.startswith("num_") and settings[name] > _MOST_BEAMS:
+                raise ValueError(f"{name}={settings[name]}: each holds the whole prompt; {_MOST_BEAMS} are the most.")
+    for name, (accepted, reason) in _REFUSED_SETTINGS.items():
+        if settings.get(name) not in (None, accepted):
+            raise ValueError(f"{name} {reason}. Leave it out.")
+    if "offloaded" in str(settings.get("cache_implementation")) and not torch.accelerator.is_available():
+        raise ValueError("An offloaded cache_implementation needs an accelerator, and there is none. Leave it out.")
+    for name, (wanted, fits) in _SETTING_KINDS.items():
+        if name in settings and not fits(settings[name]):
+            raise TypeError(f"{name}={settings[name]!r} must be {wanted}.")
+    _check_ranges(settings)
+    for name in settings:
+        if name.endswith("_token_id"):
+            _check_setting_ids(name, settings[name], known)
+
+
+def _check_setting_ids(name: str, given: Any, known: int) -> None:
+    """Refuses a setting of `generate` that is no token of a model that knows so many; end marks may be several."""
+    ids = given.tolist() if isinstance(given, Tensor) else given
+    ids = ids if "eos" in name and isinstance(ids, list | tuple) else [ids]
+    if not all(isinstance(i, Integral) and 0 <= i < known for i in ids):
+        raise ValueError(f"{name}={given!r} is no token: this model knows 0 to {known - 1}.")
+
+
+def _check_ranges(settings: Mapping[str, Any]) -> None:
+    """Refuses numbers among settings of `generate` that it would not follow, or fail on."""
+    ranges = {**_SETTING_RANGES, **(_SAMPLING_RANGES if settings.get("do_sample") else {})}
+    for name, (least, most) in ranges.items():
+        value = settings.get(name)
+        if value is not None and not (isinstance(value, Real) and least <= value <= most):
+            advice = " For the likeliest words leave do_sample out." if name == "temperature" else ""
+            raise ValueError(f"{name}={value!r} must be a number from {least} to {most}.{advice}")
+
+
+def _given_ids(input_ids: Any, arguments: dict[str, Any]) -> Any:
+    """The tokens of a prompt, which transformers' `generate` calls `inputs`; takes them out of the arguments."""
+    inputs = arguments.pop("inputs", None)
+    if (input_ids is None) == (inputs is None):
+        raise ValueError("generate needs input_ids [B, L] (or inputs, its other name); build them with the processor.")
+    return inputs if input_ids is None else input_ids
+
+
+def _check_inputs(known: int, text: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """Refuses what can't be a batch, by types and shapes; values of `input_ids` as `_check_token_ids` does.
+
+    Args:
+        known: how many tokens there are.
+        text: `input_ids` int64 [B, L], and what has its shape or is None.
+        others: of which those named like tensors must be some, or None.
+    """
+    tensors = {"pixel_values", "image_grid_thw", "prompt_masks", "prompt_mask_tiles"}
+    for name, value in {**text, **{name: others.get(name) for name in tensors}}.items():
+        if not isinstance(value, Tensor | None):
+            raise TypeError(f"{name} must be a tensor, got a {type(value).__name__}. Give that of the processor.")
+    input_ids = text["input_ids"]
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: [B, L] is needed, at least one token.")
+    _check_token_ids("input_ids", input_ids, known)
+    for name, value in text.items():
+        if value is not None and value.shape != input_ids.shape:
+            raise ValueError(f"{name} {tuple(value.shape)} must have the shape of input_ids, {tuple(input_ids.shape)}.")
+
+
+def _check_token_ids(name: str, ids: Tensor, known: int) -> None:
+    """Refuses what are no tokens of a model that knows so many; training on a GPU does not wait for their values."""
+    if ids.dtype not in _INTEGERS:
+        raise ValueError(f"{name} are {ids.dtype}: int64 is needed, the numbers of tokens.")
+    if ids.device.type == "cpu" or not torch.is_grad_enabled():
+        lowest, highest = map(int, ids.aminmax())
+        if lowest < 0 or highest >= known:
+            raise ValueError(f"{name} hold tokens from {lowest} to {highest}; this model knows 0 to {known - 1}.")
+
+
+def _padded_in_front(text: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Moves padding behind texts in front of them, where `generate` goes on.
+
+    Args:
+        text: `attention_mask` [B, L], without which there is no padding, and what goes with it: [B, L] or [B, L, ...].
+    """
+    if (mask := text["attention_mask"]) is None:
+        return dict(text)
+    behind = (mask.flip(1).cumsum(1) == 0).sum(1, keepdim=True)
+    columns = (torch.arange(mask.shape[1], device=mask.device) - behind) % mask.shape[1]
+    rows = torch.arange(len(mask), device=mask.device)[:, None]
+    return {name: None if tensor is None else tensor[rows, columns] for name, tensor in text.items()}
 
 
 def _check_against_prompt(prompt: Mapping[str, Tensor | None], arguments: Mapping[str, Any]) -> None:
@@ -2205,6 +2403,7 @@ def _check_nothing_is_asked(video: Any, *asked: Any) -> None:
 def _end_ids(config: GenerationConfig) -> list[int]:
     """The tokens that end an answer."""
     ends = config.eos_token_id
+    ends = ends.tolist() if isinstance(ends, Tensor) else ends
     if ends is None:
         return []
     return list(ends) if isinstance(ends, list | tuple) else [int(ends)]
@@ -2292,13 +2491,12 @@ class _CompiledCall:
 
 def _compile_config(options: dict[str, Any]) -> CompileConfig:
     """Options of `torch.compile` as `generate` takes them; transformers' own mode does not allow several threads."""
-    try:
-        config = CompileConfig(**{"mode": None, **options})
-    except TypeError as error:
-        accepted = [field.name for field in fields(CompileConfig)]
-        raise TypeError(
-            f"compile_parts can't use {sorted(options)}: options of torch.compile are {accepted}."
-        ) from error
+    if unknown := sorted(options.keys() - _COMPILE_OPTIONS):
+        raise TypeError(f"compile_parts can't use {unknown}: options of torch.compile are {[*_COMPILE_OPTIONS]}.")
+    for name, value in options.items():
+        if not isinstance(value, kind := _COMPILE_OPTIONS[name]):
+            raise TypeError(f"{name}={value!r} can't be given to torch.compile, which takes {kind}.")
+    config = CompileConfig(**{"mode": None, **options})
     config._compile_all_devices = True  # transformers would leave a CPU out
     return config
 
@@ -2310,13 +2508,14 @@ def _check_compilable(parts: Sequence[nn.Module], config: CompileConfig, device:
         raise ValueError("Weights that are offloaded can't be compiled. Load the model without, or leave the part out.")
     if not parts:
         return
+    probe, understood = nn.GELU(), False
     try:
-        probe = nn.GELU()
         probe.compile(**config.to_dict())
+        understood = True  # else the options are wrong, not what is installed
         probe(torch.zeros(2, device=device))
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        if config.backend != "inductor" or "mode=" in reason:
+        if config.backend != "inductor" or not understood:
             raise ValueError(f"torch.compile does not work with {config.to_dict()}: {reason}") from error
         raise OSError(
             f"torch.compile does not work here: {reason}. It needs a C++ compiler on a CPU (g++, clang or MSVC) and "
@@ -2357,17 +2556,29 @@ def _wait_for_host(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+def _as_clip(frames: Tensor, side: int) -> Tensor:
+    """Checks a sample's frames and gives an image its frame axis: [T, 3, S, S]."""
+    if not isinstance(frames, Tensor):
+        raise TypeError(f"grounding_pixel_values hold a {type(frames).__name__}. Give a tensor [T, 3, {side}, {side}].")
+    if frames.shape[-3:] != (3, side, side) or not frames.numel():
+        raise ValueError(
+            f"grounding_pixel_values of shape {tuple(frames.shape)}: [T, 3, {side}, {side}] is needed, at least one "
+            "frame, as processor.grounding_pixel_values makes them."
+        )
+    return frames.reshape(-1, 3, side, side)
+
+
 def _mask_target(masks: Tensor, num_objects: int, num_frames: int) -> Tensor:
     """Checks a sample's masks and gives an image's its frame axis: [objects, T, h, w]."""
     if not isinstance(masks, Tensor):
         raise TypeError(f"mask_labels hold a {type(masks).__name__}. Give a tensor [objects, frames, h, w] of 0..1.")
     masks = masks.unsqueeze(1) if masks.ndim == 3 and num_frames == 1 else masks
-    if masks.ndim != 4 or masks.shape[:2] != (num_objects, num_frames):
+    if masks.ndim != 4 or masks.shape[:2] != (num_objects, num_frames) or not masks.numel():
         raise ValueError(
             f"mask_labels of shape {tuple(masks.shape)} do not fit {num_objects} [SEG] tokens and {num_frames} frames: "
             f"[{num_objects}, {num_frames}, h, w] is needed."
         )
-    if masks.numel() and not 0 <= masks.min() <= masks.max() <= 1:
+    if not 0 <= masks.min() <= masks.max() <= 1:
         raise ValueError(
             f"mask_labels hold values from {masks.min():g} to {masks.max():g}. Give 0..1: divide by 255, or masks > 0."
         )

@@ -80,6 +80,18 @@ def test_generate_continues_a_batch_of_the_processor_as_predict_forward_does_eac
         assert processor.tokenizer.decode(written_ids).strip() == cases[name].meta["prediction"], name
 
 
+@pytest.mark.parametrize("family", ["ivl_qwen2", "ivl_internlm2", "qwen25vl", "qwen3vl"])
+def test_texts_may_be_padded_behind(loaded, family, picture, heard):
+    model, processor = loaded(family), loaded(family).load_processor()
+    given = {"images": [None, picture, None], "text": ["Hi", "What is this?", "Tell me a story about a red star."]}
+    batch = processor(**given)
+    behind = processor(**given, padding_side="right")
+    assert not behind["attention_mask"][:, -1].all()
+    written = model.generate(**batch, max_new_tokens=8)
+    assert torch.equal(model.generate(**behind, max_new_tokens=8), written)
+    assert not [message for message in heard if "padding" in message]
+
+
 # Words alone are enough to see whether rows disturb each other: an untrained model writes something else at once.
 QUESTIONS = ["Hi", "What can you do, and why would anyone want it?", "Tell me a story about a red star. " * 3]
 SETTINGS = {

@@ -163,6 +163,18 @@ def test_wrong_options_are_told():
         model.compile_parts(backend="no-such-backend")
     with pytest.raises(ValueError, match="no-such-mode"):
         model.compile_parts(mode="no-such-mode")
+    with pytest.raises(ValueError, match="no-such-option"):
+        model.compile_parts(options={"no-such-option": 1})
+    with pytest.raises(ValueError, match="mode or options"):
+        model.compile_parts(mode="default", options={"max_autotune": False})
+
+
+@pytest.mark.parametrize(
+    "option", [{"dynamic": "x"}, {"fullgraph": "x"}, {"backend": None}, {"mode": 5}, {"options": 5}], ids=str
+)
+def test_options_of_other_types_are_told(option):
+    with pytest.raises(TypeError, match=f"{next(iter(option))}="):
+        load().compile_parts(**option)
 
 
 def test_offloaded_parts_are_refused(tmp_path):

@@ -684,6 +684,11 @@ class Have:
         inputs = self.processor(plain(size=(6, 6)), ASK + "[SEG]")
         return self.model(**{**inputs, "grounding_pixel_values": [torch.zeros(3, 256, 256)], **arguments})
 
+    def generate(self, **arguments: Any) -> Any:
+        """A continuation that would be right without these arguments."""
+        inputs = self.processor(plain(size=(6, 6)), ASK, mask_prompts=REGION)
+        return self.model.generate(**{**inputs, "max_new_tokens": 1, **arguments})
+
 
 def cut(path: Path, size: int = 5000) -> bytes:
     return path.read_bytes()[:size]
@@ -755,6 +760,42 @@ BAD_STATES = {
         ValueError,
         "static cache",
     ),
+    "a cache that is a number": (
+        lambda have: have.model.generate(**have.processor(text=["Hi"]), past_key_values=5),
+        TypeError,
+        "must be a Cache",
+    ),
+    "a cache beside a question": (lambda have: have.ask(past_key_values=5), TypeError, "made here"),
+    "a cache by its new name": (lambda have: have.ask(cache=5), TypeError, "made here"),
+    "stop strings of numbers": (lambda have: have.ask(stop_strings=[5]), TypeError, r"stop_strings=\[5\]"),
+    "a watermark of a number": (lambda have: have.ask(watermarking_config=5), TypeError, "WatermarkingConfig"),
+    "a penalty without its factor": (
+        lambda have: have.ask(exponential_decay_length_penalty=(1,)),
+        TypeError,
+        "two numbers",
+    ),
+    "too cold to divide by": (lambda have: have.ask(do_sample=True, temperature=1e-300), ValueError, "leave do_sample"),
+    "more than all words": (lambda have: have.ask(do_sample=True, top_p=2), ValueError, "top_p=2 .*from 0 to 1"),
+    "no time": (lambda have: have.ask(max_time=-1), ValueError, "max_time=-1"),
+    "an assistant of nobody": (lambda have: have.ask(is_assistant=True), ValueError, "is_assistant"),
+    "a prompt to be guided away from": (
+        lambda have: have.ask(negative_prompt_ids=torch.ones(1, 1, dtype=int)),
+        ValueError,
+        "negative_prompt_ids",
+    ),
+    "labels of an answer": (lambda have: have.ask(labels=torch.ones(1, 1, dtype=int)), ValueError, "forward"),
+    "half an end mark": (lambda have: have.ask(eos_token_id=1.5), ValueError, "eos_token_id=1.5 is no token"),
+    "an end mark nobody knows": (lambda have: have.ask(eos_token_id=10**9), ValueError, "0 to 447"),
+    "an end mark below all": (lambda have: have.ask(eos_token_id=-1), ValueError, "0 to 447"),
+    "end marks in a table": (lambda have: have.ask(eos_token_id=[[1]]), ValueError, "eos_token_id"),
+    "end marks of a config": (
+        lambda have: have.ask(generation_config=GenerationConfig(eos_token_id=[5, 448])),
+        ValueError,
+        "0 to 447",
+    ),
+    "padding nobody knows": (lambda have: have.ask(pad_token_id=10**6), ValueError, "pad_token_id"),
+    "a first token nobody knows": (lambda have: have.ask(forced_bos_token_id=10**6), ValueError, "forced_bos"),
+    "a last token nobody knows": (lambda have: have.ask(forced_eos_token_id=10**6), ValueError, "forced_eos"),
     "streamer is a number": (lambda have: have.ask(streamer=5), TypeError, "streamer=5"),
     "logits_processor of numbers": (lambda have: have.ask(logits_processor=[5]), TypeError, "logits_processor"),
     "an assistant that sees no picture": (
@@ -816,6 +857,7 @@ BAD_STATES = {
     ),
     "labels of another text": (lambda have: have.forward(labels=torch.zeros(1, 4, dtype=int)), ValueError, "shape of"),
     "generation_config is a dict": (lambda have: have.ask(generation_config={"num_beams": 2}), TypeError, "dict"),
+    "processor to keep is a number": (lambda have: have.model.set_processor(5), TypeError, "got 5"),
     "processor is a number": (lambda have: have.ask(processor=5), TypeError, "processor="),
     "tokenizer is a name": (lambda have: have.ask(tokenizer="bert"), TypeError, "'bert'"),
     "processor of the other family": (
@@ -839,6 +881,36 @@ BAD_STATES = {
         "predict_forward for text",
     ),
     "generate without tokens": (lambda have: have.model.generate(), ValueError, "input_ids"),
+    "generate with tokens twice": (lambda have: have.generate(inputs=torch.ones(1, 2)), ValueError, "its other name"),
+    "tokens in a list": (lambda have: have.generate(input_ids=[[1, 2]]), TypeError, "got a list"),
+    "a token nobody knows": (lambda have: have.generate(input_ids=torch.tensor([[99999]])), ValueError, "0 to 447"),
+    "a token below all": (lambda have: have.forward(input_ids=torch.tensor([[-5]])), ValueError, "from -5 to -5"),
+    "tokens without a batch": (lambda have: have.generate(input_ids=torch.ones(5, dtype=int)), ValueError, "B, L"),
+    "tokens in between": (lambda have: have.generate(input_ids=torch.ones(1, 5)), ValueError, "torch.float32"),
+    "no tokens": (lambda have: have.generate(input_ids=torch.ones(1, 0, dtype=int)), ValueError, "at least one token"),
+    "no rows": (lambda have: have.forward(input_ids=torch.ones(0, 4, dtype=int)), ValueError, "at least one token"),
+    "a mask of another text": (lambda have: have.generate(attention_mask=torch.ones(1, 3)), ValueError, "shape of"),
+    "a mask in a list": (lambda have: have.forward(attention_mask=[[1]]), TypeError, "attention_mask"),
+    "tiles in a list": (lambda have: have.generate(pixel_values=[1]), TypeError, "pixel_values"),
+    "tiles of another size": (
+        lambda have: have.generate(pixel_values=torch.zeros(1, 3, 100, 100)),
+        ValueError,
+        "28 divides",
+    ),
+    "tiles that are no squares": (
+        lambda have: have.forward(pixel_values=torch.zeros(1, 3, 448, 224)),
+        ValueError,
+        r"\(1, 3, 448, 224\)",
+    ),
+    "one tile without its axis": (lambda have: have.forward(pixel_values=torch.zeros(3, 28, 28)), ValueError, "tiles"),
+    "no tiles": (lambda have: have.generate(pixel_values=torch.zeros(0, 3, 448, 448)), ValueError, "tiles"),
+    "regions of another grid": (
+        lambda have: have.generate(prompt_masks=torch.ones(1, 5, 5, dtype=bool)),
+        ValueError,
+        r"bool \[R, 16, 16\]",
+    ),
+    "regions of numbers": (lambda have: have.generate(prompt_masks=torch.ones(1, 16, 16)), ValueError, "float32"),
+    "half a tile": (lambda have: have.generate(prompt_mask_tiles=torch.zeros(1)), ValueError, "prompt_mask_tiles"),
     "a list of images": (lambda have: have.processor([plain(), plain()], ASK), TypeError, "list"),
     "two texts about one image": (lambda have: have.processor(plain(), [ASK, ASK]), ValueError, "images=one Image"),
     "two texts about three images": (
@@ -928,6 +1000,28 @@ BAD_STATES = {
     "masks of another batch": (lambda have: have.forward(mask_labels=[]), ValueError, "mask_labels of 0"),
     "masks of 255": (lambda have: have.forward(mask_labels=[torch.full((1, 6, 8), 255.0)]), ValueError, "by 255"),
     "masks in an array": (lambda have: have.forward(mask_labels=[np.ones((1, 6, 8))]), TypeError, "ndarray"),
+    "a label nobody knows": (
+        lambda have: have.forward(labels=have.processor(plain(size=(6, 6)), ASK + "[SEG]")["input_ids"] + 99999),
+        ValueError,
+        "labels hold tokens",
+    ),
+    "labels in between": (
+        lambda have: have.forward(labels=have.processor(plain(size=(6, 6)), ASK + "[SEG]")["input_ids"] / 2),
+        ValueError,
+        "labels are torch.float32",
+    ),
+    "frames of another size": (
+        lambda have: have.forward(grounding_pixel_values=[torch.zeros(3, 64, 64)]),
+        ValueError,
+        r"\[T, 3, 256, 256\]",
+    ),
+    "no frames to learn from": (
+        lambda have: have.forward(grounding_pixel_values=[torch.zeros(0, 3, 256, 256)]),
+        ValueError,
+        "at least one frame",
+    ),
+    "frames in a list": (lambda have: have.forward(grounding_pixel_values=[[1]]), TypeError, "hold a list"),
+    "masks without pixels": (lambda have: have.forward(mask_labels=[torch.zeros(1, 0, 0)]), ValueError, "h, w"),
     "masks of two objects": (
         lambda have: have.forward(mask_labels=[torch.ones(2, 1, 6, 8)]),
         ValueError,
@@ -1197,3 +1291,39 @@ def test_bad_state_is_explained(name, golden_model, golden_processor, tmp_path):
     call, error, words = BAD_STATES[name]
     with pytest.raises(error, match=words):
         call(Have(golden_model, golden_processor, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return AutoModel.from_pretrained(GOLDEN / "qwen3vl", dtype=torch.float32).eval()
+
+
+# what is changed in arguments that the processor of Qwen-VL made -> words of the ValueError
+BAD_PICTURES = {
+    "no grid": ({"image_grid_thw": None}, "need image_grid_thw"),
+    "a grid without its axis": ({"image_grid_thw": torch.tensor([1, 4, 4])}, "need image_grid_thw"),
+    "a grid between two": ({"image_grid_thw": torch.ones(1, 3)}, "torch.float32"),
+    "a larger grid": ({"image_grid_thw": torch.tensor([[1, 99, 99]])}, r"it is for \[9801, 1536\]"),
+    "a grid of one row": ({"image_grid_thw": torch.tensor([[1, 1, 1600]])}, "2 must divide"),
+    "a grid below nothing": ({"image_grid_thw": torch.tensor([[1, -40, -40]])}, "pixel_values of shape"),
+    "stacked patches": ({"pixel_values": torch.zeros(1, 1600, 1536)}, r"\(1, 1600, 1536\)"),
+    "another picture": (
+        {"pixel_values": torch.zeros(16, 1536), "image_grid_thw": torch.tensor([[1, 4, 4]])},
+        r"\[400\] placeholders, pixel_values \[4\]",
+    ),
+    "the picture in two": (
+        {"image_grid_thw": torch.tensor([[1, 20, 40]] * 2)},
+        r"\[400\] placeholders, pixel_values \[200, 200\]",
+    ),
+    "a token nobody knows": ({"input_ids": torch.tensor([[99999]])}, "this model knows"),
+    "types of another text": ({"mm_token_type_ids": torch.zeros(1, 2, dtype=int)}, "shape of input_ids"),
+}
+
+
+@pytest.mark.parametrize("call", ["generate", "forward"])
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_bad_pictures_for_qwen_are_explained(name, call, qwen):
+    change, words = BAD_PICTURES[name]
+    inputs = qwen.load_processor()(plain(size=(56, 56)), ASK)
+    with pytest.raises(ValueError, match=words):
+        getattr(qwen, call)(**{**inputs, **change})

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import Prescribed
+from conftest import GOLDEN, Prescribed
 from PIL import Image
 from sam2.modeling.position_encoding import PositionEmbeddingRandom
 from transformers import (
@@ -304,6 +304,44 @@ def test_generate_stops_where_predict_forward_does(golden_model, golden_processo
     assert golden_model.generate(**inputs, max_new_tokens=2, num_beams=2, num_return_sequences=2).shape == (2, 2)
 
 
+def test_generate_calls_tokens_inputs_too_and_takes_stacked_tiles(golden_model, golden_processor, picture):
+    inputs = golden_processor(picture, "Hi")
+    written = golden_model.generate(**inputs, max_new_tokens=4)
+    stacked = {"inputs": inputs.pop("input_ids"), "pixel_values": inputs["pixel_values"][None]}
+    assert torch.equal(golden_model.generate(**{**inputs, **stacked}, max_new_tokens=4), written)
+
+
+def test_end_marks_may_be_a_tensor(golden_model, golden_processor, picture):
+    inputs = golden_processor(picture, "Hi")
+    (first,) = golden_model.generate(**inputs, max_new_tokens=1)[0].tolist()
+    settings = {"max_new_tokens": 9, "eos_token_id": torch.tensor([first])}
+    assert golden_model.generate(**inputs, **settings).tolist() == [[first]]
+    output = golden_model.predict_forward(image=picture, text="Hi", **settings)
+    assert output.prediction == golden_processor.tokenizer.decode([first])
+
+
+def test_an_offloaded_cache_needs_a_place_to_be_away_from(golden_model, picture, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs an accelerator"):
+        golden_model.predict_forward(image=picture, text="Hi", cache_implementation="offloaded")
+
+
+def test_temperature_zero_counts_only_while_sampling(golden_model, picture):
+    call = {"image": picture, "text": "Hi", "max_new_tokens": 2}
+    assert golden_model.predict_forward(**call, temperature=0).prediction == (
+        golden_model.predict_forward(**call).prediction
+    )
+
+
+def test_a_processor_that_was_set_can_be_taken_back(golden):
+    model = AutoModel.from_pretrained(golden.folder)
+    own = model.load_processor()
+    model.set_processor(other := copy.deepcopy(own))
+    assert model.load_processor() is other
+    model.set_processor(None)
+    assert model.load_processor().to_dict() == own.to_dict() and model.load_processor() is not other
+
+
 @pytest.mark.parametrize("name", ["tokenizer", "processor"])
 @pytest.mark.parametrize("give", ["processor", "its tokenizer"])
 def test_tokenizer_and_processor_may_be_passed_as_either(golden_model, golden_processor, golden, name, give):
@@ -468,6 +506,30 @@ def test_arguments_that_users_of_the_released_code_pass_are_accepted(golden):
     )
     assert model.dtype == torch.bfloat16
     assert model.config.llm_config.num_hidden_layers == 2
+
+
+def attention_of(model) -> list[str]:
+    """What runs in the language model and in what sees."""
+    seeing = model.config.vision_config if model.config.is_qwen_vl else model.vision_model.config
+    return [model.get_decoder().layers[0].self_attn.config._attn_implementation, seeing._attn_implementation]
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+@pytest.mark.parametrize("name", ["llm_config", "text_config"])
+def test_attention_of_the_language_model_goes_by_either_name(family, name, heard):
+    words = {name: "eager"}
+    model = AutoModel.from_pretrained(GOLDEN / family, attn_implementation=words)
+    assert attention_of(model) == ["eager", "sdpa"]
+    assert attention_of(AutoModel.from_config(model.config, attn_implementation={name: "sdpa"})) == ["sdpa", "sdpa"]
+    model.set_attn_implementation("sdpa")
+    assert attention_of(model) == ["sdpa", "sdpa"]
+    model.set_attn_implementation(words)
+    assert attention_of(model) == ["eager", "sdpa"]
+    model.set_attn_implementation("eager")
+    assert attention_of(model) == ["eager", "eager"]
+    with pytest.raises(ValueError, match="magic"):
+        model.set_attn_implementation("magic")
+    assert not [message for message in heard if "undefined behavior" in message]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import Blob, Fault, HubServer, running_hub
+from huggingface_hub import HfApi
 from PIL import Image
 from transformers import AutoModel
 
@@ -172,6 +173,19 @@ def test_a_pull_request_is_open_when_it_is_whole(hub, packed):
     repo = hub.repos["model", "other/tiny"]
     assert report.url == f"{hub.url}/other/tiny/discussions/1" and holds(hub, packed, "other/tiny", "refs/pr/1")
     assert repo.history() == ["initial commit"] and repo.discussions[0]["status"] == "open"
+
+
+def test_a_description_goes_with_commit_and_pull_request(hub, packed, monkeypatch):
+    said = []
+
+    def heard(method, argument):
+        return lambda self, *args, **kwargs: said.append(kwargs[argument]) or method(self, *args, **kwargs)
+
+    for name, argument in {"create_commit": "commit_description", "create_pull_request": "description"}.items():
+        monkeypatch.setattr(HfApi, name, heard(getattr(HfApi, name), argument))
+    hub.add_repo("other/tiny")
+    push(packed, hub, repo_id="other/tiny", create_pr=True, commit_description="Why")
+    assert said == ["Why", "Why"]
 
 
 def test_an_interrupted_pull_request_is_taken_up_again(hub, packed):
@@ -346,7 +360,7 @@ codes.append(main(["push", packed, "me/cli", "--dry-run"]))
 codes.append(main(["push", tiny, "me/own", "--skip-test"]))
 codes.append(main(["pack", "me/cli", "fetched", "--skip-test"]))
 model = AutoModel.from_pretrained(tiny)
-url = model.push_to_hub("me/method", tags=["mine"], max_shard_size="5MB")
+url = model.push_to_hub("me/method", tags=["mine"], max_shard_size="5MB", commit_description="Why")
 model.load_processor().push_to_hub("me/words")
 print(json.dumps([codes, url]))
 """

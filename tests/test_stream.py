@@ -121,6 +121,13 @@ BAD_RESUMES = {
         {},
         "Use the same model",
     ),
+    "an endless way": (lambda state: {**state, "next_frame": torch.tensor(torch.inf)}, {}, "no state of a stream"),
+    "two places": (lambda state: {**state, "next_frame": torch.ones(2)}, {}, "no state of a stream"),
+    "bottomless words": (
+        lambda state: {**state, "description": torch.full((10**5,), ord("["), dtype=torch.uint8)},
+        {},
+        "no state of a stream",
+    ),
     "settings of an answer": (lambda state: state, {"max_new_tokens": 5}, "how masks are wanted"),
     "masks of another size": (
         lambda state: {k: v[..., :-1] if k.endswith(".logits") else v for k, v in state.items()},
