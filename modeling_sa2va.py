@@ -1039,7 +1039,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """Makes `processor` the one that calls without a processor of their own use; None takes the checkpoint's again.
 
         Raises:
-            TypeError: it is no processor.
+            TypeError: it is neither a processor nor a tokenizer, of which one is made.
             ValueError: it is of the other family.
         """
         self._processor = None if processor is None else self._resolve_processor(None, processor)
