@@ -382,7 +382,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["InternVLVisionLayer", "Sam2Decoder"]
+    _no_split_modules = ["InternVLVisionEmbeddings", "InternVLVisionLayer", "Sam2Decoder"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["pe_layer"]
     _supports_sdpa = True
@@ -517,6 +517,19 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 f"to {_MOST_ABSENT:.0e} are drawn at random. Is a file missing, or is config.json of another model?"
             )
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        """torch's step of `load_state_dict`, which so takes the layout that `save_pretrained` writes, too.
+
+        transformers' `Trainer` goes on from a checkpoint by it, and accelerate loads one.
+        """
+        own = {prefix + name for name, _ in (*self.named_parameters(), *self.named_buffers())}
+        if others := [key for key in state_dict if key.startswith(prefix) and key not in own]:
+            modules = ModuleNames(self)
+            for key in others:
+                parts = modules.native_tensors(key.removeprefix(prefix), state_dict.pop(key), self.config)
+                state_dict.update({prefix + name: part for name, part in parts.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """transformers' `save_pretrained`: in the released layout, quantized models in that of transformers.
@@ -1341,7 +1354,23 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             return given
         if not callable(getattr(getattr(given, "tokenizer", given), "convert_tokens_to_ids", None)):
             raise TypeError(f"processor= and tokenizer= take such objects, got {given!r}. Leave them out, or load one.")
-        return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given))
+        return self._processor_with(given)
+
+    def _processor_with(self, given: Any) -> Sa2VAProcessor:
+        """The checkpoint's processor and its settings around a tokenizer, or the parts of another processor."""
+        parts = {name: getattr(given, name, None) for name in ("image_processor", "chat_template")}
+        try:
+            own = copy.copy(self.load_processor())
+        except (OSError, ValueError):
+            if self.config.is_qwen_vl and parts["image_processor"] is None:
+                raise
+            # The model was built from a config, or its folder has no tokenizer.
+            return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given), **parts)
+        own.tokenizer = getattr(given, "tokenizer", given)
+        for name, part in parts.items() if self.config.is_qwen_vl else ():
+            if part is not None:
+                setattr(own, name, part)
+        return own
 
     def _answers(
         self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]
@@ -1736,13 +1765,6 @@ class Sa2VAChatModelQwen(Sa2VAChatModel, GenerationMixin):  # named again, or tr
             _, shift = self.model.model.get_rope_index(**{name: prompt[name] for name in names})
             start = start + shift
         return (start + torch.arange(length, device=start.device)).expand(3, -1, -1)
-
-    def _resolve_processor(self, tokenizer, processor) -> Sa2VAProcessor:
-        given = processor if processor is not None else tokenizer
-        if given is None or hasattr(given, "prepare") or not hasattr(getattr(given, "tokenizer", given), "decode"):
-            return super()._resolve_processor(tokenizer, processor)
-        image_processor = getattr(given, "image_processor", None) or self.load_processor().image_processor
-        return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given), image_processor)
 
 
 _READ: ContextVar[list[Tensor] | None] = ContextVar("read", default=None)
@@ -2427,6 +2449,20 @@ def _mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(union > 0, overlap / union.clamp(min=1), 1.0)
 
 
+class SplitRows(Chunk):
+    """InternViT's fused attention -> queries, keys and values, each in memory of its own.
+
+    transformers' `Chunk` gives views of one tensor, which accelerate and safetensors take for shared weights.
+    """
+
+    def __init__(self):
+        super().__init__(dim=0)
+
+    def convert(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Called by transformers with one tensor, and the names of the three."""
+        return {name: part.clone() for name, part in super().convert(*args, **kwargs).items()}
+
+
 class SplitGroupedHeads(ConversionOps):
     """InternLM2's fused attention -> queries, keys and values.
 
@@ -2441,7 +2477,8 @@ class SplitGroupedHeads(ConversionOps):
         kv_heads, group = _head_groups(config)
         heads = fused.unflatten(0, (kv_heads, group + 2, -1))  # [kv_heads, group + 2, head_dim, ...]
         parts = heads.split((group, 1, 1), dim=1)
-        return {name: part.flatten(0, 2).contiguous() for name, part in zip(target_patterns, parts, strict=True)}
+        parts = (part.clone(memory_format=torch.contiguous_format).flatten(0, 2) for part in parts)
+        return dict(zip(target_patterns, parts, strict=True))
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -2479,6 +2516,7 @@ class ModuleNames:
 
     Attributes:
         released: for each name here, the released one, which three modules share if their tensors are fused there.
+        natives: for each name of the released code that is none here, the names here that share it.
         splits: for the released names of fused tensors, the operation that splits them.
     """
 
@@ -2495,6 +2533,10 @@ class ModuleNames:
             self.released[name] = released
             if split is not None:
                 self.splits[released] = split
+        self.natives: dict[str, list[str]] = {}
+        for name, released in self.released.items():
+            if released not in self.released:
+                self.natives.setdefault(released, []).append(name)
 
     @classmethod
     def of_checkpoint(
@@ -2508,9 +2550,13 @@ class ModuleNames:
 
     def at(self, name: str) -> list[str]:
         """What is called `name` in the released code and not here: one module, or the parts of one; else the name."""
-        if name in self.released:
-            return [name]
-        return [native for native, released in self.released.items() if released == name] or [name]
+        return self.natives.get(name, [name])
+
+    def native_tensors(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> dict[str, Tensor]:
+        """A parameter of this name, in the released code or here, as the one or three that it is here."""
+        if len(names := self.at(name)) == 1:
+            return {names[0]: tensor}
+        return self.splits[name].convert({"fused": tensor}, ["fused"], names, config=config)
 
     def native(self, targets: str | Sequence[str], is_target: Callable[[str], Any]) -> str | Sequence[str]:
         """PEFT's targets (a regular expression, or ends of names), translated if only released names meet them."""
@@ -2536,18 +2582,14 @@ def _is_target(name: str, ends: Sequence[str]) -> bool:
 def native_adapter_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's weights under the names used here; those of a fused tensor are split as it is."""
     modules = ModuleNames(model)
-    natives: dict[str, list[str]] = {}
-    for name, released in modules.released.items():
-        if name != released:
-            natives.setdefault(released, []).append(name)
     output = {}
     for key, tensor in weights.items():
         prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
         words = key.removeprefix(prefix).split(".")
         heads = [".".join(words[:end]) for end in range(len(words), 0, -1)]
-        released = next((head for head in heads if head in natives), "")
+        released = next((head for head in heads if head in modules.natives), "")
         rest = key.removeprefix(prefix + released)
-        names = natives.get(released, [""])
+        names = modules.natives.get(released, [""])
         parts = [tensor] if len(names) == 1 else _split_adapter(rest, tensor, names, modules.splits[released], model)
         output |= {f"{prefix}{name}{rest}": part for name, part in zip(names, parts, strict=True)}
     return output
@@ -2640,7 +2682,7 @@ register_checkpoint_conversion_mapping(
         WeightConverter(
             "attn.qkv",
             ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
-            operations=[Chunk(dim=0)],
+            operations=[SplitRows()],
         ),
     ],
     overwrite=True,

@@ -63,6 +63,7 @@ _ACCEPTED_IMAGES = "a PIL image, a path, or an array or tensor (HxW, HxWxC, CxHx
 _ACCEPTED_VIDEOS = (
     "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
 )
+_TO_COME = object()  # in place of a picture, in messages that are written down before it is given
 _EXAMPLE_PART = '{"type": "image", "image": "a.png"}'
 _TEMPLATE_ARGUMENTS = ("chat_template", "tools", "documents", "continue_final_message", "return_assistant_tokens_mask")
 _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
@@ -743,7 +744,11 @@ class Sa2VAInputs:
 
 
 def prepare_samples(
-    processor: "Sa2VAProcessor", samples: Iterable[Mapping[str, Any]], name: str = "samples", **defaults: Any
+    processor: "Sa2VAProcessor",
+    samples: Iterable[Mapping[str, Any]],
+    name: str = "samples",
+    prepare: Callable[..., Sa2VAInputs] | None = None,
+    **defaults: Any,
 ) -> Iterator[Sa2VAInputs]:
     """Prepares calls one by one, as they are asked for; errors say which it was.
 
@@ -751,6 +756,7 @@ def prepare_samples(
         processor: whose `prepare` takes the samples.
         samples: its arguments.
         name: what the caller calls them, for errors.
+        prepare: what takes them instead.
         **defaults: arguments of all samples that don't have their own.
 
     Raises:
@@ -764,7 +770,7 @@ def prepare_samples(
             given = [*sample.keys() - {*accepted}] if isinstance(sample, Mapping) else type(sample).__name__
             raise TypeError(f"{name}[{number}] can't hold {given}. Give dictionaries with some of {accepted}.")
         try:
-            inputs = processor.prepare(**{**defaults, **sample})
+            inputs = (prepare or processor.prepare)(**{**defaults, **sample})
         except (TypeError, ValueError, OSError) as error:
             if len(error.args) == 1:
                 error.args = (f"{name}[{number}]: {error}",)
@@ -836,8 +842,8 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
-def _parts_of(content: Any) -> dict[str, Any]:
-    """The "text" of a message, and its "image" or "video"."""
+def _parts_of(content: Any, may_come: bool) -> dict[str, Any]:
+    """The "text" of a message, and its "image" or "video", which are `_TO_COME` if they may and are not there."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not (isinstance(parts, list | tuple) and all(isinstance(part, Mapping) for part in parts)):
         raise TypeError(f"The content of a message is text or a list of dictionaries, got {content!r}.")
@@ -845,7 +851,8 @@ def _parts_of(content: Any) -> dict[str, Any]:
     for part in parts:
         kind = part.get("type")
         keys = (kind, "path", "url") if kind in ("text", "image", "video") else ()
-        given = next((part[key] for key in keys if part.get(key) is not None), None)
+        later = _TO_COME if may_come and kind in ("image", "video") and part.keys() == {"type"} else None
+        given = next((part[key] for key in keys if part.get(key) is not None), later)
         if given is None or (kind == "text" and not isinstance(given, str)):
             raise ValueError(f"{dict(part)!r:.200} is no text, image or video with what it shows: {_EXAMPLE_PART}.")
         if kind in found and kind != "text":
@@ -1215,10 +1222,17 @@ class Sa2VAProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
-    def from_config(cls, config: Sa2VAChatConfig, tokenizer, image_processor=None) -> "Sa2VAProcessor":
-        """The processor of a checkpoint, from its configuration and tokenizer (and Qwen-VL's image processor)."""
+    def from_config(
+        cls, config: Sa2VAChatConfig, tokenizer, image_processor=None, chat_template: str | None = None
+    ) -> "Sa2VAProcessor":
+        """The processor of a checkpoint, from its configuration and tokenizer.
+
+        Args:
+            config, tokenizer: of the checkpoint.
+            image_processor, chat_template: Qwen-VL's; without a template the tokenizer's holds.
+        """
         if config.is_qwen_vl:
-            settings = Sa2VAProcessorQwen._settings_of(config)
+            settings = Sa2VAProcessorQwen._settings_of(config) | {"chat_template": chat_template}
             return Sa2VAProcessorQwen(image_processor=image_processor, tokenizer=tokenizer, **settings)
         return cls(tokenizer, **cls._settings_of(config))
 
@@ -1477,31 +1491,68 @@ class Sa2VAProcessor(ProcessorMixin):
             TypeError, ValueError, OSError: what was given, what is accepted and what to do.
         """
         past_text = "" if past_text is None else past_text
-        num_frames = self.num_key_frames if num_frames is None else num_frames
-        frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
         _check_words(text, past_text, self._reserved_words, self._drops_tags)
-        frame_sampling = _checked_sampling(num_frames, frame_sampling)
-        if image is not None and video is not None:
-            raise ValueError("Both image and video are given. Give one of them.")
+        sampling = self._sampling(num_frames, frame_sampling)
         if image is None and video is None:
             _check_no_picture(text, past_text, mask_prompts, self.image_token)
             return self._tokenize(self.build_prompt(text, past_text=past_text))
-        frames = _frames_of_sequence([load_image(image)]) if video is None else _frames_of(video)
-        sampling = "first" if video is None else frame_sampling
-        picture = self._prepare_picture(frames, num_frames, sampling, video is not None, mask_prompts)
+        picture = self._prepare_picture(image, video, *sampling, mask_prompts)
         return self._tokenize(self._picture_prompt(text, past_text, picture), **picture)
+
+    def _prepare_prompt(self, prompt: str, picture: dict[str, Any] | None) -> Sa2VAInputs:
+        """A call whose words are a whole prompt, in which one token may stand for all of a picture."""
+        needed = [] if picture is None else self._image_tokens_of(picture)
+        if needed and self._pictures_in(prompt) == [1]:
+            prompt = prompt.replace(self.picture_tokens([1]), self.picture_tokens(needed))
+        if prompt.count(self.image_token) != sum(needed) or self._pictures_in(prompt) != needed:
+            raise ValueError(
+                f"text is a prompt with pictures of {self._pictures_in(prompt)} tokens, those of the picture given are "
+                f"{needed or 'none'}. Give the image or video that the messages are about, and no other."
+            )
+        return self._tokenize(prompt, **(picture or {}))
+
+    def _prepare_words(
+        self,
+        image: Any = None,
+        video: Any = None,
+        text: Any = None,
+        past_text: str | None = "",
+        mask_prompts: Any = None,
+        num_frames: int | None = None,
+        frame_sampling: str | Sequence[int] | None = None,
+    ) -> Sa2VAInputs:
+        """`prepare`, where `text` may also be a whole prompt, as `apply_chat_template` writes it."""
+        head, tail = self.build_prompt("\0").split("\0")
+        if not (isinstance(text, str) and text.startswith(head) and text.endswith(tail)):
+            return self.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
+        if past_text or mask_prompts is not None:
+            raise ValueError("text is a whole prompt, so past_text and mask_prompts come too late. Give words alone.")
+        sampling = self._sampling(num_frames, frame_sampling)
+        has_picture = image is not None or video is not None
+        return self._prepare_prompt(text, self._prepare_picture(image, video, *sampling) if has_picture else None)
+
+    def _sampling(self, num_frames: Any, frame_sampling: Any) -> tuple[int, str | list[int]]:
+        """How a call chooses frames, else this processor."""
+        num_frames = self.num_key_frames if num_frames is None else num_frames
+        return num_frames, _checked_sampling(
+            num_frames, self.frame_sampling if frame_sampling is None else frame_sampling
+        )
 
     def _prepare_picture(
         self,
-        frames: VideoFrames,
+        image: Any,
+        video: Any,
         num_frames: int,
-        frame_sampling: str | Sequence[int],
-        is_video: bool,
-        mask_prompts: Any,
+        frame_sampling: str | list[int],
+        mask_prompts: Any = None,
     ) -> dict[str, Any]:
         """The fields of `Sa2VAInputs` that don't depend on the words."""
+        if image is not None and video is not None:
+            raise ValueError("Both image and video are given. Give one of them.")
+        is_video = video is not None
+        frames = _frames_of(video) if is_video else _frames_of_sequence([load_image(image)])
         masks = None if mask_prompts is None else self.preprocess_mask_prompts(mask_prompts)
-        first, shown = _read_key_frames(frames, num_frames, frame_sampling)
+        first, shown = _read_key_frames(frames, num_frames, frame_sampling if is_video else "first")
         images = list(shown.values())
         return {
             **self.preprocess_picture(images, is_video),
@@ -1578,7 +1629,7 @@ class Sa2VAProcessor(ProcessorMixin):
 
         Args:
             images: one image, or a list with one for each text.
-            text: the user's words, or a list of them.
+            text: the user's words, or a list of them. Also a whole prompt that `apply_chat_template` wrote.
             videos: one video (a list is taken for its frames); in a batch a list of videos.
             past_text, mask_prompts, num_frames, frame_sampling: see `prepare`; the last two are the same for all.
             return_tensors: "pt" (also None), or "np", which the model does not take.
@@ -1599,9 +1650,11 @@ class Sa2VAProcessor(ProcessorMixin):
         shared = {"num_frames": num_frames, "frame_sampling": frame_sampling}
         given = {"images": images, "videos": videos, "past_text": past_text, "mask_prompts": mask_prompts}
         if isinstance(text, list | tuple):
-            inputs = list(prepare_samples(self, _as_samples(text, **given), "text", **shared))
+            samples = _as_samples(text, **given)
+            inputs = list(prepare_samples(self, samples, "text", self._prepare_words, **shared))
         else:
-            inputs = [self.prepare(_single(images), _one_video(videos), text, past_text, mask_prompts, **shared)]
+            one = _single(images), _one_video(videos), text, past_text, mask_prompts
+            inputs = [self._prepare_words(*one, **shared)]
         lengths = {x.input_ids.shape[1] for x in inputs}
         if len(lengths) > 1 and not padding:
             raise ValueError(f"Texts of {sorted(lengths)} tokens need padding=True to make one batch.")
@@ -1627,8 +1680,9 @@ class Sa2VAProcessor(ProcessorMixin):
                 "text": words} and, in one turn of the user, {"type": "image" or "video", "image", "video", "path" or
                 "url": see `load_image`, `open_video`}. Texts are joined as they are; a picture behind one stands
                 there (around Qwen-VL it always stands first).
-            tokenize: True gives what a call of the processor does, False the prompts, with all tokens of pictures in
-                them, to look at.
+            tokenize: True gives what a call of the processor does, False the prompts, which a call takes as `text`
+                together with the pictures. Messages for them need not hold what a part shows: {"type": "image"} is one
+                token there, and becomes as many as the picture takes.
             return_dict: False gives the `input_ids` alone.
             add_generation_prompt: always True: a prompt ends where the answer begins.
             num_frames, frame_sampling: see `prepare`.
@@ -1653,33 +1707,47 @@ class Sa2VAProcessor(ProcessorMixin):
         if unknown := sorted(kwargs.keys() - {"return_tensors", "padding", "padding_side"}):
             raise TypeError(f"A call has no {unknown}: it takes return_tensors, padding, padding_side.")
         is_one = not conversation or isinstance(conversation[0], Mapping)
-        asked = [self._last_question(turns, **sampling) for turns in ([conversation] if is_one else conversation)]
+        conversations = [conversation] if is_one else conversation
+        asked = [self._last_question(turns, not tokenize, **sampling) for turns in conversations]
         if not tokenize:
-            prompts = [self.prepare(**question, **sampling).prompt for question in asked]
+            prompts = [self._prompt_of(question, **sampling) for question in asked]
             return prompts[0] if is_one else prompts
         images, videos, texts, past = ([q[name] for q in asked] for name in ("image", "video", "text", "past_text"))
         batch = self(images, texts, videos, past, **sampling, **kwargs)
         return batch if return_dict else batch["input_ids"]
 
-    def _last_question(self, conversation: Sequence[Mapping[str, Any]], **sampling: Any) -> dict[str, Any]:
-        """The last turn of a conversation as arguments of `prepare`, the others as its `past_text`."""
+    def _prompt_of(self, question: Mapping[str, Any], **sampling: Any) -> str:
+        """The prompt that `prepare` makes of its arguments; a picture that is yet to come is one token."""
+        if not any(question[kind] is _TO_COME for kind in ("image", "video")):
+            return self.prepare(**question, **sampling).prompt
+        _check_words(question["text"], question["past_text"], self._reserved_words, self._drops_tags)
+        return self.build_prompt(question["text"], image_tokens=[1], past_text=question["past_text"])
+
+    def _last_question(
+        self, conversation: Sequence[Mapping[str, Any]], may_come: bool, **sampling: Any
+    ) -> dict[str, Any]:
+        """The last turn of a conversation as arguments of `prepare`, the others as its `past_text`.
+
+        If it `may_come` later, what a part does not show is `_TO_COME`.
+        """
         question: dict[str, Any] = {"image": None, "video": None, "past_text": ""}
         for number, message in enumerate(conversation):
             role = ("user", "assistant")[number % 2]
             if not isinstance(message, Mapping) or message.get("role") != role:
                 given = message.get("role") if isinstance(message, Mapping) else message
                 raise ValueError(f"Message {number} is of {given!r}; user and assistant take turns, the user begins.")
-            parts = _parts_of(message.get("content"))
+            parts = _parts_of(message.get("content"), may_come)
             words = parts.pop("text")
             if role == "user":
                 if len(parts) + sum(question[kind] is not None for kind in ("image", "video")) > 1:
                     raise ValueError("A conversation is about one image or one video.")
                 once = {"image": load_image, "video": open_video}  # every turn looks at it again
-                question |= {"text": words, **{kind: once[kind](given) for kind, given in parts.items()}}
+                shown = {k: given if given is _TO_COME else once[k](given) for k, given in parts.items()}
+                question |= {"text": words, **shown}
             elif parts:
                 raise ValueError(f"Message {number}, of the assistant, holds {sorted(parts)}. Answers are words.")
             else:
-                prompt = self.prepare(**question, **sampling).prompt
+                prompt = self._prompt_of(question, **sampling)
                 question["past_text"] = f"{prompt}{words}{self.missing_end(words)}\n"
         if len(conversation) % 2 == 0:
             raise ValueError("A conversation ends with what the user asks.")
@@ -1883,11 +1951,6 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
 
 def _qwen_size(width: int, height: int, factor: int = 28) -> tuple[int, int]:
     """Width and height, multiples of `factor`, at which `qwen_vl_utils` reads a picture: 4 to 16384 cells in area."""
-    if max(width, height) > 200 * min(width, height):
-        raise ValueError(
-            f"The picture is {width}x{height}. Qwen-VL reads sides of at most 200 to 1: crop it, or use a checkpoint "
-            "of the InternVL family."
-        )
     least, most = 4 * factor**2, 16384 * factor**2
     sides = [max(factor, round(side / factor) * factor) for side in (width, height)]
     area = sides[0] * sides[1]
@@ -1897,6 +1960,11 @@ def _qwen_size(width: int, height: int, factor: int = 28) -> tuple[int, int]:
     elif area < least:
         scale = math.sqrt(least / (width * height))
         sides = [math.ceil(side * scale / factor) * factor for side in (width, height)]
+    if any(max(read) > 200 * min(read) for read in ((width, height), sides)):
+        raise ValueError(
+            f"The picture is {width}x{height}. Qwen-VL reads sides of at most 200 to 1: crop it, or use a checkpoint "
+            "of the InternVL family."
+        )
     return sides[0], sides[1]
 
 

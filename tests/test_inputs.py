@@ -793,7 +793,9 @@ BAD_STATES = {
     "an argument that is made here": (lambda have: have.ask(attention_mask=None), TypeError, "attention_mask"),
     "token ids beside a question": (lambda have: have.ask(input_ids=torch.tensor([[5]])), TypeError, "input_ids"),
     "a message's picture without what it shows": (
-        lambda have: have.processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]),
+        lambda have: have.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}]}], tokenize=True
+        ),
         ValueError,
         "what it shows",
     ),
@@ -803,9 +805,19 @@ BAD_STATES = {
         "tools",
     ),
     "a prompt in place of words": (
-        lambda have: have.processor(text=[have.processor.apply_chat_template(SPOKEN[:1])], images=[plain()]),
+        lambda have: have.ask(text=have.processor.apply_chat_template(SPOKEN[:1]), image=plain()),
         ValueError,
         "words alone",
+    ),
+    "a prompt without its picture": (
+        lambda have: have.processor(text=[have.processor.apply_chat_template(SPOKEN[:1])]),
+        ValueError,
+        "that the messages are about",
+    ),
+    "a prompt and what came before it": (
+        lambda have: have.processor(text=have.processor.apply_chat_template(SPOKEN[:1]), past_text="Hi"),
+        ValueError,
+        "too late",
     ),
     "loss without all logits": (
         lambda have: have.forward(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_imports
@@ -18,6 +19,7 @@ from transformers.dynamic_module_utils import get_imports
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor, hub_upload
 
 ROOT = Path(__file__).parents[1]
+FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
 CORE_FILES = (
     "configuration_sa2va.py",
     "hub_upload.py",
@@ -152,6 +154,41 @@ def test_a_saved_checkpoint_loads_to_the_same_model(golden, golden_model, golden
     again = AutoModel.from_pretrained(tmp_path)
     case = golden.case("imgD1seg")
     assert again.predict_forward(**case.arguments).prediction == case.meta["prediction"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_weights_share_no_memory(family):
+    model = AutoModel.from_pretrained(ROOT / "tests" / "golden" / family)
+    places = [weight.untyped_storage().data_ptr() for weight in model.state_dict().values()]
+    tied = [*model.all_tied_weights_keys]
+    assert len(set(places)) == len(places) - len(tied)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_is_taken_by_load_state_dict(family, tmp_path):
+    """As transformers' `Trainer` goes on from a checkpoint; strict, so that no name may be left over."""
+    model = AutoModel.from_pretrained(ROOT / "tests" / "golden" / family)
+    model.save_pretrained(tmp_path)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    torch.nn.ModuleDict({"inner": model}).load_state_dict(
+        {f"inner.{name}": weight for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    )
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_state_of_accelerate_comes_back(golden, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(AutoModel.from_pretrained(golden.folder))
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    accelerator.save_state(tmp_path)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    accelerator.load_state(tmp_path)
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_released_config_keeps_every_value_through_saving(golden, tmp_path):
