@@ -72,8 +72,10 @@ CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
     *(AssertionError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError),
 )
-_FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-_ANIMATION_SUFFIXES = frozenset({".gif", ".webp", ".apng"})
+_PICTURE_SUFFIXES = {  # of files that Pillow reads; some hold several frames
+    *(".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".apng", ".bmp", ".ppm", ".pgm"),
+    *(".gif", ".webp", ".avif", ".tif", ".tiff"),
+}
 _MOST_BROKEN = 10_000  # frames that can't be decoded, after which a file counts as cut off
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -418,10 +420,11 @@ def open_video(video: Any) -> VideoFrames:
 
     Args:
         video: list of images (see `load_image`; sizes may differ), [T, H, W, C] or [T, C, H, W] array or tensor, path
-            to a video file (whatever OpenCV reads: mp4, avi, webm, ...; animated gif, webp), path to a folder of frame
-            images (in natural order: 2 before 10), any iterable of images, or `VideoFrames`. Of a damaged file all
-            frames that can be decoded are used, numbered without gaps; `problems` and a warning tell of the others. A
-            file of variable rate gives every frame that it stores once; one that is marked as rotated, upright frames.
+            to a video file (whatever OpenCV reads: mp4, avi, webm, ...; what Pillow does: animated gif, webp, avif,
+            pages of a tiff), path to a folder of frame images (in natural order: 2 before 10), any iterable of images,
+            or `VideoFrames`. Of a damaged file all frames that can be decoded are used, numbered without gaps;
+            `problems` and a warning tell of the others. A file of variable rate gives every frame that it stores once;
+            one that is marked as rotated, upright frames.
 
     Raises:
         TypeError: something else.
@@ -463,9 +466,9 @@ def _read_sequence(items: Any, keep: bool = False) -> _Decoders:
 
 def _frames_of_path(path: Path) -> VideoFrames:
     if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix.lower() in _FRAME_SUFFIXES and file.name[0] != "."]
+        files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURE_SUFFIXES and file.name[0] != "."]
         return _frames_of_sequence(sorted(files, key=_natural_order))
-    read = _read_animation if path.suffix.lower() in _ANIMATION_SUFFIXES else _read_video_file
+    read = _read_animation if path.suffix.lower() in _PICTURE_SUFFIXES else _read_video_file
     problems: list[str] = []
     return VideoFrames(partial(read, path, problems), problems=problems)
 
@@ -484,7 +487,7 @@ def _natural_order(file: Path) -> tuple[list[int | str], str]:
 
 
 def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Decoders:
-    """Frames of an animated gif or webp, up to its end or to the first damaged frame."""
+    """Frames of an animated gif or webp, pages of a tiff..., up to its end or to the first damaged frame."""
     try:
         clip = Image.open(path)
     except CORRUPT_FILE_ERRORS as error:
@@ -838,8 +841,10 @@ def _as_samples(texts: Sequence[str], **columns: Any) -> list[dict[str, Any]]:
 
 
 def _single(value: Any) -> Any:
-    """The only item of a one-item list, in which batch-minded callers wrap a sample."""
-    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    """The only item of a one-item list, in which batch-minded callers wrap a sample; None for an empty one."""
+    if isinstance(value, list | tuple) and len(value) < 2:
+        return value[0] if value else None
+    return value
 
 
 def _parts_of(content: Any, may_come: bool) -> dict[str, Any]:
@@ -868,7 +873,7 @@ def _parts_of(content: Any, may_come: bool) -> dict[str, Any]:
 def _one_video(value: Any) -> Any:
     """The only item of a one-item list, if that can only be a whole video: frames, or no picture's path."""
     item = _single(value)
-    is_file = isinstance(item, str | os.PathLike) and Path(item).suffix.lower() not in _FRAME_SUFFIXES
+    is_file = isinstance(item, str | os.PathLike) and Path(item).suffix.lower() not in _PICTURE_SUFFIXES
     return item if is_file or isinstance(item, list | tuple) or getattr(item, "ndim", 0) == 4 else value
 
 
@@ -1705,7 +1710,8 @@ class Sa2VAProcessor(ProcessorMixin):
         kwargs |= {"num_frames": num_frames, "frame_sampling": frame_sampling, **(processor_kwargs or {})}
         sampling = {name: kwargs.pop(name) for name in ("num_frames", "frame_sampling")}
         if unknown := sorted(kwargs.keys() - {"return_tensors", "padding", "padding_side"}):
-            raise TypeError(f"A call has no {unknown}: it takes return_tensors, padding, padding_side.")
+            accepted = "return_tensors, padding, padding_side, num_frames and frame_sampling"
+            raise TypeError(f"A call has no {unknown}: it takes {accepted}.")
         is_one = not conversation or isinstance(conversation[0], Mapping)
         conversations = [conversation] if is_one else conversation
         asked = [self._last_question(turns, not tokenize, **sampling) for turns in conversations]
@@ -1970,7 +1976,9 @@ def _qwen_size(width: int, height: int, factor: int = 28) -> tuple[int, int]:
 
 _SHARED_PHRASE = re.compile(r"<p>((?:(?!<p>|</p>).)*)</p>(?:\s|,|;|&|\band\b|\[SEG\])*$", re.DOTALL)
 _WIDE_STOPS = "\u3002\uff01\uff1f"  # full stop, exclamation and question mark of Chinese and Japanese
-_SENTENCE_END = re.compile(rf"(?<=[.!?])\s+|(?<=[{_WIDE_STOPS}])|\n")
+_ABBREVIATIONS = ("Mr", "Mrs", "Ms", "Dr", "Prof", "St", "Jr", "Sr", "vs", "e.g", "i.e", "approx")  # end no sentence
+_NOT_ABBREVIATED = "".join(rf"(?<!\b{re.escape(word)}\.)" for word in _ABBREVIATIONS)
+_SENTENCE_END = re.compile(rf"(?<=[.!?]){_NOT_ABBREVIATED}\s+|(?<=[{_WIDE_STOPS}])|\n")
 _SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|\[SEG\]|</?[A-Za-z_]+>")
 
 
@@ -2152,6 +2160,14 @@ def _as_bool_masks(masks: np.ndarray | Tensor) -> np.ndarray:
     return masks
 
 
+_MOST_LETTERS = 500  # of a label, more than fit into a picture
+_NO_LETTER = "\U0010ffff"  # for which fonts draw what they draw for letters that they lack
+_SYSTEM_FONTS = (  # Pillow looks for them where Linux, macOS and Windows keep fonts
+    *("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "wqy-microhei.ttc", "DejaVuSans.ttf"),
+    *("PingFang.ttc", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf", "segoeui.ttf"),
+)
+
+
 def object_color(index: int) -> tuple[int, int, int]:
     """RGB colour (0..255) of an object: hues a golden ratio apart, so that objects near in number look different."""
     hue = (0.02 + index * 0.6180339887) % 1.0
@@ -2167,7 +2183,8 @@ def draw_overlay(
     Args:
         image: see `load_image`; h x w pixels.
         masks: bool [N, h, w]. A mask without pixels gets no label.
-        phrases: N labels, or None. The font has Latin letters only.
+        phrases: N labels, or None. Letters that Pillow's font lacks are written in one of the system's; an object's
+            number, from 1, stands for a phrase that none of those can write.
         alpha: opacity of the colour, 0..1.
 
     Returns:
@@ -2181,14 +2198,30 @@ def draw_overlay(
     picture, masks = load_image(image), _as_bool_masks(masks)
     if masks.shape[1:] != (picture.height, picture.width):
         raise ValueError(f"Masks are {masks.shape[1:]}, the picture is {(picture.height, picture.width)} (h, w).")
-    if phrases is not None and len(phrases) != len(masks):
-        raise ValueError(f"{len(phrases)} phrases for {len(masks)} masks. Give one for each.")
+    if phrases is not None and (isinstance(phrases, str) or [type(p) for p in phrases] != [str] * len(masks)):
+        raise ValueError(f"Phrases {phrases!r:.200} for {len(masks)} masks. Give a list with a string for each.")
     canvas = Image.fromarray(_paint(np.array(picture), masks, alpha))
     taken: list[tuple[int, int, int, int]] = []
     for index, phrase in enumerate(phrases or ()):
         if phrase.strip() and masks[index].any():
-            _write_label(canvas, masks[index], " ".join(phrase.split()), object_color(index), taken)
+            label, size = " ".join(phrase[:_MOST_LETTERS].split()), max(11, round(min(canvas.size) / 30))
+            if (font := _font_for(label, size)) is None:
+                label, font = str(index + 1), ImageFont.load_default(size=size)
+            _write_label(canvas, masks[index], label, font, object_color(index), taken)
     return np.array(canvas)
+
+
+def _font_for(text: str, size: int) -> Any:
+    """Pillow's own font, or one of the system's with letters that it lacks; None if no font has all of them."""
+    for load in (ImageFont.load_default, *(partial(ImageFont.truetype, name) for name in _SYSTEM_FONTS)):
+        try:
+            font = load(size=size)
+        except OSError:  # not installed
+            continue
+        missing = bytes(font.getmask(_NO_LETTER))
+        if all(bytes(font.getmask(letter)) != missing for letter in set(text) - {" "}):
+            return font
+    return None
 
 
 def _paint(pixels: np.ndarray, masks: np.ndarray, alpha: float) -> np.ndarray:
@@ -2204,13 +2237,14 @@ def _paint(pixels: np.ndarray, masks: np.ndarray, alpha: float) -> np.ndarray:
     return pixels
 
 
-def _write_label(canvas: Image.Image, mask: np.ndarray, phrase: str, color: tuple[int, int, int], taken: list) -> None:
+def _write_label(
+    canvas: Image.Image, mask: np.ndarray, phrase: str, font: Any, color: tuple[int, int, int], taken: list
+) -> None:
     """Writes a phrase above its object, moved and shortened to stay inside; nothing where no letter fits.
 
     `taken` lists the boxes (left, top, right, bottom) of earlier labels, which are avoided if there is room.
     """
     draw, pad = ImageDraw.Draw(canvas), 2
-    font = ImageFont.load_default(size=max(11, round(min(canvas.size) / 30)))
     phrase = _shorten(phrase, lambda words: draw.textlength(words, font=font) < canvas.width - 2 * pad)
     left, top, right, bottom = draw.textbbox((0, 0), phrase, font=font)
     width, height = round(right - left) + 2 * pad, round(bottom - top) + 2 * pad

@@ -347,6 +347,19 @@ def test_what_lies_behind_many_broken_frames_is_used(tmp_path):
     assert len(frames.problems) == 1 and "announces 120" in frames.problems[0]
 
 
+def test_a_photo_in_place_of_a_video_is_one_upright_frame(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (frame,) = open_video(saved(plain(size=(8, 4)), tmp_path / "photo.jpg", exif=exif))
+    assert frame.size == (4, 8)
+
+
+def test_every_page_of_a_tiff_is_a_frame(tmp_path):
+    pages = [Image.new("RGB", (8, 6), (shade, 0, 0)) for shade in (10, 20, 30)]
+    path = saved(pages[0], tmp_path / "clip.tif", save_all=True, append_images=pages[1:])
+    assert [frame.getpixel((0, 0))[0] for frame in open_video(path)] == [10, 20, 30]
+
+
 def test_a_damaged_tail_ends_a_gif_early(tmp_path):
     noise = [Image.effect_noise((64, 64), 90) for _ in range(6)]
     path = saved(noise[0], tmp_path / "clip.gif", save_all=True, append_images=noise[1:])

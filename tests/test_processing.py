@@ -568,6 +568,7 @@ PHRASES = [
     ("<p>A cat</p> sits. The dog [SEG] runs.", ["The dog runs"]),
     ("It is red. Here: [SEG]. Bye.", ["Here"]),
     ("The square is red. [SEG]", ["The square is red"]),
+    ("Bye. Mr. Smith, e.g. the dog's owner, is [SEG]. A cat.", ["Mr. Smith, e.g. the dog's owner, is"]),
     ("[SEG]<|im_end|>", [""]),
     ("Sure,  [SEG] . <|im_end|>", ["Sure"]),
     ("No object here.<|im_end|>", []),
@@ -675,8 +676,20 @@ def test_overlay_of_no_objects_is_the_picture(pictures):
     assert np.array_equal(draw_overlay(pictures["imgA"], np.zeros((0, 61, 97), bool), []), pictures["imgA"])
 
 
+def test_words_that_no_font_can_write_are_labelled_by_number():
+    image, masks = Image.new("RGB", (200, 120), "gray"), boxes((20, 20, 60, 60), (60, 100, 90, 160))
+    unknown = "\U0010fffd" * 3  # of a private area, where no font has letters
+    assert np.array_equal(draw_overlay(image, masks, [unknown] * 2), draw_overlay(image, masks, ["1", "2"]))
+
+
 @pytest.mark.parametrize(
-    ("masks", "phrases"), [(boxes((0, 0, 9, 9)), ["a", "b"]), (boxes((0, 0, 9, 9), size=(9, 9)), None)]
+    ("masks", "phrases"),
+    [
+        (boxes((0, 0, 9, 9)), ["a", "b"]),
+        (boxes((0, 0, 9, 9)), [5]),
+        (boxes((0, 0, 9, 9)), "a"),
+        (boxes((0, 0, 9, 9), size=(9, 9)), None),
+    ],
 )
 def test_overlay_refuses_what_does_not_fit(masks, phrases):
     with pytest.raises(ValueError, match=r"(?i)mask"):
