@@ -560,7 +560,7 @@ def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str |
     """Chooses the frames that the language model sees.
 
     Args:
-        video: the frames.
+        video: the frames, or what `open_video` takes.
         num_frames: how many, at least 1; a shorter video gives all it has. Unused with explicit frame numbers.
         frame_sampling: "first" (released behaviour; reads only these frames), "uniform" (from the first frame to the
             last, which needs the number of frames), or frame numbers, counted from 0.
@@ -572,7 +572,7 @@ def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str |
         TypeError: a number is not an integer, `frame_sampling` is neither a name nor numbers.
         ValueError: `num_frames` < 1, an unknown name, no frame number, or one outside the video.
     """
-    frame_sampling = _checked_sampling(num_frames, frame_sampling)
+    frame_sampling, video = _checked_sampling(num_frames, frame_sampling), _frames_of(video)
     if isinstance(frame_sampling, list):
         wanted = sorted(set(frame_sampling))
         if wanted[-1] >= (available := video.count(wanted[-1] + 1)):
@@ -795,7 +795,12 @@ def collate_inputs(
         `input_ids` and `attention_mask`, int64 [B, L]. Of the calls that have them, one behind the other,
         `pixel_values`, `image_grid_thw` and `prompt_masks` (see `Sa2VAInputs`); with the last also
         `prompt_mask_tiles`, int64 [R]: which tile of the batch each region lies on.
+
+    Raises:
+        ValueError: no calls, or another side.
     """
+    if not inputs or padding_side not in ("left", "right"):
+        raise ValueError(f"{len(inputs)} calls, {padding_side=}: give at least one, and 'left' or 'right'.")
     fill = {"input_ids": pad_token_id, "attention_mask": 0}
     batch = {
         name: pad_sequence([getattr(x, name)[0] for x in inputs], True, value, padding_side)
@@ -896,7 +901,12 @@ def choose_tiling(
     than half of its area (InternVL 1.5). The official code leaves the order of grids with equally many tiles to the
     iteration order of a set. It can't matter (for `min_tiles` 1): of c x r and c' x r' with c < c' and r > r', the
     shape of c x r', which has fewer tiles, lies strictly between theirs, so they are never both nearest.
+
+    Raises:
+        ValueError: `width` or `height` is below 1.
     """
+    if min(width, height) < 1:
+        raise ValueError(f"A picture of {width}x{height} has no pixels, so there is nothing to tile.")
     sides = range(1, max_tiles + 1)
     grids = [(c, r) for c in sides for r in range(1, max_tiles // c + 1) if min_tiles <= c * r]
     best, best_distance = (1, 1), float("inf")
@@ -2154,7 +2164,7 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
 
 
 def _as_bool_masks(masks: np.ndarray | Tensor) -> np.ndarray:
-    masks = masks.detach().cpu().numpy() if isinstance(masks, Tensor) else np.asarray(masks)
+    masks = np.asarray(_as_numpy(masks))
     if masks.dtype != np.bool_ or masks.ndim != 3:
         raise ValueError(f"Masks must be bool [N, height, width], got {masks.dtype} of shape {masks.shape}.")
     return masks

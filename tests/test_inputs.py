@@ -20,6 +20,8 @@ from sa2va.hub_upload import CheckpointError, check_checkpoint, convert_pickles
 from sa2va.processing_sa2va import (
     Sa2VAProcessor,
     VideoFrames,
+    choose_tiling,
+    collate_inputs,
     draw_overlay,
     load_image,
     masks_to_rle,
@@ -725,6 +727,9 @@ BAD_STATES = {
         ValueError,
         "run-length",
     ),
+    "a batch of nothing": (lambda have: collate_inputs([]), ValueError, "at least one"),
+    "tiles of no picture": (lambda have: choose_tiling(0, 5), ValueError, "0x5"),
+    "masks that are nowhere": (lambda have: masks_to_rle(torch.zeros(1, 2, 2, device="meta")), TypeError, "meta"),
     "two answers": (lambda have: have.ask(num_return_sequences=2, num_beams=2), ValueError, "num_return_sequences"),
     "misspelled argument": (lambda have: have.ask(max_new_token=5), ValueError, "max_new_token"),
     "no new tokens": (lambda have: have.ask(max_new_tokens=0), ValueError, "max_new_tokens"),
