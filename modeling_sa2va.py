@@ -114,6 +114,7 @@ _FULL_PRECISION = (  # modules that no quantization touches, of both families
     *("text_hidden_fcs", "grounding_encoder"),
 )
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # as the backends' configs name them
+_ROWS_PACKED = 32  # of a 4-bit weight, by bitsandbytes on a CPU
 _BLIND_TO_PADDING = {  # settings of `generate` that look neither at the tokens of a prompt nor at other rows
     *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
     *("num_beams", "length_penalty", "early_stopping", "num_return_sequences", "use_cache", "stop_strings"),
@@ -485,6 +486,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             model._folder = os.path.abspath(pretrained_model_name_or_path)
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
+        _pack_what_fits(model)
         if not chosen and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
             logger.warning_once(
                 f"Loaded in {model.dtype}, the dtype of the checkpoint. On a CPU float32 is several times faster for "
@@ -2005,6 +2007,18 @@ def _language_model_only(
         name = "bfloat16" if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
         config.bnb_4bit_compute_dtype = getattr(torch, name)
     return config
+
+
+def _pack_what_fits(model: nn.Module) -> None:
+    """Has bitsandbytes run 4-bit layers of odd widths as on CPUs without bfloat16 instructions.
+
+    On CPUs with them it packs weights anew when a layer is first used: 32 rows together, with one scale for each block
+    of a row, and fails where a layer has other widths than multiples of those. Unpacked the same weights are slower.
+    """
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            fits = layer.out_features % _ROWS_PACKED == 0 and layer.in_features % layer.weight.blocksize == 0
+            layer.support_avx512bf16_for_cpu = fits
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
