@@ -52,6 +52,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import _add_variant
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import (
@@ -60,6 +61,7 @@ from transformers.utils import (
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
     ModelOutput,
+    cached_file,
     has_file,
     logging,
 )
@@ -72,6 +74,7 @@ from .configuration_sa2va import (
     Sa2VAInternLM2Config,
     Sa2VAVisionConfig,
     blaming_config,
+    read_index,
     reading_weights,
 )
 from .processing_sa2va import (
@@ -98,6 +101,7 @@ IGNORE_INDEX = -100
 _NO_PIXELS = "The text shows a picture, or regions of one, but there are no pixel_values. Give those of the processor."
 _MOST_BEAMS = 1000  # more than anybody searches with; far more take all memory there is
 _MOST_BEAM_TOKENS = 10**7  # beams times tokens, for all of which beam search sets room aside
+_MOST_TABLED = 3 * 10**8  # numbers in tables that are not stored but made anew; of GPT-Neo's layers 10**8
 _MOST_ABSENT = 2 * 10**9  # parameters that a checkpoint may lack; SAM 2 and a vision tower are 0.5 * 10**9
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
@@ -455,10 +459,12 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         `device_map` that is a dictionary, may name modules as the released code does.
 
         Raises:
-            OSError: no such checkpoint, its weights are damaged, or are pickles (`.bin`), which are never read.
+            OSError: no such checkpoint, its weights or their index are damaged, the index names files elsewhere, or the
+                weights are pickles (`.bin`), which are never read.
             ValueError: config.json describes no model that can be built, or another than the weights are of.
         """
         _refuse_pickles(pretrained_model_name_or_path, kwargs)
+        _check_index(pretrained_model_name_or_path, kwargs)
         # None: safetensors first, and on the Hub True would have transformers ask a service for a conversion.
         kwargs["use_safetensors"] = os.path.isdir(pretrained_model_name_or_path or "") or None
         kwargs.pop("use_flash_attn", None)
@@ -506,11 +512,18 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             self.generation_config = _saved_settings(self.generation_config)
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs) -> None:
-        """transformers' step that allocates what a checkpoint lacks, to be drawn at random.
+        """transformers' step that allocates what a checkpoint lacks: weights to be drawn at random, tables to be made.
 
         Raises:
-            ValueError: that is most of a large model, so that its config.json is not to be believed.
+            ValueError: that is most of a large model, or far more than tables take, so that its config.json is not to
+                be believed.
         """
+        tabled = sum(buffer.numel() for _, buffer in self.named_non_persistent_buffers())
+        if tabled > _MOST_TABLED:
+            raise ValueError(
+                f"The config.json asks for tables of {tabled:.1e} numbers, such as one of all positions; up to "
+                f"{_MOST_TABLED:.0e} are made. Is max_position_embeddings right?"
+            )
         lacking = set(missing_keys) - self.all_tied_weights_keys.keys()
         count = sum(self.get_parameter_or_buffer(name).numel() for name in lacking)
         if count > _MOST_ABSENT:
@@ -1904,7 +1917,7 @@ def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **k
     """transformers' `from_pretrained` with the loading report; weights that don't fit are told in one error."""
     try:
         with reading_weights(str(name_or_path)):
-            return from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
+            model, report = from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -1912,6 +1925,20 @@ def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **k
             f"The weights of {name_or_path} have other shapes than its config.json asks for. `python hub_upload.py "
             f"check {name_or_path}` names each; ignore_mismatched_sizes=True draws those anew."
         ) from error
+    _check_quantized(name_or_path, model)
+    return model, report
+
+
+def _check_quantized(name_or_path: str | os.PathLike, model: PreTrainedModel) -> None:
+    """Raises ValueError for plain weights that config.json calls quantized by bitsandbytes: the first call fails."""
+    if not getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
+        return
+    quantized = (module for module in model.modules() if type(module).__module__.startswith("bitsandbytes."))
+    if any(type(module.weight) is nn.Parameter for module in quantized):  # bitsandbytes has classes of its own
+        raise ValueError(
+            f"The config.json of {name_or_path} has a quantization_config of bitsandbytes, but the weights are not "
+            "quantized. Remove it there, and pass quantization_config to from_pretrained to quantize while loading."
+        )
 
 
 def _ready_frames(
@@ -2074,9 +2101,35 @@ def _refuse_pickles(name_or_path: str | os.PathLike | None, arguments: dict[str,
         raise OSError(pickled_weights_message(str(path.parent if path.is_file() else name_or_path)))
 
 
+def _check_index(name_or_path: str | os.PathLike | None, arguments: dict[str, Any]) -> None:
+    """Raises OSError for an index of weights that is damaged or names files elsewhere; follows none of its names."""
+    if name_or_path is None or os.path.isfile(name_or_path):
+        return
+    subfolder, variant = arguments.get("subfolder") or "", arguments.get("variant")
+    weights, index = (_add_variant(file, variant) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if Path(name_or_path, subfolder, weights).is_file():
+        return  # transformers prefers these
+    path = cached_file(
+        str(name_or_path),
+        index,
+        subfolder=subfolder,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **_where(arguments),
+    )
+    if path is not None and "metadata" not in read_index(Path(path)):
+        raise OSError(f'{path} has no metadata, without which transformers reads no index. Add "metadata": {{}}.')
+
+
+def _where(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say which files of a name on the Hub are meant."""
+    return {key: arguments[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in arguments}
+
+
 def _hub_has_only_pickles(name: str, subfolder: str, arguments: dict[str, Any]) -> bool:
     """Whether a Hub repository has no other weights; asks the Hub only if the cache has none that are safe."""
-    where = {key: arguments[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in arguments}
+    where = _where(arguments)
 
     def has(*files: str, **options) -> bool:
         return any(has_file(name, f"{subfolder}/{file}".lstrip("/"), **{**where, **options}) for file in files)
