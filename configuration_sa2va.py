@@ -10,6 +10,8 @@
 
 import copy
 import json
+import math
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,35 +30,47 @@ _ROPE_SCALING_KEYS = {
 }
 # What a config.json may ask for, far beyond every released checkpoint. A number outside is damage or an attack, and is
 # refused before anything of its size is made. Language models have many names for the same.
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "memory_attention_layers")
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth")
 _HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads", "mask_decoder_num_heads")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_labels", "max_object_pointers")
 _WIDTHS = ("hidden_size", "intermediate_size", "head_dim", "n_embd", "n_inner", "ffn_dim", "out_hidden_size")
 _SAM2_WIDTHS = ("embed_dim", "d_model", "mem_dim", "memory_attention_dim_feedforward", "mask_decoder_mlp_dim")
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+_MAX_LAYERS = 200  # each takes time to build, and is a module of many parts
 _LIMITS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys((*_LAYERS, *_HEADS, "stages", "patch_size", "num_channels"), (1, 1000)),
-    **dict.fromkeys(("max_dynamic_patch", "num_maskmem"), (1, 1000)),
-    **dict.fromkeys((*_COUNTS, "min_dynamic_patch", "window_spec", "window_pos_embed_bkg_spatial_size"), (0, 1000)),
+    **dict.fromkeys((*_LAYERS, "stages"), (1, _MAX_LAYERS)),
+    **dict.fromkeys((*_HEADS, "patch_size", "num_channels"), (1, 1000)),
+    **dict.fromkeys(("max_dynamic_patch", "num_maskmem", "window_spec"), (1, 1000)),
+    **dict.fromkeys((*_COUNTS, "min_dynamic_patch", "window_pos_embed_bkg_spatial_size"), (0, 1000)),
     **dict.fromkeys((*_WIDTHS, *_SAM2_WIDTHS, "iou_head_hidden_dim", "backbone_channel_list"), (1, 2**18)),
     **dict.fromkeys(("image_size", "force_image_size", "temporal_patch_size", "spatial_merge_size"), (0, 2**13)),
     **dict.fromkeys(("num_key_frames", "max_objects_per_batch"), (1, 10**6)),
     **dict.fromkeys(("vocab_size", "num_points", "num_position_embeddings"), (0, 2**24)),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 2**27)),
+    "memory_attention_layers": (1, 32),
     "select_layer": (-1000, 1000),
     "max_cond_frames_in_attn": (-1, 1000),
 }
-_RATIOS: dict[str, tuple[float, float]] = {
+_NUMBERS: dict[str, tuple[float, float]] = {
     "downsample_ratio": (1 / 16, 1),
     "oversample_ratio": (1, 100),
     "importance_sample_ratio": (0, 1),
+    "rope_theta": (1, 10**15),
+    "factor": (1 / 1000, 10**6),  # of rope_scaling
+    **dict.fromkeys(_EPSILONS, (0, 1)),
 }
-_BOUNDS = {**_LIMITS, **_RATIOS}
+_BOUNDS = {**_LIMITS, **_NUMBERS}
 _MAX_INTEGER, _MAX_ITEMS, _MAX_PARAMETERS, _MAX_DEPTH = 2**31, 1000, 10**12, 16
+_ENDLESS = ("time_step_limit",)  # of Mamba, infinity by default
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
-# For the caller to say: where code is taken from and which kernels run is no property of a checkpoint.
-_NOT_OF_A_FILE = frozenset({"name_or_path", "attn_implementation", "experts_implementation", "trust_remote_code"})
+# For the caller to say: where code and weights are taken from and which kernels run is no property of a checkpoint.
+_NOT_OF_A_FILE = frozenset(
+    ("name_or_path", "transformers_weights", "attn_implementation", "experts_implementation", "trust_remote_code")
+)
 _NO_SETTINGS = frozenset({"attribute_map", "sub_configs", "sub_configs_defaults", "base_config_key"})
 PROMPT_DECODER = "sam_mask_decoder_modified"  # the module, and so the part of weight names, that only Sa2VA-i has
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHT_FILE = re.compile(r"[^/\\:\0]+\.safetensors")  # beside the index that names it
 _PROMPT_DECODER_KEY = f"grounding_encoder.sam2_model.{PROMPT_DECODER}.iou_token.weight"
 CODE_FILES = (
     "configuration_sa2va.py",
@@ -163,6 +177,10 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
     memory_dtype: dtype in which memory features are kept between frames. "bfloat16" as released, None keeps them in
         the dtype of the model.
     max_objects_per_batch: objects that go through decoder and memory attention at once; more are taken in chunks.
+
+    Raises:
+        ValueError: an unknown `frame_sampling` or `memory_dtype`, other than 4 `stages`, an `image_size` that SAM 2
+            can't halve and tile (it must be a multiple of 32), or no number of frames.
     """
 
     model_type = "sa2va_grounding"
@@ -205,12 +223,22 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
             raise ValueError(
                 f"max_cond_frames_in_attn={max_cond_frames_in_attn} is no number of frames: use 1 or more, or -1 (all)."
             )
-        self.image_size = image_size
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.stages = list(stages or (2, 6, 36, 4))
         self.global_att_blocks = list((23, 33, 43) if global_att_blocks is None else global_att_blocks)
         self.window_spec = list(window_spec or (8, 4, 16, 8))
+        if len(self.stages) != 4 or sum(self.stages) > _MAX_LAYERS:
+            raise ValueError(
+                f"stages={self.stages} must be the numbers of blocks in SAM 2's 4 stages, up to {_MAX_LAYERS} in all."
+            )
+        # The image encoder halves five times; its finest map, a quarter of the side, is tiled by the first window.
+        unit = math.lcm(32, 4 * self.window_spec[0])
+        if image_size < 1 or image_size % unit:
+            raise ValueError(
+                f"grounding_config.image_size={image_size} does not suit SAM 2: use a multiple of {unit}, such as 1024."
+            )
+        self.image_size = image_size
         self.window_pos_embed_bkg_spatial_size = list(window_pos_embed_bkg_spatial_size or (7, 7))
         self.backbone_channel_list = list(backbone_channel_list or (embed_dim * 2**stage for stage in (3, 2, 1, 0)))
         self.d_model = d_model
@@ -275,6 +303,8 @@ def _plausible(name: str, value: Any, depth: int = 0) -> Any:
     if depth > _MAX_DEPTH:
         raise ValueError(f"{name} is nested more than {_MAX_DEPTH} levels deep, which no config of a model is.")
     field = name.rpartition(".")[2]
+    if isinstance(value, dict | list | tuple) and len(value) > _MAX_ITEMS:
+        raise ValueError(f"{name} has {len(value)} items, more than the {_MAX_ITEMS} that any model has.")
     if isinstance(value, dict):
         left_out = _NOT_OF_A_FILE | {"auto_map"} if depth else _NOT_OF_A_FILE
         names = [key for key in value if str(key).removeprefix("_").removesuffix("_internal") not in left_out]
@@ -285,8 +315,6 @@ def _plausible(name: str, value: Any, depth: int = 0) -> Any:
         _check_parameters(name, checked)
         return checked
     if isinstance(value, list | tuple):
-        if field in _LIMITS and len(value) > _MAX_ITEMS:
-            raise ValueError(f"{name} has {len(value)} items, more than the {_MAX_ITEMS} that any model has.")
         return [_plausible(name, item, depth + 1) for item in value]
     _check_value(name, field, value)
     return value
@@ -297,12 +325,15 @@ def _check_value(name: str, field: str, value: Any) -> None:
     if field in ("dtype", "torch_dtype") and str(value).removeprefix("torch.") not in (*_DTYPES, "None"):
         raise ValueError(f"{name}={value!r} is no dtype of weights. Use one of {_DTYPES}.")
     is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if is_integer and abs(value) > _MAX_INTEGER:
-        raise ValueError(f"{name}={value} is beyond anything a model has.")
+    most = _MAX_LAYERS if field.endswith(("layers", "num_blocks")) else _MAX_INTEGER  # whatever kind of layers
+    if is_integer and abs(value) > most:
+        raise ValueError(f"{name}={value} is beyond anything a model has; up to {most} are accepted.")
+    if isinstance(value, float) and not math.isfinite(value) and field not in _ENDLESS:
+        raise ValueError(f"{name}={value} is no number to compute with. Is the config damaged?")
     if value is None or field not in _BOUNDS:
         return
     low, high = _BOUNDS[field]
-    if not (is_integer or (field in _RATIOS and isinstance(value, float))) or not low <= value <= high:
+    if not (is_integer or (field in _NUMBERS and isinstance(value, float))) or not low <= value <= high:
         kind = "an integer" if field in _LIMITS else "a number"
         raise ValueError(f"{name}={value!r} must be {kind} from {low} to {high}. Is the config damaged?")
 
@@ -477,6 +508,20 @@ class Sa2VAChatConfig(PreTrainedConfig):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """transformers' `get_config_dict`.
+
+        Raises:
+            OSError: there is no config.json, or it is no JSON.
+            ValueError: it holds something else than a config.
+        """
+        with blaming_config():
+            found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if not isinstance(found, dict):
+                raise TypeError(f"config.json must hold an object, not a {type(found).__name__}")
+        return found, unused
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """transformers' `from_dict`, which tells Sa2VA-i from Sa2VA.
 
@@ -637,20 +682,42 @@ def has_prompt_decoder(name_or_path: str, revision: str | None = None) -> bool:
         revision: of the Hub repository.
 
     Raises:
-        OSError: the folder's weights or their index can't be read.
+        OSError: the weights or their index can't be read, or the index names files elsewhere.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         return _hub_has_prompt_decoder(name_or_path, revision)
-    index, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, weights = folder / _INDEX, folder / _WEIGHTS
     with reading_weights(name_or_path):
         if weights.is_file():  # which transformers prefers to an index, too
             from safetensors import safe_open
 
             with safe_open(weights, framework="pt") as file:
                 return _PROMPT_DECODER_KEY in file.keys()  # noqa: SIM118  (not a dict)
-        indexed = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else None
-        return isinstance(indexed, dict) and _PROMPT_DECODER_KEY in indexed["weight_map"]
+        return index.is_file() and _PROMPT_DECODER_KEY in read_index(index)["weight_map"]
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The index of a checkpoint's safetensors files, whose weight_map says which file holds which weight.
+
+    Raises:
+        OSError: it can't be read, or names anything else than safetensors files that lie beside it.
+    """
+    with reading_weights(str(path.parent)):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    files = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(files, dict) or not files or not isinstance(values.get("metadata", {}), dict):
+        raise OSError(
+            f"{path} is no index: it needs a weight_map from names of weights to files, and metadata, if any, that are "
+            f"an object. `python hub_upload.py check {path.parent}` says more; download or save it again."
+        )
+    for name, file in files.items():
+        if not isinstance(file, str) or not _WEIGHT_FILE.fullmatch(file):
+            raise OSError(
+                f"{path} puts {name} into {file!r}, but only safetensors files beside it are read. If you trust the "
+                "checkpoint, put that file there and name it without a folder."
+            )
+    return values
 
 
 @contextmanager
@@ -664,9 +731,7 @@ def reading_weights(name_or_path: str) -> Iterator[None]:
 
     try:
         yield
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
-        if isinstance(error, KeyError) and error.args != ("weight_map",):  # which every index has
-            raise
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OSError(
             f"The weights of {name_or_path} or their index are damaged: {error}. `python hub_upload.py check "
             f"{name_or_path}` says what is wrong; download or save them again."
@@ -674,26 +739,34 @@ def reading_weights(name_or_path: str) -> Iterator[None]:
 
 
 def _hub_has_prompt_decoder(name: str, revision: str | None) -> bool:
-    """Whether a Hub repository's weights do, by the cache if they are there; False if that can't be found out."""
-    from huggingface_hub import get_safetensors_metadata, snapshot_download
+    """Whether a Hub repository's weights do, by the cache if they are there; False if that can't be found out.
+
+    Raises:
+        OSError: their index is damaged, or names files elsewhere.
+    """
+    from huggingface_hub import file_exists, hf_hub_download, parse_safetensors_file_metadata, snapshot_download
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         HFValidationError,
         HTTPError,
         LocalEntryNotFoundError,
-        NotASafetensorsRepoError,
+        SafetensorsParsingError,
     )
 
     try:
         cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        if (cached / "model.safetensors.index.json").is_file() or (cached / "model.safetensors").is_file():
+        if (cached / _INDEX).is_file() or (cached / _WEIGHTS).is_file():
             return has_prompt_decoder(str(cached))
     except (LocalEntryNotFoundError, HFValidationError):
         pass
     try:
-        metadata = get_safetensors_metadata(name, revision=revision)
-    except (HTTPError, HFValidationError, NotASafetensorsRepoError, OSError):
+        if file_exists(name, _WEIGHTS, revision=revision):
+            header = parse_safetensors_file_metadata(name, _WEIGHTS, revision=revision)
+            return _PROMPT_DECODER_KEY in header.tensors
+        index = hf_hub_download(name, _INDEX, revision=revision)
+    except (HTTPError, HFValidationError, EntryNotFoundError, SafetensorsParsingError, OSError):
         return False
-    return any(_PROMPT_DECODER_KEY in file.tensors for file in metadata.files_metadata.values())
+    return _PROMPT_DECODER_KEY in read_index(Path(index))["weight_map"]
 
 
 __all__ = [

@@ -54,6 +54,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import _add_variant
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import (
@@ -62,6 +63,7 @@ from transformers.utils import (
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
     ModelOutput,
+    cached_file,
     has_file,
     logging,
 )
@@ -75,6 +77,7 @@ from .configuration_sa2va import (
     Sa2VAVisionConfig,
     blaming_config,
     by_own_names,
+    read_index,
     reading_weights,
 )
 from .processing_sa2va import (
@@ -103,6 +106,7 @@ _NO_PIXELS = "The text shows a picture, or regions of one, but there are no pixe
 _OF_PROCESSOR = "Build both with the processor, from the same picture."
 _MOST_BEAMS = 1000  # more than anybody searches with; far more take all memory there is
 _MOST_BEAM_TOKENS = 10**7  # beams times tokens, for all of which beam search sets room aside
+_MOST_TABLED = 3 * 10**8  # numbers in tables that are not stored but made anew; of GPT-Neo's layers 10**8
 _MOST_ABSENT = 2 * 10**9  # parameters that a checkpoint may lack; SAM 2 and a vision tower are 0.5 * 10**9
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
 MASK_SIZES = ("first", "own")
@@ -119,6 +123,7 @@ _FULL_PRECISION = (  # modules that no quantization touches, of both families
     *("text_hidden_fcs", "grounding_encoder"),
 )
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")  # as the backends' configs name them
+_ROWS_PACKED = 32  # of a 4-bit weight, by bitsandbytes on a CPU
 _BLIND_TO_PADDING = {  # settings of `generate` that look neither at the tokens of a prompt nor at other rows
     *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
     *("num_beams", "length_penalty", "early_stopping", "num_return_sequences", "use_cache", "stop_strings"),
@@ -426,7 +431,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["InternVLVisionLayer", "Sam2Decoder"]
+    _no_split_modules = ["InternVLVisionEmbeddings", "InternVLVisionLayer", "Sam2Decoder"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["pe_layer"]
     _supports_sdpa = True
@@ -498,10 +503,12 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         `device_map` that is a dictionary, may name modules as the released code does.
 
         Raises:
-            OSError: no such checkpoint, its weights are damaged, or are pickles (`.bin`), which are never read.
+            OSError: no such checkpoint, its weights or their index are damaged, the index names files elsewhere, or the
+                weights are pickles (`.bin`), which are never read.
             ValueError: config.json describes no model that can be built, or another than the weights are of.
         """
         _refuse_pickles(pretrained_model_name_or_path, kwargs)
+        _check_index(pretrained_model_name_or_path, kwargs)
         # None: safetensors first, and on the Hub True would have transformers ask a service for a conversion.
         kwargs["use_safetensors"] = os.path.isdir(pretrained_model_name_or_path or "") or None
         kwargs.pop("use_flash_attn", None)
@@ -529,6 +536,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             model._folder = os.path.abspath(pretrained_model_name_or_path)
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
+        _pack_what_fits(model)
         if not chosen and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
             logger.warning_once(
                 f"Loaded in {model.dtype}, the dtype of the checkpoint. On a CPU float32 is several times faster for "
@@ -548,11 +556,18 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             self.generation_config = _saved_settings(self.generation_config)
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs) -> None:
-        """transformers' step that allocates what a checkpoint lacks, to be drawn at random.
+        """transformers' step that allocates what a checkpoint lacks: weights to be drawn at random, tables to be made.
 
         Raises:
-            ValueError: that is most of a large model, so that its config.json is not to be believed.
+            ValueError: that is most of a large model, or far more than tables take, so that its config.json is not to
+                be believed.
         """
+        tabled = sum(buffer.numel() for _, buffer in self.named_non_persistent_buffers())
+        if tabled > _MOST_TABLED:
+            raise ValueError(
+                f"The config.json asks for tables of {tabled:.1e} numbers, such as one of all positions; up to "
+                f"{_MOST_TABLED:.0e} are made. Is max_position_embeddings right?"
+            )
         lacking = set(missing_keys) - self.all_tied_weights_keys.keys()
         count = sum(self.get_parameter_or_buffer(name).numel() for name in lacking)
         if count > _MOST_ABSENT:
@@ -561,6 +576,19 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 f"to {_MOST_ABSENT:.0e} are drawn at random. Is a file missing, or is config.json of another model?"
             )
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        """torch's step of `load_state_dict`, which so takes the layout that `save_pretrained` writes, too.
+
+        transformers' `Trainer` goes on from a checkpoint by it, and accelerate loads one.
+        """
+        own = {prefix + name for name, _ in (*self.named_parameters(), *self.named_buffers())}
+        if others := [key for key in state_dict if key.startswith(prefix) and key not in own]:
+            modules = ModuleNames(self)
+            for key in others:
+                parts = modules.native_tensors(key.removeprefix(prefix), state_dict.pop(key), self.config)
+                state_dict.update({prefix + name: part for name, part in parts.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """transformers' `save_pretrained`: in the released layout, quantized models in that of transformers.
@@ -1426,7 +1454,23 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             return given
         if not callable(getattr(getattr(given, "tokenizer", given), "convert_tokens_to_ids", None)):
             raise TypeError(f"processor= and tokenizer= take such objects, got {given!r}. Leave them out, or load one.")
-        return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given))
+        return self._processor_with(given)
+
+    def _processor_with(self, given: Any) -> Sa2VAProcessor:
+        """The checkpoint's processor and its settings around a tokenizer, or the parts of another processor."""
+        parts = {name: getattr(given, name, None) for name in ("image_processor", "chat_template")}
+        try:
+            own = copy.copy(self.load_processor())
+        except (OSError, ValueError):
+            if self.config.is_qwen_vl and parts["image_processor"] is None:
+                raise
+            # The model was built from a config, or its folder has no tokenizer.
+            return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given), **parts)
+        own.tokenizer = getattr(given, "tokenizer", given)
+        for name, part in parts.items() if self.config.is_qwen_vl else ():
+            if part is not None:
+                setattr(own, name, part)
+        return own
 
     def _answers(
         self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]
@@ -1847,13 +1891,6 @@ class Sa2VAChatModelQwen(Sa2VAChatModel, GenerationMixin):  # named again, or tr
             start = start + shift
         return (start + torch.arange(length, device=start.device)).expand(3, -1, -1)
 
-    def _resolve_processor(self, tokenizer, processor) -> Sa2VAProcessor:
-        given = processor if processor is not None else tokenizer
-        if given is None or hasattr(given, "prepare") or not hasattr(getattr(given, "tokenizer", given), "decode"):
-            return super()._resolve_processor(tokenizer, processor)
-        image_processor = getattr(given, "image_processor", None) or self.load_processor().image_processor
-        return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given), image_processor)
-
 
 _READ: ContextVar[list[Tensor] | None] = ContextVar("read", default=None)
 _WRITTEN: ContextVar["_WrittenStates | None"] = ContextVar("written", default=None)
@@ -1990,7 +2027,7 @@ def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **k
     """transformers' `from_pretrained` with the loading report; weights that don't fit are told in one error."""
     try:
         with reading_weights(str(name_or_path)):
-            return from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
+            model, report = from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -1998,6 +2035,20 @@ def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **k
             f"The weights of {name_or_path} have other shapes than its config.json asks for. `python hub_upload.py "
             f"check {name_or_path}` names each; ignore_mismatched_sizes=True draws those anew."
         ) from error
+    _check_quantized(name_or_path, model)
+    return model, report
+
+
+def _check_quantized(name_or_path: str | os.PathLike, model: PreTrainedModel) -> None:
+    """Raises ValueError for plain weights that config.json calls quantized by bitsandbytes: the first call fails."""
+    if not getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
+        return
+    quantized = (module for module in model.modules() if type(module).__module__.startswith("bitsandbytes."))
+    if any(type(module.weight) is nn.Parameter for module in quantized):  # bitsandbytes has classes of its own
+        raise ValueError(
+            f"The config.json of {name_or_path} has a quantization_config of bitsandbytes, but the weights are not "
+            "quantized. Remove it there, and pass quantization_config to from_pretrained to quantize while loading."
+        )
 
 
 def _ready_frames(
@@ -2095,6 +2146,18 @@ def _language_model_only(
     return config
 
 
+def _pack_what_fits(model: nn.Module) -> None:
+    """Has bitsandbytes run 4-bit layers of odd widths as on CPUs without bfloat16 instructions.
+
+    On CPUs with them it packs weights anew when a layer is first used: 32 rows together, with one scale for each block
+    of a row, and fails where a layer has other widths than multiples of those. Unpacked the same weights are slower.
+    """
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            fits = layer.out_features % _ROWS_PACKED == 0 and layer.in_features % layer.weight.blocksize == 0
+            layer.support_avx512bf16_for_cpu = fits
+
+
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
@@ -2148,9 +2211,35 @@ def _refuse_pickles(name_or_path: str | os.PathLike | None, arguments: dict[str,
         raise OSError(pickled_weights_message(str(path.parent if path.is_file() else name_or_path)))
 
 
+def _check_index(name_or_path: str | os.PathLike | None, arguments: dict[str, Any]) -> None:
+    """Raises OSError for an index of weights that is damaged or names files elsewhere; follows none of its names."""
+    if name_or_path is None or os.path.isfile(name_or_path):
+        return
+    subfolder, variant = arguments.get("subfolder") or "", arguments.get("variant")
+    weights, index = (_add_variant(file, variant) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if Path(name_or_path, subfolder, weights).is_file():
+        return  # transformers prefers these
+    path = cached_file(
+        str(name_or_path),
+        index,
+        subfolder=subfolder,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **_where(arguments),
+    )
+    if path is not None and "metadata" not in read_index(Path(path)):
+        raise OSError(f'{path} has no metadata, without which transformers reads no index. Add "metadata": {{}}.')
+
+
+def _where(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say which files of a name on the Hub are meant."""
+    return {key: arguments[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in arguments}
+
+
 def _hub_has_only_pickles(name: str, subfolder: str, arguments: dict[str, Any]) -> bool:
     """Whether a Hub repository has no other weights; asks the Hub only if the cache has none that are safe."""
-    where = {key: arguments[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in arguments}
+    where = _where(arguments)
 
     def has(*files: str, **options) -> bool:
         return any(has_file(name, f"{subfolder}/{file}".lstrip("/"), **{**where, **options}) for file in files)
@@ -2638,6 +2727,20 @@ def _mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(union > 0, overlap / union.clamp(min=1), 1.0)
 
 
+class SplitRows(Chunk):
+    """InternViT's fused attention -> queries, keys and values, each in memory of its own.
+
+    transformers' `Chunk` gives views of one tensor, which accelerate and safetensors take for shared weights.
+    """
+
+    def __init__(self):
+        super().__init__(dim=0)
+
+    def convert(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Called by transformers with one tensor, and the names of the three."""
+        return {name: part.clone() for name, part in super().convert(*args, **kwargs).items()}
+
+
 class SplitGroupedHeads(ConversionOps):
     """InternLM2's fused attention -> queries, keys and values.
 
@@ -2652,7 +2755,8 @@ class SplitGroupedHeads(ConversionOps):
         kv_heads, group = _head_groups(config)
         heads = fused.unflatten(0, (kv_heads, group + 2, -1))  # [kv_heads, group + 2, head_dim, ...]
         parts = heads.split((group, 1, 1), dim=1)
-        return {name: part.flatten(0, 2).contiguous() for name, part in zip(target_patterns, parts, strict=True)}
+        parts = (part.clone(memory_format=torch.contiguous_format).flatten(0, 2) for part in parts)
+        return dict(zip(target_patterns, parts, strict=True))
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -2690,6 +2794,7 @@ class ModuleNames:
 
     Attributes:
         released: for each name here, the released one, which three modules share if their tensors are fused there.
+        natives: for each name of the released code that is none here, the names here that share it.
         splits: for the released names of fused tensors, the operation that splits them.
     """
 
@@ -2706,6 +2811,10 @@ class ModuleNames:
             self.released[name] = released
             if split is not None:
                 self.splits[released] = split
+        self.natives: dict[str, list[str]] = {}
+        for name, released in self.released.items():
+            if released not in self.released:
+                self.natives.setdefault(released, []).append(name)
 
     @classmethod
     def of_checkpoint(
@@ -2719,9 +2828,13 @@ class ModuleNames:
 
     def at(self, name: str) -> list[str]:
         """What is called `name` in the released code and not here: one module, or the parts of one; else the name."""
-        if name in self.released:
-            return [name]
-        return [native for native, released in self.released.items() if released == name] or [name]
+        return self.natives.get(name, [name])
+
+    def native_tensors(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> dict[str, Tensor]:
+        """A parameter of this name, in the released code or here, as the one or three that it is here."""
+        if len(names := self.at(name)) == 1:
+            return {names[0]: tensor}
+        return self.splits[name].convert({"fused": tensor}, ["fused"], names, config=config)
 
     def native(self, targets: str | Sequence[str], is_target: Callable[[str], Any]) -> str | Sequence[str]:
         """PEFT's targets (a regular expression, or ends of names), translated if only released names meet them."""
@@ -2747,18 +2860,14 @@ def _is_target(name: str, ends: Sequence[str]) -> bool:
 def native_adapter_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """An adapter's weights under the names used here; those of a fused tensor are split as it is."""
     modules = ModuleNames(model)
-    natives: dict[str, list[str]] = {}
-    for name, released in modules.released.items():
-        if name != released:
-            natives.setdefault(released, []).append(name)
     output = {}
     for key, tensor in weights.items():
         prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
         words = key.removeprefix(prefix).split(".")
         heads = [".".join(words[:end]) for end in range(len(words), 0, -1)]
-        released = next((head for head in heads if head in natives), "")
+        released = next((head for head in heads if head in modules.natives), "")
         rest = key.removeprefix(prefix + released)
-        names = natives.get(released, [""])
+        names = modules.natives.get(released, [""])
         parts = [tensor] if len(names) == 1 else _split_adapter(rest, tensor, names, modules.splits[released], model)
         output |= {f"{prefix}{name}{rest}": part for name, part in zip(names, parts, strict=True)}
     return output
@@ -2851,7 +2960,7 @@ register_checkpoint_conversion_mapping(
         WeightConverter(
             "attn.qkv",
             ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
-            operations=[Chunk(dim=0)],
+            operations=[SplitRows()],
         ),
     ],
     overwrite=True,

@@ -63,6 +63,7 @@ _ACCEPTED_IMAGES = "a PIL image, a path, or an array or tensor (HxW, HxWxC, CxHx
 _ACCEPTED_VIDEOS = (
     "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
 )
+_TO_COME = object()  # in place of a picture, in messages that are written down before it is given
 _EXAMPLE_PART = '{"type": "image", "image": "a.png"}'
 _TEMPLATE_ARGUMENTS = ("chat_template", "tools", "documents", "continue_final_message", "return_assistant_tokens_mask")
 _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
@@ -71,8 +72,10 @@ CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
     *(AssertionError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError),
 )
-_FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-_ANIMATION_SUFFIXES = frozenset({".gif", ".webp", ".apng"})
+_PICTURE_SUFFIXES = {  # of files that Pillow reads; some hold several frames
+    *(".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".apng", ".bmp", ".ppm", ".pgm"),
+    *(".gif", ".webp", ".avif", ".tif", ".tiff"),
+}
 _MOST_BROKEN = 10_000  # frames that can't be decoded, after which a file counts as cut off
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -417,10 +420,11 @@ def open_video(video: Any) -> VideoFrames:
 
     Args:
         video: list of images (see `load_image`; sizes may differ), [T, H, W, C] or [T, C, H, W] array or tensor, path
-            to a video file (whatever OpenCV reads: mp4, avi, webm, ...; animated gif, webp), path to a folder of frame
-            images (in natural order: 2 before 10), any iterable of images, or `VideoFrames`. Of a damaged file all
-            frames that can be decoded are used, numbered without gaps; `problems` and a warning tell of the others. A
-            file of variable rate gives every frame that it stores once; one that is marked as rotated, upright frames.
+            to a video file (whatever OpenCV reads: mp4, avi, webm, ...; what Pillow does: animated gif, webp, avif,
+            pages of a tiff), path to a folder of frame images (in natural order: 2 before 10), any iterable of images,
+            or `VideoFrames`. Of a damaged file all frames that can be decoded are used, numbered without gaps;
+            `problems` and a warning tell of the others. A file of variable rate gives every frame that it stores once;
+            one that is marked as rotated, upright frames.
 
     Raises:
         TypeError: something else.
@@ -462,9 +466,9 @@ def _read_sequence(items: Any, keep: bool = False) -> _Decoders:
 
 def _frames_of_path(path: Path) -> VideoFrames:
     if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix.lower() in _FRAME_SUFFIXES and file.name[0] != "."]
+        files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURE_SUFFIXES and file.name[0] != "."]
         return _frames_of_sequence(sorted(files, key=_natural_order))
-    read = _read_animation if path.suffix.lower() in _ANIMATION_SUFFIXES else _read_video_file
+    read = _read_animation if path.suffix.lower() in _PICTURE_SUFFIXES else _read_video_file
     problems: list[str] = []
     return VideoFrames(partial(read, path, problems), problems=problems)
 
@@ -483,7 +487,7 @@ def _natural_order(file: Path) -> tuple[list[int | str], str]:
 
 
 def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Decoders:
-    """Frames of an animated gif or webp, up to its end or to the first damaged frame."""
+    """Frames of an animated gif or webp, pages of a tiff..., up to its end or to the first damaged frame."""
     try:
         clip = Image.open(path)
     except CORRUPT_FILE_ERRORS as error:
@@ -556,7 +560,7 @@ def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str |
     """Chooses the frames that the language model sees.
 
     Args:
-        video: the frames.
+        video: the frames, or what `open_video` takes.
         num_frames: how many, at least 1; a shorter video gives all it has. Unused with explicit frame numbers.
         frame_sampling: "first" (released behaviour; reads only these frames), "uniform" (from the first frame to the
             last, which needs the number of frames), or frame numbers, counted from 0.
@@ -568,7 +572,7 @@ def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str |
         TypeError: a number is not an integer, `frame_sampling` is neither a name nor numbers.
         ValueError: `num_frames` < 1, an unknown name, no frame number, or one outside the video.
     """
-    frame_sampling = _checked_sampling(num_frames, frame_sampling)
+    frame_sampling, video = _checked_sampling(num_frames, frame_sampling), _frames_of(video)
     if isinstance(frame_sampling, list):
         wanted = sorted(set(frame_sampling))
         if wanted[-1] >= (available := video.count(wanted[-1] + 1)):
@@ -743,7 +747,11 @@ class Sa2VAInputs:
 
 
 def prepare_samples(
-    processor: "Sa2VAProcessor", samples: Iterable[Mapping[str, Any]], name: str = "samples", **defaults: Any
+    processor: "Sa2VAProcessor",
+    samples: Iterable[Mapping[str, Any]],
+    name: str = "samples",
+    prepare: Callable[..., Sa2VAInputs] | None = None,
+    **defaults: Any,
 ) -> Iterator[Sa2VAInputs]:
     """Prepares calls one by one, as they are asked for; errors say which it was.
 
@@ -751,6 +759,7 @@ def prepare_samples(
         processor: whose `prepare` takes the samples.
         samples: its arguments.
         name: what the caller calls them, for errors.
+        prepare: what takes them instead.
         **defaults: arguments of all samples that don't have their own.
 
     Raises:
@@ -764,7 +773,7 @@ def prepare_samples(
             given = [*sample.keys() - {*accepted}] if isinstance(sample, Mapping) else type(sample).__name__
             raise TypeError(f"{name}[{number}] can't hold {given}. Give dictionaries with some of {accepted}.")
         try:
-            inputs = processor.prepare(**{**defaults, **sample})
+            inputs = (prepare or processor.prepare)(**{**defaults, **sample})
         except (TypeError, ValueError, OSError) as error:
             if len(error.args) == 1:
                 error.args = (f"{name}[{number}]: {error}",)
@@ -786,7 +795,12 @@ def collate_inputs(
         `input_ids` and `attention_mask`, int64 [B, L]. Of the calls that have them, one behind the other,
         `pixel_values`, `image_grid_thw` and `prompt_masks` (see `Sa2VAInputs`); with the last also
         `prompt_mask_tiles`, int64 [R]: which tile of the batch each region lies on.
+
+    Raises:
+        ValueError: no calls, or another side.
     """
+    if not inputs or padding_side not in ("left", "right"):
+        raise ValueError(f"{len(inputs)} calls, {padding_side=}: give at least one, and 'left' or 'right'.")
     fill = {"input_ids": pad_token_id, "attention_mask": 0}
     batch = {
         name: pad_sequence([getattr(x, name)[0] for x in inputs], True, value, padding_side)
@@ -832,12 +846,14 @@ def _as_samples(texts: Sequence[str], **columns: Any) -> list[dict[str, Any]]:
 
 
 def _single(value: Any) -> Any:
-    """The only item of a one-item list, in which batch-minded callers wrap a sample."""
-    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+    """The only item of a one-item list, in which batch-minded callers wrap a sample; None for an empty one."""
+    if isinstance(value, list | tuple) and len(value) < 2:
+        return value[0] if value else None
+    return value
 
 
-def _parts_of(content: Any) -> dict[str, Any]:
-    """The "text" of a message, and its "image" or "video"."""
+def _parts_of(content: Any, may_come: bool) -> dict[str, Any]:
+    """The "text" of a message, and its "image" or "video", which are `_TO_COME` if they may and are not there."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not (isinstance(parts, list | tuple) and all(isinstance(part, Mapping) for part in parts)):
         raise TypeError(f"The content of a message is text or a list of dictionaries, got {content!r}.")
@@ -845,7 +861,8 @@ def _parts_of(content: Any) -> dict[str, Any]:
     for part in parts:
         kind = part.get("type")
         keys = (kind, "path", "url") if kind in ("text", "image", "video") else ()
-        given = next((part[key] for key in keys if part.get(key) is not None), None)
+        later = _TO_COME if may_come and kind in ("image", "video") and part.keys() == {"type"} else None
+        given = next((part[key] for key in keys if part.get(key) is not None), later)
         if given is None or (kind == "text" and not isinstance(given, str)):
             raise ValueError(f"{dict(part)!r:.200} is no text, image or video with what it shows: {_EXAMPLE_PART}.")
         if kind in found and kind != "text":
@@ -861,7 +878,7 @@ def _parts_of(content: Any) -> dict[str, Any]:
 def _one_video(value: Any) -> Any:
     """The only item of a one-item list, if that can only be a whole video: frames, or no picture's path."""
     item = _single(value)
-    is_file = isinstance(item, str | os.PathLike) and Path(item).suffix.lower() not in _FRAME_SUFFIXES
+    is_file = isinstance(item, str | os.PathLike) and Path(item).suffix.lower() not in _PICTURE_SUFFIXES
     return item if is_file or isinstance(item, list | tuple) or getattr(item, "ndim", 0) == 4 else value
 
 
@@ -884,7 +901,12 @@ def choose_tiling(
     than half of its area (InternVL 1.5). The official code leaves the order of grids with equally many tiles to the
     iteration order of a set. It can't matter (for `min_tiles` 1): of c x r and c' x r' with c < c' and r > r', the
     shape of c x r', which has fewer tiles, lies strictly between theirs, so they are never both nearest.
+
+    Raises:
+        ValueError: `width` or `height` is below 1.
     """
+    if min(width, height) < 1:
+        raise ValueError(f"A picture of {width}x{height} has no pixels, so there is nothing to tile.")
     sides = range(1, max_tiles + 1)
     grids = [(c, r) for c in sides for r in range(1, max_tiles // c + 1) if min_tiles <= c * r]
     best, best_distance = (1, 1), float("inf")
@@ -1215,10 +1237,17 @@ class Sa2VAProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template, **kwargs)
 
     @classmethod
-    def from_config(cls, config: Sa2VAChatConfig, tokenizer, image_processor=None) -> "Sa2VAProcessor":
-        """The processor of a checkpoint, from its configuration and tokenizer (and Qwen-VL's image processor)."""
+    def from_config(
+        cls, config: Sa2VAChatConfig, tokenizer, image_processor=None, chat_template: str | None = None
+    ) -> "Sa2VAProcessor":
+        """The processor of a checkpoint, from its configuration and tokenizer.
+
+        Args:
+            config, tokenizer: of the checkpoint.
+            image_processor, chat_template: Qwen-VL's; without a template the tokenizer's holds.
+        """
         if config.is_qwen_vl:
-            settings = Sa2VAProcessorQwen._settings_of(config)
+            settings = Sa2VAProcessorQwen._settings_of(config) | {"chat_template": chat_template}
             return Sa2VAProcessorQwen(image_processor=image_processor, tokenizer=tokenizer, **settings)
         return cls(tokenizer, **cls._settings_of(config))
 
@@ -1477,31 +1506,68 @@ class Sa2VAProcessor(ProcessorMixin):
             TypeError, ValueError, OSError: what was given, what is accepted and what to do.
         """
         past_text = "" if past_text is None else past_text
-        num_frames = self.num_key_frames if num_frames is None else num_frames
-        frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
         _check_words(text, past_text, self._reserved_words, self._drops_tags)
-        frame_sampling = _checked_sampling(num_frames, frame_sampling)
-        if image is not None and video is not None:
-            raise ValueError("Both image and video are given. Give one of them.")
+        sampling = self._sampling(num_frames, frame_sampling)
         if image is None and video is None:
             _check_no_picture(text, past_text, mask_prompts, self.image_token)
             return self._tokenize(self.build_prompt(text, past_text=past_text))
-        frames = _frames_of_sequence([load_image(image)]) if video is None else _frames_of(video)
-        sampling = "first" if video is None else frame_sampling
-        picture = self._prepare_picture(frames, num_frames, sampling, video is not None, mask_prompts)
+        picture = self._prepare_picture(image, video, *sampling, mask_prompts)
         return self._tokenize(self._picture_prompt(text, past_text, picture), **picture)
+
+    def _prepare_prompt(self, prompt: str, picture: dict[str, Any] | None) -> Sa2VAInputs:
+        """A call whose words are a whole prompt, in which one token may stand for all of a picture."""
+        needed = [] if picture is None else self._image_tokens_of(picture)
+        if needed and self._pictures_in(prompt) == [1]:
+            prompt = prompt.replace(self.picture_tokens([1]), self.picture_tokens(needed))
+        if prompt.count(self.image_token) != sum(needed) or self._pictures_in(prompt) != needed:
+            raise ValueError(
+                f"text is a prompt with pictures of {self._pictures_in(prompt)} tokens, those of the picture given are "
+                f"{needed or 'none'}. Give the image or video that the messages are about, and no other."
+            )
+        return self._tokenize(prompt, **(picture or {}))
+
+    def _prepare_words(
+        self,
+        image: Any = None,
+        video: Any = None,
+        text: Any = None,
+        past_text: str | None = "",
+        mask_prompts: Any = None,
+        num_frames: int | None = None,
+        frame_sampling: str | Sequence[int] | None = None,
+    ) -> Sa2VAInputs:
+        """`prepare`, where `text` may also be a whole prompt, as `apply_chat_template` writes it."""
+        head, tail = self.build_prompt("\0").split("\0")
+        if not (isinstance(text, str) and text.startswith(head) and text.endswith(tail)):
+            return self.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
+        if past_text or mask_prompts is not None:
+            raise ValueError("text is a whole prompt, so past_text and mask_prompts come too late. Give words alone.")
+        sampling = self._sampling(num_frames, frame_sampling)
+        has_picture = image is not None or video is not None
+        return self._prepare_prompt(text, self._prepare_picture(image, video, *sampling) if has_picture else None)
+
+    def _sampling(self, num_frames: Any, frame_sampling: Any) -> tuple[int, str | list[int]]:
+        """How a call chooses frames, else this processor."""
+        num_frames = self.num_key_frames if num_frames is None else num_frames
+        return num_frames, _checked_sampling(
+            num_frames, self.frame_sampling if frame_sampling is None else frame_sampling
+        )
 
     def _prepare_picture(
         self,
-        frames: VideoFrames,
+        image: Any,
+        video: Any,
         num_frames: int,
-        frame_sampling: str | Sequence[int],
-        is_video: bool,
-        mask_prompts: Any,
+        frame_sampling: str | list[int],
+        mask_prompts: Any = None,
     ) -> dict[str, Any]:
         """The fields of `Sa2VAInputs` that don't depend on the words."""
+        if image is not None and video is not None:
+            raise ValueError("Both image and video are given. Give one of them.")
+        is_video = video is not None
+        frames = _frames_of(video) if is_video else _frames_of_sequence([load_image(image)])
         masks = None if mask_prompts is None else self.preprocess_mask_prompts(mask_prompts)
-        first, shown = _read_key_frames(frames, num_frames, frame_sampling)
+        first, shown = _read_key_frames(frames, num_frames, frame_sampling if is_video else "first")
         images = list(shown.values())
         return {
             **self.preprocess_picture(images, is_video),
@@ -1578,7 +1644,7 @@ class Sa2VAProcessor(ProcessorMixin):
 
         Args:
             images: one image, or a list with one for each text.
-            text: the user's words, or a list of them.
+            text: the user's words, or a list of them. Also a whole prompt that `apply_chat_template` wrote.
             videos: one video (a list is taken for its frames); in a batch a list of videos.
             past_text, mask_prompts, num_frames, frame_sampling: see `prepare`; the last two are the same for all.
             return_tensors: "pt" (also None), or "np", which the model does not take.
@@ -1599,9 +1665,11 @@ class Sa2VAProcessor(ProcessorMixin):
         shared = {"num_frames": num_frames, "frame_sampling": frame_sampling}
         given = {"images": images, "videos": videos, "past_text": past_text, "mask_prompts": mask_prompts}
         if isinstance(text, list | tuple):
-            inputs = list(prepare_samples(self, _as_samples(text, **given), "text", **shared))
+            samples = _as_samples(text, **given)
+            inputs = list(prepare_samples(self, samples, "text", self._prepare_words, **shared))
         else:
-            inputs = [self.prepare(_single(images), _one_video(videos), text, past_text, mask_prompts, **shared)]
+            one = _single(images), _one_video(videos), text, past_text, mask_prompts
+            inputs = [self._prepare_words(*one, **shared)]
         lengths = {x.input_ids.shape[1] for x in inputs}
         if len(lengths) > 1 and not padding:
             raise ValueError(f"Texts of {sorted(lengths)} tokens need padding=True to make one batch.")
@@ -1627,8 +1695,9 @@ class Sa2VAProcessor(ProcessorMixin):
                 "text": words} and, in one turn of the user, {"type": "image" or "video", "image", "video", "path" or
                 "url": see `load_image`, `open_video`}. Texts are joined as they are; a picture behind one stands
                 there (around Qwen-VL it always stands first).
-            tokenize: True gives what a call of the processor does, False the prompts, with all tokens of pictures in
-                them, to look at.
+            tokenize: True gives what a call of the processor does, False the prompts, which a call takes as `text`
+                together with the pictures. Messages for them need not hold what a part shows: {"type": "image"} is one
+                token there, and becomes as many as the picture takes.
             return_dict: False gives the `input_ids` alone.
             add_generation_prompt: always True: a prompt ends where the answer begins.
             num_frames, frame_sampling: see `prepare`.
@@ -1651,35 +1720,50 @@ class Sa2VAProcessor(ProcessorMixin):
         kwargs |= {"num_frames": num_frames, "frame_sampling": frame_sampling, **(processor_kwargs or {})}
         sampling = {name: kwargs.pop(name) for name in ("num_frames", "frame_sampling")}
         if unknown := sorted(kwargs.keys() - {"return_tensors", "padding", "padding_side"}):
-            raise TypeError(f"A call has no {unknown}: it takes return_tensors, padding, padding_side.")
+            accepted = "return_tensors, padding, padding_side, num_frames and frame_sampling"
+            raise TypeError(f"A call has no {unknown}: it takes {accepted}.")
         is_one = not conversation or isinstance(conversation[0], Mapping)
-        asked = [self._last_question(turns, **sampling) for turns in ([conversation] if is_one else conversation)]
+        conversations = [conversation] if is_one else conversation
+        asked = [self._last_question(turns, not tokenize, **sampling) for turns in conversations]
         if not tokenize:
-            prompts = [self.prepare(**question, **sampling).prompt for question in asked]
+            prompts = [self._prompt_of(question, **sampling) for question in asked]
             return prompts[0] if is_one else prompts
         images, videos, texts, past = ([q[name] for q in asked] for name in ("image", "video", "text", "past_text"))
         batch = self(images, texts, videos, past, **sampling, **kwargs)
         return batch if return_dict else batch["input_ids"]
 
-    def _last_question(self, conversation: Sequence[Mapping[str, Any]], **sampling: Any) -> dict[str, Any]:
-        """The last turn of a conversation as arguments of `prepare`, the others as its `past_text`."""
+    def _prompt_of(self, question: Mapping[str, Any], **sampling: Any) -> str:
+        """The prompt that `prepare` makes of its arguments; a picture that is yet to come is one token."""
+        if not any(question[kind] is _TO_COME for kind in ("image", "video")):
+            return self.prepare(**question, **sampling).prompt
+        _check_words(question["text"], question["past_text"], self._reserved_words, self._drops_tags)
+        return self.build_prompt(question["text"], image_tokens=[1], past_text=question["past_text"])
+
+    def _last_question(
+        self, conversation: Sequence[Mapping[str, Any]], may_come: bool, **sampling: Any
+    ) -> dict[str, Any]:
+        """The last turn of a conversation as arguments of `prepare`, the others as its `past_text`.
+
+        If it `may_come` later, what a part does not show is `_TO_COME`.
+        """
         question: dict[str, Any] = {"image": None, "video": None, "past_text": ""}
         for number, message in enumerate(conversation):
             role = ("user", "assistant")[number % 2]
             if not isinstance(message, Mapping) or message.get("role") != role:
                 given = message.get("role") if isinstance(message, Mapping) else message
                 raise ValueError(f"Message {number} is of {given!r}; user and assistant take turns, the user begins.")
-            parts = _parts_of(message.get("content"))
+            parts = _parts_of(message.get("content"), may_come)
             words = parts.pop("text")
             if role == "user":
                 if len(parts) + sum(question[kind] is not None for kind in ("image", "video")) > 1:
                     raise ValueError("A conversation is about one image or one video.")
                 once = {"image": load_image, "video": open_video}  # every turn looks at it again
-                question |= {"text": words, **{kind: once[kind](given) for kind, given in parts.items()}}
+                shown = {k: given if given is _TO_COME else once[k](given) for k, given in parts.items()}
+                question |= {"text": words, **shown}
             elif parts:
                 raise ValueError(f"Message {number}, of the assistant, holds {sorted(parts)}. Answers are words.")
             else:
-                prompt = self.prepare(**question, **sampling).prompt
+                prompt = self._prompt_of(question, **sampling)
                 question["past_text"] = f"{prompt}{words}{self.missing_end(words)}\n"
         if len(conversation) % 2 == 0:
             raise ValueError("A conversation ends with what the user asks.")
@@ -1883,11 +1967,6 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
 
 def _qwen_size(width: int, height: int, factor: int = 28) -> tuple[int, int]:
     """Width and height, multiples of `factor`, at which `qwen_vl_utils` reads a picture: 4 to 16384 cells in area."""
-    if max(width, height) > 200 * min(width, height):
-        raise ValueError(
-            f"The picture is {width}x{height}. Qwen-VL reads sides of at most 200 to 1: crop it, or use a checkpoint "
-            "of the InternVL family."
-        )
     least, most = 4 * factor**2, 16384 * factor**2
     sides = [max(factor, round(side / factor) * factor) for side in (width, height)]
     area = sides[0] * sides[1]
@@ -1897,12 +1976,19 @@ def _qwen_size(width: int, height: int, factor: int = 28) -> tuple[int, int]:
     elif area < least:
         scale = math.sqrt(least / (width * height))
         sides = [math.ceil(side * scale / factor) * factor for side in (width, height)]
+    if any(max(read) > 200 * min(read) for read in ((width, height), sides)):
+        raise ValueError(
+            f"The picture is {width}x{height}. Qwen-VL reads sides of at most 200 to 1: crop it, or use a checkpoint "
+            "of the InternVL family."
+        )
     return sides[0], sides[1]
 
 
 _SHARED_PHRASE = re.compile(r"<p>((?:(?!<p>|</p>).)*)</p>(?:\s|,|;|&|\band\b|\[SEG\])*$", re.DOTALL)
 _WIDE_STOPS = "\u3002\uff01\uff1f"  # full stop, exclamation and question mark of Chinese and Japanese
-_SENTENCE_END = re.compile(rf"(?<=[.!?])\s+|(?<=[{_WIDE_STOPS}])|\n")
+_ABBREVIATIONS = ("Mr", "Mrs", "Ms", "Dr", "Prof", "St", "Jr", "Sr", "vs", "e.g", "i.e", "approx")  # end no sentence
+_NOT_ABBREVIATED = "".join(rf"(?<!\b{re.escape(word)}\.)" for word in _ABBREVIATIONS)
+_SENTENCE_END = re.compile(rf"(?<=[.!?]){_NOT_ABBREVIATED}\s+|(?<=[{_WIDE_STOPS}])|\n")
 _SPECIAL_TOKEN = re.compile(r"<\|[^<>|]*\|>|\[SEG\]|</?[A-Za-z_]+>")
 
 
@@ -2078,10 +2164,18 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
 
 
 def _as_bool_masks(masks: np.ndarray | Tensor) -> np.ndarray:
-    masks = masks.detach().cpu().numpy() if isinstance(masks, Tensor) else np.asarray(masks)
+    masks = np.asarray(_as_numpy(masks))
     if masks.dtype != np.bool_ or masks.ndim != 3:
         raise ValueError(f"Masks must be bool [N, height, width], got {masks.dtype} of shape {masks.shape}.")
     return masks
+
+
+_MOST_LETTERS = 500  # of a label, more than fit into a picture
+_NO_LETTER = "\U0010ffff"  # for which fonts draw what they draw for letters that they lack
+_SYSTEM_FONTS = (  # Pillow looks for them where Linux, macOS and Windows keep fonts
+    *("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "wqy-microhei.ttc", "DejaVuSans.ttf"),
+    *("PingFang.ttc", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf", "segoeui.ttf"),
+)
 
 
 def object_color(index: int) -> tuple[int, int, int]:
@@ -2099,7 +2193,8 @@ def draw_overlay(
     Args:
         image: see `load_image`; h x w pixels.
         masks: bool [N, h, w]. A mask without pixels gets no label.
-        phrases: N labels, or None. The font has Latin letters only.
+        phrases: N labels, or None. Letters that Pillow's font lacks are written in one of the system's; an object's
+            number, from 1, stands for a phrase that none of those can write.
         alpha: opacity of the colour, 0..1.
 
     Returns:
@@ -2113,14 +2208,30 @@ def draw_overlay(
     picture, masks = load_image(image), _as_bool_masks(masks)
     if masks.shape[1:] != (picture.height, picture.width):
         raise ValueError(f"Masks are {masks.shape[1:]}, the picture is {(picture.height, picture.width)} (h, w).")
-    if phrases is not None and len(phrases) != len(masks):
-        raise ValueError(f"{len(phrases)} phrases for {len(masks)} masks. Give one for each.")
+    if phrases is not None and (isinstance(phrases, str) or [type(p) for p in phrases] != [str] * len(masks)):
+        raise ValueError(f"Phrases {phrases!r:.200} for {len(masks)} masks. Give a list with a string for each.")
     canvas = Image.fromarray(_paint(np.array(picture), masks, alpha))
     taken: list[tuple[int, int, int, int]] = []
     for index, phrase in enumerate(phrases or ()):
         if phrase.strip() and masks[index].any():
-            _write_label(canvas, masks[index], " ".join(phrase.split()), object_color(index), taken)
+            label, size = " ".join(phrase[:_MOST_LETTERS].split()), max(11, round(min(canvas.size) / 30))
+            if (font := _font_for(label, size)) is None:
+                label, font = str(index + 1), ImageFont.load_default(size=size)
+            _write_label(canvas, masks[index], label, font, object_color(index), taken)
     return np.array(canvas)
+
+
+def _font_for(text: str, size: int) -> Any:
+    """Pillow's own font, or one of the system's with letters that it lacks; None if no font has all of them."""
+    for load in (ImageFont.load_default, *(partial(ImageFont.truetype, name) for name in _SYSTEM_FONTS)):
+        try:
+            font = load(size=size)
+        except OSError:  # not installed
+            continue
+        missing = bytes(font.getmask(_NO_LETTER))
+        if all(bytes(font.getmask(letter)) != missing for letter in set(text) - {" "}):
+            return font
+    return None
 
 
 def _paint(pixels: np.ndarray, masks: np.ndarray, alpha: float) -> np.ndarray:
@@ -2136,13 +2247,14 @@ def _paint(pixels: np.ndarray, masks: np.ndarray, alpha: float) -> np.ndarray:
     return pixels
 
 
-def _write_label(canvas: Image.Image, mask: np.ndarray, phrase: str, color: tuple[int, int, int], taken: list) -> None:
+def _write_label(
+    canvas: Image.Image, mask: np.ndarray, phrase: str, font: Any, color: tuple[int, int, int], taken: list
+) -> None:
     """Writes a phrase above its object, moved and shortened to stay inside; nothing where no letter fits.
 
     `taken` lists the boxes (left, top, right, bottom) of earlier labels, which are avoided if there is room.
     """
     draw, pad = ImageDraw.Draw(canvas), 2
-    font = ImageFont.load_default(size=max(11, round(min(canvas.size) / 30)))
     phrase = _shorten(phrase, lambda words: draw.textlength(words, font=font) < canvas.width - 2 * pad)
     left, top, right, bottom = draw.textbbox((0, 0), phrase, font=font)
     width, height = round(right - left) + 2 * pad, round(bottom - top) + 2 * pad

@@ -19,7 +19,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers import AutoModel
 
 from sa2va import Sa2VAChatModel, Sa2VAFrame
 from sa2va.demo.media import Source, open_source, picture_writer, replacing, video_writer
-from sa2va.processing_sa2va import draw_overlay, masks_to_rle
+from sa2va.processing_sa2va import FRAME_SAMPLINGS, draw_overlay, masks_to_rle, select_key_frames
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "sa2va-tiny"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -75,7 +75,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--model", default=str(DEFAULT_MODEL), help="folder or Hugging Face name of a checkpoint; default: sa2va-tiny")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps...; auto (default) is an accelerator if there is one")
     add("--dtype", default="auto", choices=DTYPES, help="auto (default): float32 on a CPU, else the checkpoint's")
-    add("--num-frames", type=int, metavar="N", help="frames of a video the language model sees (released: 5)")
+    add("--num-frames", type=at_least(1), metavar="N", help="frames of a video the language model sees (released: 5)")
     add(
         "--frame-sampling",
         type=frame_sampling,
@@ -84,11 +84,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--threshold",
-        type=float,
+        type=probability,
         default=0.5,
         help="probability above which a pixel belongs to the object; default: 0.5",
     )
-    add("--max-new-tokens", type=int, metavar="N", help="longest answer; default: 2048")
+    add("--max-new-tokens", type=at_least(1), metavar="N", help="longest answer; default: 2048")
 
 
 def check_regions_are_seen(sampling: str | Sequence[int] | None) -> None:
@@ -104,13 +104,49 @@ def check_regions_are_seen(sampling: str | Sequence[int] | None) -> None:
         raise ValueError(f"Regions are marked on frame 0, so the model must see it: add 0 to {list(sampling)}.")
 
 
+# ---------- types of options; a mistake is told before any model is loaded
+
+
 def frame_sampling(text: str) -> str | list[int]:
     """ "first" and "uniform" as they are, "0,4,8" as numbers.
 
     Raises:
-        ValueError: it begins like numbers but isn't.
+        argparse.ArgumentTypeError: neither of them, or a number below 0.
     """
-    return [int(number) for number in text.split(",")] if text[:1].isdigit() else text
+    if text in FRAME_SAMPLINGS:
+        return text
+    try:
+        return [at_least(0)(number) for number in text.split(",")]
+    except ValueError as error:
+        accepted = ", ".join(FRAME_SAMPLINGS)
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; give {accepted} or numbers such as 0,4,8") from error
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A type for whole numbers from `minimum` on; it raises argparse.ArgumentTypeError for smaller ones."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"{number} is too small, the least is {minimum}")
+        return number
+
+    return whole_number
+
+
+def probability(text: str) -> float:
+    """A number between 0 and 1, as `mask_threshold` has to be.
+
+    Raises:
+        argparse.ArgumentTypeError: another number.
+    """
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no probability; give a number between 0 and 1")
+    return number
+
+
+# ---------- asking
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -119,9 +155,11 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError, TypeError, OSError: what was given can't be used; nothing is left half-written.
     """
-    source = open_source(arguments.picture)  # before the model, which takes longer
+    source, options = open_source(arguments.picture), predict_options(arguments)
+    if source.is_video and isinstance(options.get("frame_sampling"), list):
+        select_key_frames(source.frames, 1, options["frame_sampling"])  # raises before the model, which takes longer
     model = load_model(arguments.model, arguments.device, arguments.dtype)
-    answer = predict(model, source, arguments.text, predict_options(arguments))
+    answer = predict(model, source, arguments.text, options)
     picture, first = next(answer)
     if not arguments.json:
         print(_without_end_mark(first.prediction, model), flush=True)

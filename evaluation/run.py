@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from sa2va.data.registry import DATASETS, Dataset, open_dataset
 from sa2va.demo.media import replacing
-from sa2va.demo.predict import DEFAULT_MODEL, DTYPES, USER_ERROR, frame_sampling, load_model
+from sa2va.demo.predict import DEFAULT_MODEL, DTYPES, USER_ERROR, at_least, frame_sampling, load_model
 from sa2va.evaluation.captions import TEXT_ENCODER
 from sa2va.evaluation.predict import Predictions, missing, predict_dataset, subset
 from sa2va.evaluation.protocols import (
@@ -71,14 +71,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("json", action="store_true", help="print what scores.json holds, and no table")
     add("device", default="auto", help="cpu, cuda, mps...; auto (default) is an accelerator if there is one")
     add("dtype", default="auto", choices=DTYPES, help="auto (default): float32 on a CPU, else the checkpoint's")
-    add("num_frames", type=int, metavar="N", help="frames of a video the language model sees (released: 5)")
+    add("num_frames", type=at_least(1), metavar="N", help="frames of a video the language model sees (released: 5)")
     add(
         "frame_sampling",
         type=frame_sampling,
         metavar="first|uniform|I,J,K",
         help="which frames (default: the checkpoint's)",
     )
-    add("max_new_tokens", type=int, metavar="N", help="longest answer; default: 2048")
+    add("max_new_tokens", type=at_least(1), metavar="N", help="longest answer; default: 2048")
     return parser.parse_args(argv)
 
 

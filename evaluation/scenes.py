@@ -37,12 +37,12 @@ import torch
 import transformers
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
 
 import sa2va
 from sa2va import Sa2VAChatModel, Sa2VAOutput, Sa2VAProcessor
 from sa2va.data.scenes import IMAGE_TASKS, SPLITS, VIDEO_TASKS, SceneSample, Turn, make_sample
 from sa2va.demo.media import replacing
+from sa2va.demo.predict import DTYPES, USER_ERROR, at_least, load_model
 from sa2va.evaluation.metrics import (
     Overlaps,
     PhraseMasks,
@@ -58,7 +58,6 @@ from sa2va.evaluation.metrics import (
 TASKS = IMAGE_TASKS + VIDEO_TASKS
 SEG = "[SEG]"
 MAX_NEW_TOKENS = 128  # the longest true answer takes half of it; a model that rambles is cut short
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # ---------- criteria: what is measured of one turn, and what many turns come to
 
@@ -279,20 +278,20 @@ def _check(tasks: Sequence[str], count: int) -> None:
 # ---------- command line
 
 
-def load(name: str, device: str | None = None, dtype: str = "auto") -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
+def load(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Sa2VAChatModel, Sa2VAProcessor]:
     """Loads a checkpoint.
 
     Args:
         name: a folder (also one beside `evaluation/`, such as "sa2va-tiny"), or a name on the Hugging Face hub.
-        device: such as "cuda:0"; None takes an accelerator if there is one.
-        dtype: one of `DTYPES`; "auto" is the checkpoint's own.
+        device, dtype: see `demo.predict.load_model`.
+
+    Raises:
+        ValueError, OSError: as there.
     """
     beside = Path(__file__).resolve().parents[1] / name
-    path = beside if beside.is_dir() and not Path(name).is_dir() else name
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModel.from_pretrained(path, dtype=dtype).to(device).eval()
-    return model, AutoProcessor.from_pretrained(path)
+    path = str(beside) if beside.is_dir() and not Path(name).is_dir() else name
+    model = load_model(path, device, dtype)
+    return model, model.load_processor()
 
 
 def format_table(result: dict[str, dict[str, Any]]) -> str:
@@ -308,32 +307,37 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sa2va-tiny", help="folder or hub name (default: %(default)s)")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="names the scenes (default: %(default)s)")
-    parser.add_argument("--count", type=_at_least(1), default=200, help="scenes of each task (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="names the scenes (default: %(default)s)")
+    parser.add_argument("--count", type=at_least(1), default=200, help="scenes of each task (default: %(default)s)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--frames", type=_at_least(1), default=8, help="length of clips (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=_at_least(1), default=MAX_NEW_TOKENS, help="(default: %(default)s)")
-    parser.add_argument("--device", help="such as cpu, cuda:0 or mps (default: an accelerator if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="(default: the checkpoint's own)")
+    parser.add_argument("--frames", type=at_least(1), default=8, help="length of clips (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=MAX_NEW_TOKENS, help="(default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps...; auto is an accelerator if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, else the checkpoint's")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON object to a file")
     return parser.parse_args(argv)
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        number = int(text)
-        if number < minimum:
-            raise argparse.ArgumentTypeError(f"{number} is too small, the least is {minimum}")
-        return number
-
-    return whole_number
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 after an error that the user can mend."""
     options = parse_arguments(argv)
+    try:
+        report, table = run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    print(report if options.json else table)
+    return 0
+
+
+def run(options: argparse.Namespace) -> tuple[str, str]:
+    """Does what the command line says; returns the scores as JSON, and as a table.
+
+    Raises:
+        ValueError, OSError: the model or the output can't be used.
+    """
     model, processor = load(options.model, options.device, options.dtype)
     result = evaluate(
         model,
@@ -350,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.output:
         with replacing(options.output) as temporary:
             temporary.write_text(report + "\n")
-    print(report if options.json else format_table(result))
+    return report, format_table(result)
 
 
 def _settings(options: argparse.Namespace, model: Sa2VAChatModel) -> dict[str, Any]:
@@ -367,4 +371,4 @@ def _settings(options: argparse.Namespace, model: Sa2VAChatModel) -> dict[str, A
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -464,11 +464,29 @@ def _is_whole(checkpoint: Path) -> bool:
     return bool(weights) or any(path.is_dir() for path in checkpoint.iterdir())
 
 
-def _find_start(output: Path, recipe: RecipeArguments) -> str | None:
-    checkpoint = newest_checkpoint(output)
+def named_checkpoint(training: TrainingArguments) -> str | None:
+    """The checkpoint that --resume_from_checkpoint names; None if it is not given, or True, which names none.
+
+    Raises:
+        ValueError: True, by which scripts of transformers mean the newest checkpoint in OUTPUT_DIR, and there is none.
+    """
+    named = training.resume_from_checkpoint
+    if str(named).lower() != "true":
+        return named
+    if newest_checkpoint(Path(training.output_dir)) is None:
+        raise ValueError(
+            f"--resume_from_checkpoint {named}: {training.output_dir} holds no whole checkpoint. Name one, or leave it "
+            "out to begin anew."
+        )
+    return None
+
+
+def _find_start(training: TrainingArguments, recipe: RecipeArguments) -> str | None:
+    named, output = named_checkpoint(training), Path(training.output_dir)
+    checkpoint = Path(named) if named else newest_checkpoint(output)
     if checkpoint is None:
         return None
-    if not recipe.resume:
+    if not recipe.resume and not training.resume_from_checkpoint:
         raise ValueError(f"{output} holds {checkpoint.name}. Add --resume to go on from there, or name a new folder.")
     adapter = checkpoint / "adapter_config.json"
     rank = json.loads(adapter.read_text())["r"] if adapter.is_file() else 0
@@ -510,7 +528,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, or goes on training, and returns the folder with the result."""
     recipe, training, data = parse_arguments(argv)
     output = Path(training.output_dir)
-    start = training.resume_from_checkpoint or _find_start(output, recipe)
+    start = _find_start(training, recipe)
     set_seed(training.seed)
     model, processor = load_model(recipe, training)
     mixture = plan_mixture(*open_datasets(data, recipe.split), training)

@@ -4,7 +4,8 @@
     python finetune/train.py --preset full --output_dir runs/tiny          # run it again to go on where it stopped
 
 Every argument of `transformers.TrainingArguments` works and wins over the preset. The result (weights, tokenizer,
-processor files, the curve as curve.png) lands in OUTPUT_DIR/final.
+processor files, the curve as curve.png) lands in OUTPUT_DIR/final. What a run learns by stands in
+OUTPUT_DIR/training.json; a folder takes no other run.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -23,7 +25,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.demo.media import replacing
 from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, WORDS_TASKS, SceneCollator, ScheduledScenes, Stage
-from sa2va.finetune.recipe import newest_checkpoint
+from sa2va.finetune.recipe import named_checkpoint, newest_checkpoint
 from sa2va.finetune.tiny import build_model
 from sa2va.finetune.trainee import HEAD_WEIGHTS, LOSS_NAMES, SceneTrainee, load_heads, save_heads
 
@@ -44,6 +46,13 @@ PRESETS = {
     "smoke": {"max_steps": 4, "per_device_train_batch_size": 4, "clips_per_batch": 2, "num_frames": 6},
 }
 HEADS = "heads.safetensors"
+RECORD = "training.json"  # in OUTPUT_DIR what a run learns by, in its final folder what came of it
+OWN_SETTINGS = ("preset", "init", "new", "learn", "clips_per_batch", "num_frames")
+LEARNING_SETTINGS = (  # of TrainingArguments, what decides on the weights
+    *("seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
+)
 PARTS = {  # by the names of their parameters
     "language": re.compile("mlp1|language_model|text_hidden_fcs"),
     "mask_decoder": re.compile(r"text_hidden_fcs|grounding_encoder\.sam2_model\.(sam_mask_decoder|sam_prompt_encoder)"),
@@ -196,9 +205,47 @@ def start(folder: str | None, seed: int, new: str | None = None) -> tuple[Sa2VAC
     return fresh, processor
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Trains, or goes on training, and returns the folder with the result."""
-    options, arguments = parse_arguments(argv)
+def settings_of(options: argparse.Namespace, arguments: TrainingArguments) -> dict[str, Any]:
+    """What a run learns by, in the types that JSON has."""
+    own = {name: getattr(options, name) for name in OWN_SETTINGS}
+    learning = {name: getattr(arguments, name) for name in LEARNING_SETTINGS}
+    return json.loads(json.dumps(own | learning))
+
+
+def find_start(arguments: TrainingArguments, settings: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from: the one that is named, else the newest of the same run in OUTPUT_DIR, if any.
+
+    Raises:
+        ValueError: OUTPUT_DIR holds a run with other settings, or one that doesn't tell.
+    """
+    if named := named_checkpoint(arguments):
+        return Path(named)
+    output = Path(arguments.output_dir)
+    checkpoint, record = newest_checkpoint(output), output / RECORD
+    if checkpoint is None:
+        return None
+    begun = json.loads(record.read_text()) if record.is_file() else {}
+    differing = [name for name, value in settings.items() if begun.get(name) != value]
+    if differing:
+        told = ", ".join(f"{name} {begun.get(name)} and not {settings[name]}" for name in differing)
+        raise ValueError(
+            f"{output} holds a run with {told if begun else f'unknown settings (it has no {RECORD})'}. Name a new "
+            "folder with --output_dir, give the arguments that it began with to go on with it, or "
+            f"--resume_from_checkpoint {checkpoint} to go on from there with these."
+        )
+    return checkpoint
+
+
+def _is_done(checkpoint: Path | None, steps: int, final: Path) -> bool:
+    """Whether a checkpoint is of the last step, and the result was written, too."""
+    state = None if checkpoint is None else checkpoint / "trainer_state.json"
+    if state is None or not state.is_file() or not (final / RECORD).is_file():
+        return False
+    return json.loads(state.read_text())["global_step"] >= steps
+
+
+def make_trainer(options: argparse.Namespace, arguments: TrainingArguments) -> tuple[SceneTrainer, Sa2VAProcessor]:
+    """The model with what learns, its scenes, and its processor."""
     model, processor = start(options.init, arguments.seed, options.new)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(LEARNERS[options.learn].match(name) is not None)
@@ -214,20 +261,44 @@ def main(argv: list[str] | None = None) -> Path:
     if options.init:
         load_heads(trainee, Path(options.init).parent / HEADS)
     collator = SceneCollator(processor, masks=options.learn != "words")
-    trainer = SceneTrainer(model=trainee, args=arguments, train_dataset=dataset, data_collator=collator)
-    output = Path(arguments.output_dir)
-    resume = arguments.resume_from_checkpoint or newest_checkpoint(output)
-    trainer.train(resume_from_checkpoint=resume)
+    return SceneTrainer(model=trainee, args=arguments, train_dataset=dataset, data_collator=collator), processor
+
+
+def save_result(trainer: SceneTrainer, processor: Sa2VAProcessor, preset: str, output: Path) -> None:
+    """Writes OUTPUT_DIR/final and, for another sitting, the training heads beside it."""
     final = output / "final"
+    trainer.model.model.save_pretrained(final)
+    save_heads(trainer.model, output / HEADS)
+    processor.save_pretrained(final)
+    draw_curve(trainer.state.log_history, final / "curve.png")
+    facts = {"preset": preset, "seed": trainer.args.seed, "steps": trainer.state.global_step}
+    _write(final / RECORD, facts)  # last: it tells that all is there
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Trains, or goes on training, and returns the folder with the result.
+
+    Raises:
+        ValueError: the folder holds another run, or no checkpoint where one is asked for.
+    """
+    options, arguments = parse_arguments(argv)
+    settings, output = settings_of(options, arguments), Path(arguments.output_dir)
+    checkpoint = find_start(arguments, settings)
+    if _is_done(checkpoint, arguments.max_steps, output / "final"):
+        print(f"{output / 'final'} has the result of all {arguments.max_steps} steps; nothing is left to do.")
+        return output / "final"
+    trainer, processor = make_trainer(options, arguments)
     if trainer.is_world_process_zero():
-        model.save_pretrained(final)
-        save_heads(trainee, output / HEADS)
-        processor.save_pretrained(final)
-        draw_curve(trainer.state.log_history, final / "curve.png")
-        settings = {"preset": options.preset, "seed": arguments.seed, "steps": trainer.state.global_step}
-        with replacing(final / "training.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    return final
+        _write(output / RECORD, settings)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.is_world_process_zero():
+        save_result(trainer, processor, options.preset, output)
+    return output / "final"
 
 
 if __name__ == "__main__":

@@ -129,14 +129,17 @@ def test_a_stream_comes_from_disk_too(golden, golden_model, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_automatic_maps_split_neither_sam2_nor_a_layer(family):
+def test_automatic_maps_split_neither_sam2_nor_a_layer_nor_embeddings(family):
     model = load(family)
     whole = [model.grounding_encoder, *model.get_decoder().layers]
-    whole += model.vision_model.encoder.layer if family.startswith("ivl") else model.model.model.visual.blocks
+    if family.startswith("ivl"):
+        whole += [model.vision_model.embeddings, *model.vision_model.encoder.layer]
+    else:
+        whole += model.model.model.visual.blocks
     names = {id(module): name for name, module in model.named_modules()}
     total = sum(p.numel() * p.element_size() for p in model.parameters())
-    for share in range(1, 10):
-        memory = {0: total * share // 10, "cpu": total}
+    for share in range(1, 100):
+        memory = {0: total * share // 100, "cpu": total}
         placed = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=model._no_split_modules)
         assert not [key for key in placed for module in whole if key.startswith(f"{names[id(module)]}.")]
 

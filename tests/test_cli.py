@@ -10,6 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAR = ["demo/samples/shapes.png", "Please segment the red star in this image."]
+WRONG = [
+    [],
+    ["nothing"],
+    ["predict"],
+    ["predict", "a.png", "?", "--nothing"],
+    ["predict", *STAR, "--threshold", "2"],
+    ["check"],
+]
 
 
 def load_command():
@@ -53,7 +61,7 @@ def test_every_command_has_help_under_its_own_name(name, capsys):
     assert capsys.readouterr().out.startswith(f"usage: sa2va {name} ")
 
 
-@pytest.mark.parametrize("argv", [[], ["nothing"], ["predict"], ["predict", "a.png", "?", "--nothing"], ["check"]])
+@pytest.mark.parametrize("argv", WRONG)
 def test_wrong_command_lines_are_told_by_2_and_the_right_name(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(argv)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sa2va.demo import make_figure, make_samples
+from sa2va.demo import make_figure, make_samples, predict
 from sa2va.demo.media import open_source
 from sa2va.demo.predict import main
 from sa2va.finetune.tiny import build_model
@@ -198,17 +198,35 @@ def test_unusable_file_is_told_and_nothing_is_written(ask, tmp_path, capsys, nam
     assert not output.exists()
 
 
+BAD_WORDS = {
+    "threshold": (["--threshold", "2"], "2 is no probability"),
+    "threshold that is no number": (["--threshold", "nan"], "nan is no probability"),
+    "no frames": (["--num-frames", "0"], "0 is too small"),
+    "a frame before the first": (["--frame-sampling", "0,-1"], "-1 is too small"),
+    "a sampling that is not known": (["--frame-sampling", "often"], "first, uniform or numbers"),
+    "no words": (["--max-new-tokens", "0"], "0 is too small"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WORDS)
+def test_a_wrong_command_line_is_told(ask, capsys, case):
+    options, message = BAD_WORDS[case]
+    with pytest.raises(SystemExit) as exit:
+        ask(VIDEO, *options)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 BAD_OPTIONS = {
-    "threshold": (["--threshold", "2"], "probability"),
     "frames beyond the end": (["--frame-sampling", "0,99"], "99"),
-    "no frames": (["--num-frames", "0"], "num_frames=0"),
     "device": (["--device", "abacus"], "--device abacus"),
     "model": (["--model", "no-such-folder"], "no-such-folder"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_unusable_option_is_told_and_nothing_is_written(ask, capsys, case):
+def test_unusable_option_is_told_and_nothing_is_loaded_or_written(ask, capsys, monkeypatch, case):
+    monkeypatch.setattr(predict, "AutoModel", None)
     options, message = BAD_OPTIONS[case]
     code, output = ask(VIDEO, *options)
     assert code == 2

@@ -1,12 +1,14 @@
 """The measures against sums done by hand, DAVIS' and COCO's rules, and the run over scenes that uses them."""
 
 import contextlib
+import copy
 import io
 import json
 import math
 
 import numpy as np
 import pytest
+import torch
 
 from sa2va import Sa2VAOutput
 from sa2va.data.scenes import make_sample
@@ -455,11 +457,26 @@ def test_the_command_prints_and_saves_one_json_object(tiny, tmp_path, capsys):
     processor.save_pretrained(tmp_path)
     file = tmp_path / "new" / "scores.json"
     arguments = ["--model", str(tmp_path), "--seed", "5", "--count", "1", "--tasks", "question", "--device", "cpu"]
-    scenes.main([*arguments, "--max-new-tokens", "4", "--json", "--output", str(file)])
+    assert scenes.main([*arguments, "--max-new-tokens", "4", "--json", "--output", str(file)]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(file.read_text())
     assert printed["settings"]["seed"] == 5 and printed["settings"]["split"] == "test"
     assert printed["settings"]["versions"].keys() == {"sa2va", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("options", [["--model", "nope"], ["--device", "abacus"]], ids=str)
+def test_the_command_tells_in_one_line_what_it_can_not_use(options, capsys):
+    assert scenes.main(["--count", "1", *options]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("error: ") and options[1] in told[0]
+
+
+def test_a_model_is_loaded_as_in_the_demo(tiny, tmp_path):
+    model, processor = tiny
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert scenes.load(str(tmp_path), "cpu")[0].dtype == torch.float32
+    assert scenes.load(str(tmp_path), "cpu", "bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_the_table_has_a_line_for_every_score(result):

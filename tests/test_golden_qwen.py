@@ -171,6 +171,12 @@ def test_pictures_beyond_the_limits_are_read_as_qwen_vl_utils_rounds(size, read)
     assert _qwen_size(*size) == read
 
 
+@pytest.mark.parametrize("size", [(6000, 30), (30, 6000), (5990, 30)])
+def test_pictures_that_rounding_makes_too_long_are_told_with_their_own_size(size):
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}.*at most 200 to 1"):
+        _qwen_size(*size)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saving_gives_the_released_layout_and_loads_again(models, runs, tmp_path, family):
     from safetensors.torch import load_file

@@ -20,6 +20,8 @@ from sa2va.hub_upload import CheckpointError, check_checkpoint, convert_pickles
 from sa2va.processing_sa2va import (
     Sa2VAProcessor,
     VideoFrames,
+    choose_tiling,
+    collate_inputs,
     draw_overlay,
     load_image,
     masks_to_rle,
@@ -345,6 +347,19 @@ def test_what_lies_behind_many_broken_frames_is_used(tmp_path):
     frames = open_video(path)
     assert 35 < len(frames) < 120 - 64  # both ends of the file
     assert len(frames.problems) == 1 and "announces 120" in frames.problems[0]
+
+
+def test_a_photo_in_place_of_a_video_is_one_upright_frame(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (frame,) = open_video(saved(plain(size=(8, 4)), tmp_path / "photo.jpg", exif=exif))
+    assert frame.size == (4, 8)
+
+
+def test_every_page_of_a_tiff_is_a_frame(tmp_path):
+    pages = [Image.new("RGB", (8, 6), (shade, 0, 0)) for shade in (10, 20, 30)]
+    path = saved(pages[0], tmp_path / "clip.tif", save_all=True, append_images=pages[1:])
+    assert [frame.getpixel((0, 0))[0] for frame in open_video(path)] == [10, 20, 30]
 
 
 def test_a_damaged_tail_ends_a_gif_early(tmp_path):
@@ -700,6 +715,10 @@ def pickle_of(have: Have, value: Any) -> Path:
 
 
 WEIGHTS = GOLDEN / "ivl_qwen2" / "model.safetensors"
+XGLM = {
+    **{"model_type": "xglm", "d_model": 160, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64},
+    "vocab_size": 448,
+}
 DEEP: dict = {}
 for _ in range(300):
     DEEP = {"more": DEEP}
@@ -717,6 +736,9 @@ BAD_STATES = {
         ValueError,
         "run-length",
     ),
+    "a batch of nothing": (lambda have: collate_inputs([]), ValueError, "at least one"),
+    "tiles of no picture": (lambda have: choose_tiling(0, 5), ValueError, "0x5"),
+    "masks that are nowhere": (lambda have: masks_to_rle(torch.zeros(1, 2, 2, device="meta")), TypeError, "meta"),
     "two answers": (lambda have: have.ask(num_return_sequences=2, num_beams=2), ValueError, "num_return_sequences"),
     "misspelled argument": (lambda have: have.ask(max_new_token=5), ValueError, "max_new_token"),
     "no new tokens": (lambda have: have.ask(max_new_tokens=0), ValueError, "max_new_tokens"),
@@ -834,7 +856,9 @@ BAD_STATES = {
     "an argument that is made here": (lambda have: have.ask(attention_mask=None), TypeError, "attention_mask"),
     "token ids beside a question": (lambda have: have.ask(input_ids=torch.tensor([[5]])), TypeError, "input_ids"),
     "a message's picture without what it shows": (
-        lambda have: have.processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}]),
+        lambda have: have.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}]}], tokenize=True
+        ),
         ValueError,
         "what it shows",
     ),
@@ -844,9 +868,19 @@ BAD_STATES = {
         "tools",
     ),
     "a prompt in place of words": (
-        lambda have: have.processor(text=[have.processor.apply_chat_template(SPOKEN[:1])], images=[plain()]),
+        lambda have: have.ask(text=have.processor.apply_chat_template(SPOKEN[:1]), image=plain()),
         ValueError,
         "words alone",
+    ),
+    "a prompt without its picture": (
+        lambda have: have.processor(text=[have.processor.apply_chat_template(SPOKEN[:1])]),
+        ValueError,
+        "that the messages are about",
+    ),
+    "a prompt and what came before it": (
+        lambda have: have.processor(text=have.processor.apply_chat_template(SPOKEN[:1]), past_text="Hi"),
+        ValueError,
+        "too late",
     ),
     "loss without all logits": (
         lambda have: have.forward(
@@ -1036,10 +1070,25 @@ BAD_STATES = {
     "a million layers": (
         lambda have: have.config("llm_config", num_hidden_layers=10**6),
         ValueError,
-        "from 1 to 1000",
+        "up to 200 are accepted",
+    ),
+    "a thousand layers": (
+        lambda have: have.config("llm_config", num_hidden_layers=1000),
+        ValueError,
+        "llm_config.num_hidden_layers=1000 .* up to 200 are",
+    ),
+    "a thousand layers of another name": (
+        lambda have: have.config("llm_config", model_type="bart", decoder_layers=1000),
+        ValueError,
+        "decoder_layers=1000",
+    ),
+    "a thousand layers of memory": (
+        lambda have: have.config("grounding_config", memory_attention_layers=100),
+        ValueError,
+        "memory_attention_layers=100 must be an integer from 1 to 32",
     ),
     "too much in all": (
-        lambda have: have.config("vision_config", hidden_size=2**17, num_hidden_layers=999),
+        lambda have: have.config("vision_config", hidden_size=2**17, num_hidden_layers=200),
         ValueError,
         "parameters",
     ),
@@ -1054,11 +1103,37 @@ BAD_STATES = {
         ValueError,
         "grounding_config.stages",
     ),
+    "a thousand SAM 2 blocks": (
+        lambda have: have.config("grounding_config", stages=[100] * 4),
+        ValueError,
+        r"stages=\[100, 100, 100, 100\] .* up to 200 in all",
+    ),
     "a stage for every second": (
         lambda have: have.config("grounding_config", stages=[1] * 2000),
         ValueError,
         "2000 items",
     ),
+    "a label for everything": (
+        lambda have: have.config(id2label={str(i): "thing" for i in range(2000)}),
+        ValueError,
+        "config.id2label has 2000 items",
+    ),
+    "a factor for every second": (
+        lambda have: have.config("llm_config", rope_scaling={"rope_type": "longrope", "long_factor": [1.0] * 2000}),
+        ValueError,
+        "rope_scaling.long_factor has 2000 items",
+    ),
+    "frames that SAM 2 can't halve": (
+        lambda have: have.config("grounding_config", image_size=100),
+        ValueError,
+        "image_size=100 .* multiple of 32, such as 1024",
+    ),
+    "frames that SAM 2 can't tile": (
+        lambda have: have.config("grounding_config", image_size=1024, window_spec=[7, 4, 16, 8]),
+        ValueError,
+        "image_size=1024 .* multiple of 224",
+    ),
+    "no frames": (lambda have: have.config("grounding_config", image_size=0), ValueError, "image_size=0"),
     "gigantic frames": (lambda have: have.config("grounding_config", image_size=10**6), ValueError, "image_size"),
     "a million tiles": (lambda have: have.config(max_dynamic_patch=10**6), ValueError, "max_dynamic_patch"),
     "no objects at once": (
@@ -1070,6 +1145,26 @@ BAD_STATES = {
     "half a layer": (lambda have: have.config("vision_config", num_hidden_layers=2.5), ValueError, "an integer"),
     "ratio 0": (lambda have: have.config(downsample_ratio=0), ValueError, "downsample_ratio=0"),
     "ratio NaN": (lambda have: have.config(downsample_ratio=float("nan")), ValueError, "downsample_ratio=nan"),
+    "rope NaN": (lambda have: have.config("llm_config", rope_theta=float("nan")), ValueError, "rope_theta=nan"),
+    "rope 0": (
+        lambda have: have.config("llm_config", rope_theta=0),
+        ValueError,
+        "rope_theta=0 must be a number from 1",
+    ),
+    "endless rope": (lambda have: have.config("llm_config", rope_theta=1e400), ValueError, "rope_theta=inf"),
+    "epsilon NaN": (lambda have: have.config("llm_config", rms_norm_eps=float("nan")), ValueError, "rms_norm_eps=nan"),
+    "epsilon below 0": (lambda have: have.config("vision_config", layer_norm_eps=-1.0), ValueError, "from 0 to 1"),
+    "factor NaN": (
+        lambda have: have.config("llm_config", rope_scaling={"type": "linear", "factor": float("nan")}),
+        ValueError,
+        "rope_scaling.factor=nan",
+    ),
+    "factor 0": (
+        lambda have: have.config("llm_config", rope_scaling={"type": "linear", "factor": 0}),
+        ValueError,
+        "rope_scaling.factor=0",
+    ),
+    "any other number NaN": (lambda have: have.config(anything=[{"else": float("-inf")}]), ValueError, "else=-inf"),
     "layer that is not there": (lambda have: have.config(select_layer=7), ValueError, "has 2 layers"),
     "unknown dtype": (lambda have: have.config(dtype="os"), ValueError, "no dtype"),
     "dtype by another name": (
@@ -1099,9 +1194,9 @@ BAD_STATES = {
         "divisible",
     ),
     "three stages of SAM 2": (
-        lambda have: Sa2VAChatModel(have.config("grounding_config", stages=[1, 1, 1])),
+        lambda have: have.config("grounding_config", stages=[1, 1, 1]),
         ValueError,
-        "no model that can be built",
+        "in SAM 2's 4 stages",
     ),
     "model without checkpoint": (
         lambda have: unsaved(have).predict_forward(image=plain(), text=ASK),
@@ -1112,11 +1207,50 @@ BAD_STATES = {
     "no folder": (lambda have: AutoModel.from_pretrained("./no/such/folder"), OSError, "no/such/folder"),
     "no config": (lambda have: have.load(config=None), (OSError, ValueError), "config.json"),
     "config is no JSON": (lambda have: have.load(config=b"{"), OSError, "JSON"),
+    "bottomless file": (
+        lambda have: Sa2VAChatModel.from_pretrained(have.checkpoint(config=b"[" * 200_000)),
+        ValueError,
+        "no model that can be built: RecursionError",
+    ),
+    **{
+        f"config that is {content}": (
+            lambda have, content=content: Sa2VAChatModel.from_pretrained(have.checkpoint(config=content.encode())),
+            ValueError,
+            "no model that can be built: TypeError",
+        )
+        for content in ("[1]", "5", '"words"', "null")
+    },
     "no weights": (lambda have: have.load(model=None), OSError, "model.safetensors"),
     "cut weights": (lambda have: have.load(model=cut(WEIGHTS)), OSError, "hub_upload.py check"),
     "weights are no weights": (lambda have: have.load(model=b"not at all"), OSError, "hub_upload.py check"),
-    "index without a map": (lambda have: AutoModel.from_pretrained(indexed(have, b"{}")), OSError, "weight_map"),
-    "index that is no JSON": (lambda have: AutoModel.from_pretrained(indexed(have, b"{")), OSError, "check"),
+    **{
+        f"index {name}": (lambda have, index=index: AutoModel.from_pretrained(indexed(have, index)), OSError, words)
+        for name, index, words in (
+            ("that is no JSON", b"{", "check"),
+            ("that is no text", b"\xff", "check"),
+            ("without a bottom", b"[" * 200_000, "check"),
+            ("without a map", b"{}", "weight_map"),
+            ("that is a list", b"[]", "weight_map"),
+            ("of an empty map", b'{"weight_map": {}}', "weight_map"),
+            ("whose map is null", b'{"weight_map": null}', "weight_map"),
+            ("whose map is a list", b'{"weight_map": ["a"]}', "weight_map"),
+            ("whose metadata are a number", b'{"weight_map": {"a": "a.safetensors"}, "metadata": 5}', "metadata"),
+            ("without metadata", b'{"weight_map": {"a": "a.safetensors"}}', 'Add "metadata": {}'),
+            ("of a file that is a number", b'{"weight_map": {"a": 5}}', "puts a into 5"),
+            ("of a file in the folder above", b'{"weight_map": {"a": "../w.safetensors"}}', "'../w.safetensors', but"),
+            ("of a file somewhere", b'{"weight_map": {"a": "/w.safetensors"}}', "'/w.safetensors', but only"),
+            ("of a file in a folder of Windows", rb'{"weight_map": {"a": "..\\w.safetensors"}}', "but only"),
+            ("of a folder", b'{"weight_map": {"a": ".."}}', "'..', but only"),
+            ("of a pickle", b'{"weight_map": {"a": "pytorch_model.bin"}}', "'pytorch_model.bin', but only"),
+        )
+    },
+    "index without a map beside a config that is given": (
+        lambda have: Sa2VAChatModel.from_pretrained(
+            indexed(have, b'{"weight_map": null}'), config=Sa2VAChatConfig.from_pretrained(GOLDEN / "ivl_qwen2")
+        ),
+        OSError,
+        "weight_map",
+    ),
     "weights of another size": (
         lambda have: have.load(lambda config: config["llm_config"].update(intermediate_size=192)),
         ValueError,
@@ -1131,6 +1265,21 @@ BAD_STATES = {
         ),
         ValueError,
         r"lacks .* tensors of 9.6e\+09 numbers",
+    ),
+    "tables for billions of positions": (
+        lambda have: have.load(
+            lambda config: config.update(llm_config=XGLM | {"max_position_embeddings": 2**22}),
+            model=safetensors.torch.save({"scale": torch.ones(1)}),
+        ),
+        ValueError,
+        r"tables of 6.7e\+08 numbers",
+    ),
+    "plain weights called quantized": (
+        lambda have: have.load(
+            lambda config: config.update(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+        ),
+        (ValueError, ImportError),  # without the package
+        "not quantized|bitsandbytes",
     ),
     "pickled weights": (
         lambda have: AutoModel.from_pretrained(pickled_copy(have)),

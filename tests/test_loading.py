@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from hub_server import running_hub
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_imports
@@ -18,6 +20,7 @@ from transformers.dynamic_module_utils import get_imports
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor, hub_upload
 
 ROOT = Path(__file__).parents[1]
+FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
 CORE_FILES = (
     "configuration_sa2va.py",
     "hub_upload.py",
@@ -89,6 +92,57 @@ def test_a_flat_folder_loads_offline_with_trust_remote_code(flat_folder, tmp_pat
     assert module == "transformers_modules"
 
 
+def test_weights_outside_the_folder_are_neither_loaded_nor_found_right(golden, tmp_path):
+    shutil.copy(golden.folder / "model.safetensors", tmp_path / "w.safetensors")
+    folder = shutil.copytree(golden.folder, tmp_path / "model", ignore=shutil.ignore_patterns("golden*", "model.*"))
+    weight_map = dict.fromkeys(load_file(tmp_path / "w.safetensors"), "../w.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map, "metadata": {}}))
+    with pytest.raises(OSError, match=r"'\.\./w\.safetensors', but only safetensors files beside it"):
+        AutoModel.from_pretrained(folder)
+    assert not hub_upload.check_checkpoint(folder).ok
+
+
+HUB_SCRIPT = """
+import sys
+import sa2va
+from transformers import AutoModel
+for name in sys.argv[1:]:
+    try:
+        print("read", len(AutoModel.from_pretrained(name).state_dict()))
+    except Exception as error:
+        print(type(error).__name__, str(error).replace(chr(10), " "))
+"""
+
+
+@pytest.mark.slow
+def test_an_index_on_the_hub_is_followed_to_files_beside_it_alone(golden, tmp_path):
+    files = {name: (golden.folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    weights = files.pop("model.safetensors")
+    names = list(load_file(golden.folder / "model.safetensors"))
+    indices = {
+        "me/good": {"weight_map": dict.fromkeys(names, "w.safetensors"), "metadata": {}},
+        "me/climbs": {"weight_map": {"a": "../w.safetensors"}, "metadata": {}},
+        "me/lists": {"weight_map": ["a"]},
+        "me/lacks": {"weight_map": dict.fromkeys(names, "w.safetensors")},
+    }
+    with running_hub() as hub:
+        for repo, index in indices.items():
+            index = {"model.safetensors.index.json": json.dumps(index).encode(), "w.safetensors": weights}
+            hub.add_repo(repo, files=files | index)
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        command = [sys.executable, "-c", HUB_SCRIPT, *indices]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    good, climbs, lists, lacks = done.stdout.splitlines()
+    assert good.startswith("read")
+    assert climbs.startswith("OSError") and "'../w.safetensors'" in climbs
+    assert lists.startswith("OSError") and "weight_map" in lists
+    assert lacks.startswith("OSError") and '"metadata": {}' in lacks
+
+
 @pytest.mark.parametrize("name", CORE_FILES)
 def test_a_checkpoint_with_this_code_asks_for_no_more_than_its_requirements(name):
     """transformers demands all that a file imports unguarded, functions included, before it runs code."""
@@ -154,6 +208,41 @@ def test_a_saved_checkpoint_loads_to_the_same_model(golden, golden_model, golden
     assert again.predict_forward(**case.arguments).prediction == case.meta["prediction"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_weights_share_no_memory(family):
+    model = AutoModel.from_pretrained(ROOT / "tests" / "golden" / family)
+    places = [weight.untyped_storage().data_ptr() for weight in model.state_dict().values()]
+    tied = [*model.all_tied_weights_keys]
+    assert len(set(places)) == len(places) - len(tied)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_is_taken_by_load_state_dict(family, tmp_path):
+    """As transformers' `Trainer` goes on from a checkpoint; strict, so that no name may be left over."""
+    model = AutoModel.from_pretrained(ROOT / "tests" / "golden" / family)
+    model.save_pretrained(tmp_path)
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    torch.nn.ModuleDict({"inner": model}).load_state_dict(
+        {f"inner.{name}": weight for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    )
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_state_of_accelerate_comes_back(golden, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(AutoModel.from_pretrained(golden.folder))
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    accelerator.save_state(tmp_path)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    accelerator.load_state(tmp_path)
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+
 def test_a_released_config_keeps_every_value_through_saving(golden, tmp_path):
     released = json.loads((golden.folder / "config.json").read_text())
     Sa2VAChatConfig.from_pretrained(golden.folder).save_pretrained(tmp_path)
@@ -172,6 +261,18 @@ def test_a_config_without_grounding_config_means_sam2_hiera_l_at_1024(golden):
     grounding = Sa2VAChatConfig(**released).grounding_config
     assert (grounding.image_size, grounding.embed_dim, grounding.d_model) == (1024, 144, 256)
     assert grounding.stages == [2, 6, 36, 4] and grounding.backbone_channel_list == [1152, 576, 288, 144]
+
+
+def test_a_large_model_of_a_million_positions_is_no_attack(golden):
+    config = json.loads((golden.folder / "config.json").read_text())
+    config["llm_config"] = {
+        **{"model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80},
+        **{"num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 2**20},
+    }
+    with torch.device("meta"):
+        model = Sa2VAChatModel(Sa2VAChatConfig.from_dict(config))
+    model._move_missing_keys_from_meta_to_device(set(), None, None, None)
+    assert model.num_parameters() > 70e9
 
 
 def test_auto_config_knows_the_model_type(golden):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLProcessor
 
 from sa2va.configuration_sa2va import Sa2VAChatConfig
 from sa2va.processing_sa2va import (
@@ -340,6 +340,66 @@ def test_messages_are_written_as_calls_are(processor, pictures):
     assert torch.equal(processor.apply_chat_template(first, tokenize=True), asked.input_ids)
 
 
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen25vl", "qwen3vl"])
+@pytest.mark.parametrize("part", [{"type": "image"}, {"type": "image", "image": "given"}])
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_prompt_of_messages_is_taken_with_the_picture_it_is_about(family, part, turns, pictures):
+    """In two steps, as model cards write it: a prompt first, then a call with it and the pictures."""
+    processor = Sa2VAProcessor.from_pretrained(GOLDEN / family)
+    whole = {"type": "image", "image": pictures["imgA"]}
+    said = [{"role": "assistant", "content": "Ho."}, {"role": "user", "content": "Why?"}]
+
+    def messages(shown):
+        return [{"role": "user", "content": [shown, {"type": "text", "text": "Hi"}]}, *said][:turns]
+
+    prompt = processor.apply_chat_template(messages(whole if "image" in part else part), tokenize=False)
+    found = processor(text=[prompt.strip() + "\n"], images=[pictures["imgA"]], return_tensors="pt")
+    wanted = processor.apply_chat_template(messages(whole), tokenize=True, return_dict=True)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_a_prompt_of_messages_about_a_video_is_taken_with_it(processor, pictures):
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Hi"}]}]
+    found = processor(text=processor.apply_chat_template(messages), videos=pictures["vid3"])
+    assert torch.equal(found["input_ids"], processor.prepare(video=pictures["vid3"], text="Hi").input_ids)
+
+
+def test_a_prompt_of_words_alone_is_not_written_into_another(processor):
+    prompt = processor.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert torch.equal(processor(text=prompt)["input_ids"], processor(text="Hi")["input_ids"])
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_a_tokenizer_of_the_callers_keeps_the_settings_of_the_checkpoint(family, tmp_path):
+    model = AutoModel.from_pretrained(GOLDEN / family)
+    own = model.load_processor()
+    own.num_key_frames = 2
+    own.min_pixels = own.max_pixels = own.max_dynamic_patch = 1
+    for given in (own.tokenizer, AutoTokenizer.from_pretrained(GOLDEN / family)):
+        found = model._resolve_processor(given, None)
+        assert found.tokenizer is given
+        assert (found.num_key_frames, found.max_dynamic_patch, found.max_pixels) == (2, 1, 1)
+
+
+def test_the_template_of_a_given_processor_is_used(pictures):
+    model = AutoModel.from_pretrained(GOLDEN / "qwen25vl")
+    given = Qwen2_5_VLProcessor.from_pretrained(GOLDEN / "qwen25vl")
+    given.chat_template = given.chat_template.replace("You are a helpful assistant", "You are a pirate")
+    for arguments in ({"processor": given}, {"tokenizer": given}):
+        output = model.predict_forward(image=pictures["imgA"], text="Hi", max_new_tokens=1, **arguments)
+        assert "You are a pirate" in output.past_text
+
+
+def test_the_template_of_the_checkpoint_is_used_with_a_tokenizer_that_has_none(pictures):
+    model = AutoModel.from_pretrained(GOLDEN / "qwen25vl")
+    own = model.load_processor()
+    own.chat_template = own.tokenizer.chat_template
+    bare = AutoTokenizer.from_pretrained(GOLDEN / "qwen25vl")
+    bare.chat_template = None
+    output = model.predict_forward(image=pictures["imgA"], text="Hi", max_new_tokens=1, tokenizer=bare)
+    assert "Hi<|im_end|>" in output.past_text
+
+
 def test_a_picture_between_words_stands_there(processor, pictures):
     parts = [
         {"type": "text", "text": "In "},
@@ -508,6 +568,7 @@ PHRASES = [
     ("<p>A cat</p> sits. The dog [SEG] runs.", ["The dog runs"]),
     ("It is red. Here: [SEG]. Bye.", ["Here"]),
     ("The square is red. [SEG]", ["The square is red"]),
+    ("Bye. Mr. Smith, e.g. the dog's owner, is [SEG]. A cat.", ["Mr. Smith, e.g. the dog's owner, is"]),
     ("[SEG]<|im_end|>", [""]),
     ("Sure,  [SEG] . <|im_end|>", ["Sure"]),
     ("No object here.<|im_end|>", []),
@@ -615,8 +676,20 @@ def test_overlay_of_no_objects_is_the_picture(pictures):
     assert np.array_equal(draw_overlay(pictures["imgA"], np.zeros((0, 61, 97), bool), []), pictures["imgA"])
 
 
+def test_words_that_no_font_can_write_are_labelled_by_number():
+    image, masks = Image.new("RGB", (200, 120), "gray"), boxes((20, 20, 60, 60), (60, 100, 90, 160))
+    unknown = "\U0010fffd" * 3  # of a private area, where no font has letters
+    assert np.array_equal(draw_overlay(image, masks, [unknown] * 2), draw_overlay(image, masks, ["1", "2"]))
+
+
 @pytest.mark.parametrize(
-    ("masks", "phrases"), [(boxes((0, 0, 9, 9)), ["a", "b"]), (boxes((0, 0, 9, 9), size=(9, 9)), None)]
+    ("masks", "phrases"),
+    [
+        (boxes((0, 0, 9, 9)), ["a", "b"]),
+        (boxes((0, 0, 9, 9)), [5]),
+        (boxes((0, 0, 9, 9)), "a"),
+        (boxes((0, 0, 9, 9), size=(9, 9)), None),
+    ],
 )
 def test_overlay_refuses_what_does_not_fit(masks, phrases):
     with pytest.raises(ValueError, match=r"(?i)mask"):

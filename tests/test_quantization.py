@@ -17,16 +17,10 @@ from sa2va.modeling_sa2va import _language_model_only
 
 ROOT = Path(__file__).parents[1]
 TINY, SHAPES = ROOT / "sa2va-tiny", ROOT / "demo" / "samples" / "shapes.png"
+STAR = "Please segment the red star in this image."
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
-pytest.importorskip("bitsandbytes")
+has_avx512bf16 = pytest.importorskip("bitsandbytes.functional").has_avx512bf16
 quantization = pytest.importorskip("torchao.quantization")
-
-
-@pytest.fixture(autouse=True)
-def any_width(monkeypatch):
-    """On CPUs with bfloat16 instructions bitsandbytes packs 4 bits anew, for layers of multiples of 64 only, as real
-    models have them; the small ones here must go the way they go on all other CPUs."""
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 def int4_config():
@@ -101,11 +95,42 @@ def test_eight_bits_give_the_recorded_answer(options):
 
 @configs
 def test_a_trained_model_answers_as_in_full_precision(config):
-    question = {"image": SHAPES, "text": "Please segment the red star in this image."}
-    full, quantized = (load(TINY, quantization_config=c).predict_forward(**question) for c in (None, config))
+    full, quantized = (
+        load(TINY, quantization_config=c).predict_forward(image=SHAPES, text=STAR) for c in (None, config)
+    )
     assert quantized.prediction == full.prediction and len(full.prediction_masks) == 1
     mask, wanted = quantized.prediction_masks[0], full.prediction_masks[0]
     assert (mask & wanted).sum() / (mask | wanted).sum() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_four_bits_are_packed_where_this_cpu_can_and_widths_allow(dtype):
+    """bitsandbytes fails at the 352 columns of `down_proj` unless that layer is left as it is."""
+    model = AutoModel.from_pretrained(
+        TINY, dtype=dtype, device_map="cpu", quantization_config=CONFIGS["bitsandbytes-4"]
+    )
+    assert len(model.predict_forward(image=SHAPES, text=STAR).prediction_masks) == 1
+    layers = {name: model.get_submodule(name).weight.quant_state for name in language_layers(model)}
+    packed = {name for name, state in layers.items() if getattr(state, "packing_format_for_cpu", False)}
+    fitting = {name for name in layers if not name.endswith("down_proj")}
+    assert packed == (fitting if has_avx512bf16() else set())
+
+
+def test_layers_of_odd_widths_are_packed_on_no_cpu(monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = load(TINY, quantization_config=CONFIGS["bitsandbytes-4"])
+    left = {name for name in language_layers(model) if not model.get_submodule(name).support_avx512bf16_for_cpu}
+    assert left == {name for name in language_layers(model) if name.endswith("down_proj")}
+
+
+def test_a_model_that_was_packed_is_saved_and_answers_the_same(tmp_path):
+    model = load(TINY, quantization_config=CONFIGS["bitsandbytes-4"])
+    first = model.predict_forward(image=SHAPES, text=STAR)
+    model.save_pretrained(tmp_path)
+    second = load(tmp_path).predict_forward(image=SHAPES, text=STAR, processor=model.load_processor())
+    assert first.prediction == second.prediction
+    mask, again = first.prediction_masks[0], second.prediction_masks[0]
+    assert (mask & again).sum() / (mask | again).sum() > 0.95
 
 
 @configs

@@ -363,10 +363,20 @@ def test_half_a_checkpoint_is_passed_over_and_a_whole_one_is_not_overwritten(who
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_a_run_is_not_resumed_with_another_adapter(whole, data, tmp_path, rank):
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume_from_checkpoint", "True"]], ids=str)
+def test_a_run_is_not_resumed_with_another_adapter(whole, data, tmp_path, rank, resume):
     shutil.copytree(whole / "checkpoint-1", tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match=rf"--lora_rank \d+, not {rank}"):
-        train.main([*command(data, tmp_path, lora_rank=rank), "--resume"])
+        train.main([*command(data, tmp_path, lora_rank=rank), *resume])
+
+
+@pytest.mark.parametrize("named", ["True", "checkpoint-1", None])
+def test_the_checkpoint_to_go_on_from_may_be_named_or_be_the_newest(whole, data, named):
+    named = str(whole / named) if named == "checkpoint-1" else named
+    arguments = ["--resume_from_checkpoint", named] if named else ["--resume"]
+    own, training, _ = recipe.parse_arguments([*command(data, whole), *arguments])
+    newest = str(whole / f"checkpoint-{STEPS}")
+    assert recipe._find_start(training, own) == (newest if named in ("True", None) else named)
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,10 @@ def test_code_that_a_config_names_is_not_run(strange, tmp_path):
 
 def test_paths_and_kernels_that_a_config_names_are_not_followed(strange, tmp_path):
     elsewhere = str(tmp_path / "elsewhere")
-    named = {"_name_or_path": elsewhere, "attn_implementation": "someone/attention", "trust_remote_code": True}
+    named = {
+        **{"_name_or_path": elsewhere, "transformers_weights": f"{elsewhere}.safetensors"},
+        **{"attn_implementation": "someone/attention", "trust_remote_code": True},
+    }
     config = AutoConfig.from_pretrained(strange(**named, llm_config=named, grounding_config=named))
     assert config.name_or_path == str(tmp_path / "strange") and elsewhere not in json.dumps(config.to_dict())
     assert "someone/" not in json.dumps(config.to_dict()) and config._attn_implementation is None

@@ -2,10 +2,11 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from sa2va.data.scenes import make_sample
 from sa2va.data.shapes import SceneObject
@@ -75,6 +76,20 @@ def test_tracked_frames_teach_the_memory_modules():
     model(**arguments_of(batch_of(processor, "video_refer"))).loss.backward()
     for module in (sam2.memory_attention, sam2.memory_encoder, sam2.obj_ptr_proj):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_plain_trainer_is_told_that_labels_may_come_alone(tiny, tmp_path, named):
+    """Left to itself it wants all of "labels" and "mask_labels", and evaluates no loss where one is missing."""
+    model, processor = tiny
+    scenes = [make_sample(0, index, task="absent") for index in range(2)]
+    settings = TrainingArguments(str(tmp_path), label_names=["labels"] if named else None, use_cpu=True)
+
+    def collate(batch):
+        return {k: v for k, v in arguments_of(SceneCollator(processor)(batch)).items() if k != "mask_labels"}
+
+    metrics = Trainer(model, settings, data_collator=collate, eval_dataset=scenes).evaluate()
+    assert ("eval_loss" in metrics) == named
 
 
 def test_frozen_parts_and_gradient_checkpointing_work():
@@ -170,23 +185,95 @@ def test_the_learning_rate_warms_up_again_where_words_begin(tmp_path):
     assert rate(29) > 0.5 and rate(30) < 0.1 and rate(40) > 0.5 and rate(99) < 0.01
 
 
+def smoke(folder, *more):
+    """Arguments of the shortest run."""
+    common = ["--preset", "smoke", "--save_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"]
+    return [*common, "--dataloader_num_workers", "0", "--output_dir", str(folder), *more]
+
+
 @pytest.mark.slow
 def test_training_stopped_and_resumed_reaches_the_same_loss(tmp_path):
-    common = ["--preset", "smoke", "--save_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"]
-    common += ["--dataloader_num_workers", "0"]
 
     def losses(folder):
         state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
         return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
-    final = train.main([*common, "--output_dir", str(tmp_path / "whole")])
+    final = train.main(smoke(tmp_path / "whole"))
     stopped = tmp_path / "stopped"
     (stopped).mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(stopped / "checkpoint-2")  # what a kill after step 2 leaves
-    train.main([*common, "--output_dir", str(stopped)])
+    shutil.copy(tmp_path / "whole" / train.RECORD, stopped)
+    train.main(smoke(stopped, "--resume_from_checkpoint", "True"))
     assert losses(stopped)[2:] == pytest.approx(losses(tmp_path / "whole")[2:], rel=1e-4)
     assert (final / "curve.png").stat().st_size > 10_000
     assert AutoModel.from_pretrained(final).load_processor().image_size == 56
+
+
+def small(folder, *more):
+    """Arguments of a run of one step."""
+    return smoke(folder, "--max_steps", "1", "--per_device_train_batch_size", "1", *more)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder with such a run, which ended."""
+    folder = tmp_path_factory.mktemp("begun")
+    train.main(small(folder))
+    return folder
+
+
+@pytest.fixture
+def finished(begun, tmp_path, monkeypatch):
+    """A copy of `begun`, in which nothing may be trained any more."""
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(train, "make_trainer", None)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (["--seed", "5"], "holds a run with seed 0 and not 5"),
+        (["--init", train.TINY], "init None and not .*sa2va-tiny"),
+        (["--learning_rate", "0.01"], "learning_rate 0.0012 and not 0.01"),
+        (["--seed", "5", "--resume_from_checkpoint", "True"], "Name a new folder"),
+    ],
+)
+def test_a_folder_takes_no_other_run(finished, other, told):
+    with pytest.raises(ValueError, match=told):
+        train.main(small(finished, *other))
+
+
+def test_a_run_whose_settings_are_not_known_is_not_gone_on_with_unasked(finished):
+    (finished / train.RECORD).unlink()
+    with pytest.raises(ValueError, match=r"no training.json.*--resume_from_checkpoint \S+checkpoint-1"):
+        train.main(small(finished))
+    _, arguments = train.parse_arguments(small(finished, "--resume_from_checkpoint", str(finished / "checkpoint-1")))
+    assert train.find_start(arguments, {}) == finished / "checkpoint-1"
+
+
+@pytest.mark.parametrize("more", [[], ["--resume_from_checkpoint", "True"], ["--logging_steps", "7"]])
+def test_nothing_is_written_where_nothing_is_left_to_do(finished, capsys, more):
+    def written():
+        return {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+    before = written()
+    assert train.main(small(finished, *more)) == finished / "final"
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert written() == before
+    assert json.loads((finished / "final" / train.RECORD).read_text()) == {"preset": "smoke", "seed": 0, "steps": 1}
+
+
+def test_a_run_killed_before_its_result_was_written_goes_on(begun, tmp_path):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "final" / train.RECORD).unlink()
+    train.main(small(tmp_path))
+    assert (tmp_path / "final" / train.RECORD).is_file()
+
+
+def test_the_newest_checkpoint_is_asked_for_where_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"--resume_from_checkpoint True: .* holds no whole checkpoint"):
+        train.main(small(tmp_path, "--resume_from_checkpoint", "True"))
 
 
 def test_ten_minutes_learn_to_draw_what_the_small_checkpoint_means():
