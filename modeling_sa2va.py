@@ -1114,7 +1114,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         calls would ask for it again.
         """
         model, before = self.causal_model, getattr(self.causal_model, "_previous_max_cache_length", -1)
-        _check_against_prompt(prompt, arguments)
+        _check_against_prompt(prompt, arguments, self.config.get_text_config())
         try:
             return model.generate(**prompt, **arguments)
         except BaseException:
@@ -2465,10 +2465,17 @@ def _padded_in_front(text: Mapping[str, Tensor | None]) -> dict[str, Tensor | No
     return {name: None if tensor is None else tensor[rows, columns] for name, tensor in text.items()}
 
 
-def _check_against_prompt(prompt: Mapping[str, Tensor | None], arguments: Mapping[str, Any]) -> None:
-    """Refuses settings of `generate` that don't go with this prompt."""
+def _check_against_prompt(
+    prompt: Mapping[str, Tensor | None], arguments: Mapping[str, Any], text_config: PreTrainedConfig
+) -> None:
+    """Refuses prompts that a language model can't read, and settings of `generate` that don't go with a prompt."""
     config = arguments["generation_config"]
     length = prompt.get("inputs_embeds", prompt.get("input_ids")).shape[1]
+    if length > (most := _most_tokens(text_config)):
+        raise ValueError(
+            f"The prompt takes {length} tokens, more than the {most} that this model reads. Shorten the question or "
+            "past_text, or show fewer frames."
+        )
     if config.max_new_tokens is None and config.max_length is not None and config.max_length <= length:
         raise ValueError(
             f"max_length={config.max_length} counts the prompt, which takes {length} tokens. Give max_new_tokens."
@@ -2479,6 +2486,12 @@ def _check_against_prompt(prompt: Mapping[str, Tensor | None], arguments: Mappin
         raise ValueError("assistant_model can't read pictures as this family gives them. Leave it out.")
     if getattr(config, "prefill_chunk_size", None) is not None:
         raise ValueError("prefill_chunk_size can't cut prompts that are embeddings, as in this family. Leave it out.")
+
+
+def _most_tokens(config: PreTrainedConfig) -> float:
+    """How many tokens a language model can tell the places of."""
+    stretched = (getattr(config, "rope_parameters", None) or {}).get("factor") or 1
+    return getattr(config, "max_position_embeddings", math.inf) * max(1, stretched)
 
 
 def _check_nothing_is_asked(video: Any, *asked: Any) -> None:

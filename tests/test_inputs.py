@@ -739,6 +739,11 @@ BAD_STATES = {
     "a batch of nothing": (lambda have: collate_inputs([]), ValueError, "at least one"),
     "tiles of no picture": (lambda have: choose_tiling(0, 5), ValueError, "0x5"),
     "masks that are nowhere": (lambda have: masks_to_rle(torch.zeros(1, 2, 2, device="meta")), TypeError, "meta"),
+    "more words than the model reads": (
+        lambda have: have.ask(text="word " * have.model.config.llm_config.max_position_embeddings),
+        ValueError,
+        "show fewer frames",
+    ),
     "two answers": (lambda have: have.ask(num_return_sequences=2, num_beams=2), ValueError, "num_return_sequences"),
     "misspelled argument": (lambda have: have.ask(max_new_token=5), ValueError, "max_new_token"),
     "no new tokens": (lambda have: have.ask(max_new_tokens=0), ValueError, "max_new_tokens"),
