@@ -160,6 +160,19 @@ class Sa2VAVisionConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+def _check_sam2_sizes(image_size: int, stages: list[int], window_spec: list[int]) -> None:
+    if len(stages) != 4 or sum(stages) > _MAX_LAYERS:
+        raise ValueError(
+            f"stages={stages} must be the numbers of blocks in SAM 2's 4 stages, up to {_MAX_LAYERS} in all."
+        )
+    # The image encoder halves five times; its finest map, a quarter of the side, is tiled by the first window.
+    unit = math.lcm(32, 4 * window_spec[0])
+    if image_size < 1 or image_size % unit:
+        raise ValueError(
+            f"grounding_config.image_size={image_size} does not suit SAM 2: use a multiple of {unit}, such as 1024."
+        )
+
+
 class Sa2VAGroundingConfig(PreTrainedConfig):
     """SAM 2 inside Sa2VA. Defaults are the released SAM 2 Hiera-L at 1024 pixels.
 
@@ -228,16 +241,7 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
         self.stages = list(stages or (2, 6, 36, 4))
         self.global_att_blocks = list((23, 33, 43) if global_att_blocks is None else global_att_blocks)
         self.window_spec = list(window_spec or (8, 4, 16, 8))
-        if len(self.stages) != 4 or sum(self.stages) > _MAX_LAYERS:
-            raise ValueError(
-                f"stages={self.stages} must be the numbers of blocks in SAM 2's 4 stages, up to {_MAX_LAYERS} in all."
-            )
-        # The image encoder halves five times; its finest map, a quarter of the side, is tiled by the first window.
-        unit = math.lcm(32, 4 * self.window_spec[0])
-        if image_size < 1 or image_size % unit:
-            raise ValueError(
-                f"grounding_config.image_size={image_size} does not suit SAM 2: use a multiple of {unit}, such as 1024."
-            )
+        _check_sam2_sizes(image_size, self.stages, self.window_spec)
         self.image_size = image_size
         self.window_pos_embed_bkg_spatial_size = list(window_pos_embed_bkg_spatial_size or (7, 7))
         self.backbone_channel_list = list(backbone_channel_list or (embed_dim * 2**stage for stage in (3, 2, 1, 0)))

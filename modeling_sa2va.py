@@ -106,6 +106,7 @@ _NO_PIXELS = "The text shows a picture, or regions of one, but there are no pixe
 _OF_PROCESSOR = "Build both with the processor, from the same picture."
 _MOST_BEAMS = 1000  # more than anybody searches with; far more take all memory there is
 _MOST_BEAM_TOKENS = 10**7  # beams times tokens, for all of which beam search sets room aside
+_ABSURDLY_LONG = 4  # times the longest text that a language model was made for; attention takes memory by its square
 _MOST_TABLED = 3 * 10**8  # numbers in tables that are not stored but made anew; of GPT-Neo's layers 10**8
 _MOST_ABSENT = 2 * 10**9  # parameters that a checkpoint may lack; SAM 2 and a vision tower are 0.5 * 10**9
 OUTPUT_FORMATS = ("numpy", "torch", "rle")
@@ -146,14 +147,12 @@ _SAVED_SETTINGS = {  # of generation_config.json: type, least and most
 }
 _MADE_HERE = {  # what the language model reads, which `predict_*` prepare by themselves
     *("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "mm_token_type_ids"),
-    *("pixel_values", "image_grid_thw", "prompt_masks", "prompt_mask_tiles", "past_key_values", "cache"),
+    *("pixel_values", "image_grid_thw", "prompt_masks", "prompt_mask_tiles", "labels", "is_assistant"),
 }
 _REFUSED_SETTINGS = {  # arguments of transformers' `generate`: the only value they may have, and why
     "guidance_scale": (1, "needs a prompt without its picture, which is not made here"),
     "negative_prompt_ids": (None, "goes with guidance_scale, which needs a prompt without its picture"),
     "assistant_early_exit": (None, "needs a model of words alone, and would change this one"),
-    "is_assistant": (False, "is what transformers tells a model that helps another one"),
-    "labels": (None, "belongs to forward, which gives a loss"),
 }
 _SETTING_RANGES = {"max_time": (0, math.inf)}  # least and most
 _SAMPLING_RANGES = {  # transformers overlooks them unless it samples
@@ -163,7 +162,7 @@ _SAMPLING_RANGES = {  # transformers overlooks them unless it samples
 
 
 def _are(kind: Any, values: Any) -> bool:
-    return isinstance(values, list | tuple) and all(isinstance(value, kind) for value in values)
+    return isinstance(values, list | tuple | set) and all(isinstance(value, kind) for value in values)
 
 
 _SETTING_KINDS = {  # arguments of transformers' `generate`: what they must be, and whether they are
@@ -458,6 +457,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         )
         self.generation_config = GenerationConfig(max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
         self._processor: Sa2VAProcessor | None = None
+        self._lacks_processor = False  # whether reading the checkpoint's own has failed
         self._hub_arguments: dict[str, Any] = {}
         self._folder: str | None = None  # where the checkpoint lay, whatever becomes of the working directory
         self.post_init()
@@ -537,6 +537,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
         _pack_what_fits(model)
+        if not model.config.is_qwen_vl:
+            _separate(model.vision_model)
         if not chosen and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
             logger.warning_once(
                 f"Loaded in {model.dtype}, the dtype of the checkpoint. On a CPU float32 is several times faster for "
@@ -580,7 +582,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """torch's step of `load_state_dict`, which so takes the layout that `save_pretrained` writes, too.
 
-        transformers' `Trainer` goes on from a checkpoint by it, and accelerate loads one.
+        transformers' `Trainer` goes on from a checkpoint by it. Parts of a sharded model take the layout in use only.
         """
         own = {prefix + name for name, _ in (*self.named_parameters(), *self.named_buffers())}
         if others := [key for key in state_dict if key.startswith(prefix) and key not in own]:
@@ -914,10 +916,12 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if prompt_masks is not None:
             kwargs |= {"prompt_masks": prompt_masks, "prompt_mask_tiles": prompt_mask_tiles}
         known = self.config.get_text_config().vocab_size
-        text = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        _check_inputs(known, {**text, "mm_token_type_ids": kwargs.get("mm_token_type_ids")}, kwargs)
+        text = {"input_ids": input_ids, "labels": labels, "mm_token_type_ids": kwargs.get("mm_token_type_ids")}
+        if getattr(attention_mask, "ndim", 2) == 2 and not isinstance(attention_mask, dict):
+            text["attention_mask"] = attention_mask  # else [B, 1, L, L], or those of each kind of layer
+        _check_inputs(known, text, kwargs)
         if labels is not None:
-            _check_token_ids("labels", labels.masked_fill(labels == IGNORE_INDEX, 0), known)
+            _check_token_ids("labels", labels, known, ignored=IGNORE_INDEX)
         token_ids = self.special_token_ids()
         states = self._read(token_ids, input_ids, attention_mask=attention_mask, **kwargs)
         output = self._text_output(states, logits_to_keep)
@@ -1459,18 +1463,26 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _processor_with(self, given: Any) -> Sa2VAProcessor:
         """The checkpoint's processor and its settings around a tokenizer, or the parts of another processor."""
         parts = {name: getattr(given, name, None) for name in ("image_processor", "chat_template")}
-        try:
-            own = copy.copy(self.load_processor())
-        except (OSError, ValueError):
-            if self.config.is_qwen_vl and parts["image_processor"] is None:
-                raise
-            # The model was built from a config, or its folder has no tokenizer.
+        needs_own = self.config.is_qwen_vl and parts["image_processor"] is None
+        own = self.load_processor() if needs_own else self._own_processor()
+        if own is None:
             return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given), **parts)
+        own = copy.copy(own)
         own.tokenizer = getattr(given, "tokenizer", given)
         for name, part in parts.items() if self.config.is_qwen_vl else ():
             if part is not None:
                 setattr(own, name, part)
         return own
+
+    def _own_processor(self) -> Sa2VAProcessor | None:
+        """The checkpoint's processor, or None if there is none that can be read; it is tried once."""
+        if self._processor is None and not self._lacks_processor and (self._folder or self.name_or_path):
+            try:
+                return self.load_processor()
+            except Exception as error:  # a damaged tokenizer raises that; callers have one
+                self._lacks_processor = True
+                logger.warning(f"The checkpoint's own processor can't be read, so config.json's settings hold: {error}")
+        return self._processor
 
     def _answers(
         self, inputs: Sequence[Sa2VAInputs], processor: Sa2VAProcessor, generate_kwargs: dict[str, Any]
@@ -1834,11 +1846,14 @@ class Sa2VAChatModelQwen(Sa2VAChatModel, GenerationMixin):  # named again, or tr
         vision, sizes = self.config.vision_config, grid.tolist()  # transformers waits for them, too
         merge, width = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         patches = sum(map(math.prod, sizes))
-        if pixels.shape != (patches, width) or any(min(s) < 1 or s[1] % merge or s[2] % merge for s in sizes):
+        is_whole = all(min(size) > 0 and size[1] % merge == size[2] % merge == 0 for size in sizes)
+        if pixels.shape[-1:] != (width,) or pixels.numel() != patches * width or not is_whole:
             raise ValueError(
                 f"pixel_values of shape {tuple(pixels.shape)} don't fit image_grid_thw={sizes}: it is for [{patches}, "
                 f"{width}], and {merge} must divide rows and columns. {_OF_PROCESSOR}"
             )
+        if not _may_wait(input_ids):
+            return
         edges = F.pad(is_image, (1, 1)).diff(dim=1)  # 1 where a picture's tokens begin, -1 behind their end
         found = ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
         if found != (wanted := [math.prod(size) // merge**2 for size in sizes]):
@@ -2146,6 +2161,16 @@ def _language_model_only(
     return config
 
 
+def _separate(model: nn.Module) -> None:
+    """Gives weights that are parts of one fused tensor memory of their own.
+
+    accelerate and safetensors would take them for shared. Not while loading, when memory also holds the file.
+    """
+    for weight in model.parameters():
+        if weight.untyped_storage().nbytes() > weight.nbytes:
+            weight.data = weight.data.clone()
+
+
 def _pack_what_fits(model: nn.Module) -> None:
     """Has bitsandbytes run 4-bit layers of odd widths as on CPUs without bfloat16 instructions.
 
@@ -2398,6 +2423,8 @@ def _check_setting_ids(name: str, given: Any, known: int) -> None:
     """Refuses a setting of `generate` that is no token of a model that knows so many; end marks may be several."""
     ids = given.tolist() if isinstance(given, Tensor) else given
     ids = ids if "eos" in name and isinstance(ids, list | tuple) else [ids]
+    if name == "pad_token_id" and ids == [-1]:  # as some write that there is none
+        return
     if not all(isinstance(i, Integral) and 0 <= i < known for i in ids):
         raise ValueError(f"{name}={given!r} is no token: this model knows 0 to {known - 1}.")
 
@@ -2413,7 +2440,11 @@ def _check_ranges(settings: Mapping[str, Any]) -> None:
 
 
 def _given_ids(input_ids: Any, arguments: dict[str, Any]) -> Any:
-    """The tokens of a prompt, which transformers' `generate` calls `inputs`; takes them out of the arguments."""
+    """The tokens of a prompt, which transformers' `generate` calls `inputs`; takes them out of the arguments.
+
+    Out go labels, too: a `Trainer` that generates leaves them among the inputs.
+    """
+    arguments.pop("labels", None)
     inputs = arguments.pop("inputs", None)
     if (input_ids is None) == (inputs is None):
         raise ValueError("generate needs input_ids [B, L] (or inputs, its other name); build them with the processor.")
@@ -2441,11 +2472,17 @@ def _check_inputs(known: int, text: Mapping[str, Any], others: Mapping[str, Any]
             raise ValueError(f"{name} {tuple(value.shape)} must have the shape of input_ids, {tuple(input_ids.shape)}.")
 
 
-def _check_token_ids(name: str, ids: Tensor, known: int) -> None:
-    """Refuses what are no tokens of a model that knows so many; training on a GPU does not wait for their values."""
+def _may_wait(tensor: Tensor) -> bool:
+    """Whether values may be looked at: training on a GPU does not wait for them."""
+    return tensor.device.type == "cpu" or not torch.is_grad_enabled()
+
+
+def _check_token_ids(name: str, ids: Tensor, known: int, ignored: int | None = None) -> None:
+    """Refuses what are no tokens of a model that knows so many, but for those to be ignored."""
     if ids.dtype not in _INTEGERS:
         raise ValueError(f"{name} are {ids.dtype}: int64 is needed, the numbers of tokens.")
-    if ids.device.type == "cpu" or not torch.is_grad_enabled():
+    if _may_wait(ids):
+        ids = ids if ignored is None else ids.masked_fill(ids == ignored, 0)
         lowest, highest = map(int, ids.aminmax())
         if lowest < 0 or highest >= known:
             raise ValueError(f"{name} hold tokens from {lowest} to {highest}; this model knows 0 to {known - 1}.")
@@ -2471,11 +2508,11 @@ def _check_against_prompt(
     """Refuses prompts that a language model can't read, and settings of `generate` that don't go with a prompt."""
     config = arguments["generation_config"]
     length = prompt.get("inputs_embeds", prompt.get("input_ids")).shape[1]
-    if length > (most := _most_tokens(text_config)):
-        raise ValueError(
-            f"The prompt takes {length} tokens, more than the {most} that this model reads. Shorten the question or "
-            "past_text, or show fewer frames."
-        )
+    advice = "Shorten the question or past_text, or show fewer frames."
+    if length > _ABSURDLY_LONG * (most := _most_tokens(text_config)):
+        raise ValueError(f"The prompt takes {length} tokens; the model was made for {most}. {advice}")
+    if length > most:
+        logger.warning_once(f"A prompt takes {length} tokens; the model was made for {most}. {advice}")
     if config.max_new_tokens is None and config.max_length is not None and config.max_length <= length:
         raise ValueError(
             f"max_length={config.max_length} counts the prompt, which takes {length} tokens. Give max_new_tokens."
@@ -2740,20 +2777,6 @@ def _mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(union > 0, overlap / union.clamp(min=1), 1.0)
 
 
-class SplitRows(Chunk):
-    """InternViT's fused attention -> queries, keys and values, each in memory of its own.
-
-    transformers' `Chunk` gives views of one tensor, which accelerate and safetensors take for shared weights.
-    """
-
-    def __init__(self):
-        super().__init__(dim=0)
-
-    def convert(self, *args, **kwargs) -> dict[str, Tensor]:
-        """Called by transformers with one tensor, and the names of the three."""
-        return {name: part.clone() for name, part in super().convert(*args, **kwargs).items()}
-
-
 class SplitGroupedHeads(ConversionOps):
     """InternLM2's fused attention -> queries, keys and values.
 
@@ -2845,8 +2868,11 @@ class ModuleNames:
 
     def native_tensors(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> dict[str, Tensor]:
         """A parameter of this name, in the released code or here, as the one or three that it is here."""
-        if len(names := self.at(name)) == 1:
+        names = self.at(name)
+        if name not in self.splits:
             return {names[0]: tensor}
+        if len(names) < 3:  # PEFT has wrapped some
+            return {name: tensor}
         return self.splits[name].convert({"fused": tensor}, ["fused"], names, config=config)
 
     def native(self, targets: str | Sequence[str], is_target: Callable[[str], Any]) -> str | Sequence[str]:
@@ -2973,7 +2999,7 @@ register_checkpoint_conversion_mapping(
         WeightConverter(
             "attn.qkv",
             ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
-            operations=[SplitRows()],
+            operations=[Chunk(dim=0)],
         ),
     ],
     overwrite=True,

@@ -30,7 +30,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from operator import index as as_index
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -675,18 +675,18 @@ def _token_counts(text: str, start: str, token: str, end: str) -> list[int]:
     return [block.count(token) for block in blocks]
 
 
+def _check_is_text(name: str, words: Any) -> None:
+    if not isinstance(words, str):
+        raise TypeError(f"{name} must be a string, got {type(words).__name__}. Give the words of this turn as text=.")
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half a character (a lone surrogate). Decode it as UTF-8 text first.") from error
+
+
 def _check_words(text: Any, past_text: Any, reserved: Sequence[str], drops_tags: bool) -> None:
-    for name, words in {"text": text, "past_text": past_text}.items():
-        if not isinstance(words, str):
-            raise TypeError(
-                f"{name} must be a string, got {type(words).__name__}. Give the words of this turn as text=."
-            )
-        try:
-            words.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name} holds half a character (a lone surrogate). Decode it as UTF-8 text first."
-            ) from error
+    _check_is_text("text", text)
+    _check_is_text("past_text", past_text)
     if not text.replace(IMAGE_TAG, "").strip():
         raise ValueError(f"text={text!r} says nothing. Ask something, such as 'Please segment the red car.'")
     if not drops_tags and text.count(IMAGE_TAG) > 1:
@@ -841,15 +841,13 @@ def _as_samples(texts: Sequence[str], **columns: Any) -> list[dict[str, Any]]:
             given = f"{len(items)} in a list" if items is column else f"one {type(column).__name__}"
             raise ValueError(f"{name}={given}, but text is a list of {len(texts)}. Give a list with one for each text.")
         rows[{"images": "image", "videos": "video"}.get(name, name)] = items
-    rows["image"] = [_single(image) for image in rows["image"]]
+    rows["image"] = [None if isinstance(x, list | tuple) and not x else _single(x) for x in rows["image"]]
     return [dict(zip(rows, sample, strict=True)) for sample in zip(*rows.values(), strict=True)]
 
 
 def _single(value: Any) -> Any:
-    """The only item of a one-item list, in which batch-minded callers wrap a sample; None for an empty one."""
-    if isinstance(value, list | tuple) and len(value) < 2:
-        return value[0] if value else None
-    return value
+    """The only item of a one-item list, in which batch-minded callers wrap a sample."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def _parts_of(content: Any, may_come: bool) -> dict[str, Any]:
@@ -861,7 +859,8 @@ def _parts_of(content: Any, may_come: bool) -> dict[str, Any]:
     for part in parts:
         kind = part.get("type")
         keys = (kind, "path", "url") if kind in ("text", "image", "video") else ()
-        later = _TO_COME if may_come and kind in ("image", "video") and part.keys() == {"type"} else None
+        is_bare = all(value is None for name, value in part.items() if name != "type")
+        later = _TO_COME if may_come and kind in ("image", "video") and is_bare else None
         given = next((part[key] for key in keys if part.get(key) is not None), later)
         if given is None or (kind == "text" and not isinstance(given, str)):
             raise ValueError(f"{dict(part)!r:.200} is no text, image or video with what it shows: {_EXAMPLE_PART}.")
@@ -878,8 +877,19 @@ def _parts_of(content: Any, may_come: bool) -> dict[str, Any]:
 def _one_video(value: Any) -> Any:
     """The only item of a one-item list, if that can only be a whole video: frames, or no picture's path."""
     item = _single(value)
-    is_file = isinstance(item, str | os.PathLike) and Path(item).suffix.lower() not in _PICTURE_SUFFIXES
+    is_file = isinstance(item, str | os.PathLike) and not _is_still(Path(item))
     return item if is_file or isinstance(item, list | tuple) or getattr(item, "ndim", 0) == 4 else value
+
+
+def _is_still(path: Path) -> bool:
+    """Whether a file holds one picture."""
+    if path.suffix.lower() not in _PICTURE_SUFFIXES:
+        return False
+    try:
+        with Image.open(path) as picture:
+            return getattr(picture, "n_frames", 1) == 1
+    except CORRUPT_FILE_ERRORS:
+        return True  # what is wrong is told when it is read
 
 
 # ------------------------------------------------------------------------------------------------- pixels and tiles
@@ -1540,6 +1550,7 @@ class Sa2VAProcessor(ProcessorMixin):
         head, tail = self.build_prompt("\0").split("\0")
         if not (isinstance(text, str) and text.startswith(head) and text.endswith(tail)):
             return self.prepare(image, video, text, past_text, mask_prompts, num_frames, frame_sampling)
+        _check_is_text("text", text)
         if past_text or mask_prompts is not None:
             raise ValueError("text is a whole prompt, so past_text and mask_prompts come too late. Give words alone.")
         sampling = self._sampling(num_frames, frame_sampling)
@@ -2208,11 +2219,12 @@ def draw_overlay(
     picture, masks = load_image(image), _as_bool_masks(masks)
     if masks.shape[1:] != (picture.height, picture.width):
         raise ValueError(f"Masks are {masks.shape[1:]}, the picture is {(picture.height, picture.width)} (h, w).")
-    if phrases is not None and (isinstance(phrases, str) or [type(p) for p in phrases] != [str] * len(masks)):
+    labels = () if phrases is None or isinstance(phrases, str) else phrases
+    if phrases is not None and (len(labels) != len(masks) or not all(isinstance(label, str) for label in labels)):
         raise ValueError(f"Phrases {phrases!r:.200} for {len(masks)} masks. Give a list with a string for each.")
     canvas = Image.fromarray(_paint(np.array(picture), masks, alpha))
     taken: list[tuple[int, int, int, int]] = []
-    for index, phrase in enumerate(phrases or ()):
+    for index, phrase in enumerate(labels):
         if phrase.strip() and masks[index].any():
             label, size = " ".join(phrase[:_MOST_LETTERS].split()), max(11, round(min(canvas.size) / 30))
             if (font := _font_for(label, size)) is None:
@@ -2221,6 +2233,7 @@ def draw_overlay(
     return np.array(canvas)
 
 
+@lru_cache(maxsize=256)  # looking for fonts goes through folders, and every frame has the same labels
 def _font_for(text: str, size: int) -> Any:
     """Pillow's own font, or one of the system's with letters that it lacks; None if no font has all of them."""
     for load in (ImageFont.load_default, *(partial(ImageFont.truetype, name) for name in _SYSTEM_FONTS)):

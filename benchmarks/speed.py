@@ -43,6 +43,7 @@ from transformers import AutoModel
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAGroundingConfig, Sa2VAProcessor
 from sa2va.benchmarks.stages import STEPS, Stages, clock, median_ratio, peak_memory, prescribed, replay
 from sa2va.demo.media import replacing
+from sa2va.demo.predict import at_least
 
 TINY = Path(__file__).parents[1] / "sa2va-tiny"
 FRAME_SIZES = {"small": (128, 128), "real": (480, 854)}  # (h, w): that of the small one's scenes, that of DAVIS
@@ -301,7 +302,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write every measurement to this file")
     parser.add_argument("--plot", type=Path, help="also draw the stages to this picture")
-    parser.add_argument("--floor-calls", type=int, help="of each kind of call the floor runs so many (default: all)")
+    parser.add_argument(
+        "--floor-calls", type=at_least(1), help="of each kind of call the floor runs so many (default: all)"
+    )
     parser.add_argument("--no-official", dest="official", action="store_false", help="leave the official way out")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

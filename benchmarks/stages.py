@@ -40,10 +40,11 @@ class Call:
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "Call":
-        """The call with its kind; caches, which change, don't count."""
+        """The call with its kind, to which the length of a cache belongs."""
+        cache = kwargs.get(_CACHE)
         leaves = tree_leaves((args, {name: value for name, value in kwargs.items() if name != _CACHE}))
         shapes = (tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor))
-        return cls(module, args, dict(kwargs), (id(module), *shapes))
+        return cls(module, args, dict(kwargs), (id(module), None if cache is None else cache.get_seq_length(), *shapes))
 
 
 class Stages:

@@ -469,8 +469,11 @@ def named_checkpoint(training: TrainingArguments) -> str | None:
 
     Raises:
         ValueError: True, by which scripts of transformers mean the newest checkpoint in OUTPUT_DIR, and there is none.
+        NotADirectoryError: what is named is no folder.
     """
     named = training.resume_from_checkpoint
+    if named and str(named).lower() != "true" and not Path(named).is_dir():
+        raise NotADirectoryError(f"--resume_from_checkpoint {named} is no folder. Name a checkpoint-... of a run.")
     if str(named).lower() != "true":
         return named
     if newest_checkpoint(Path(training.output_dir)) is None:

@@ -4,13 +4,14 @@
     python finetune/train.py --preset full --output_dir runs/tiny          # run it again to go on where it stopped
 
 Every argument of `transformers.TrainingArguments` works and wins over the preset. The result (weights, tokenizer,
-processor files, the curve as curve.png) lands in OUTPUT_DIR/final. What a run learns by stands in
-OUTPUT_DIR/training.json; a folder takes no other run.
+processor files, the curve as curve.png) lands in OUTPUT_DIR/final. What a run learns by stands in training.json of
+each checkpoint; a folder takes no other run.
 """
 
 import argparse
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ PRESETS = {
     "smoke": {"max_steps": 4, "per_device_train_batch_size": 4, "clips_per_batch": 2, "num_frames": 6},
 }
 HEADS = "heads.safetensors"
-RECORD = "training.json"  # in OUTPUT_DIR what a run learns by, in its final folder what came of it
+RECORD = "training.json"  # in a checkpoint what its run learns by, in the final folder what came of it
 OWN_SETTINGS = ("preset", "init", "new", "learn", "clips_per_batch", "num_frames")
 LEARNING_SETTINGS = (  # of TrainingArguments, what decides on the weights
     *("seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size"),
@@ -65,11 +66,23 @@ LEARNERS = {  # what learns
 }
 
 
-class SceneTrainer(Trainer):
-    """`Trainer` that keeps the order of the curriculum and logs each part of the loss."""
+def write_record(folder: Path, content: dict[str, Any]) -> None:
+    """Writes training.json into a folder."""
+    with replacing(folder / RECORD) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
-    def __init__(self, *args, **kwargs):
+
+class SceneTrainer(Trainer):
+    """`Trainer` that keeps the order of the curriculum and logs each part of the loss.
+
+    Args:
+        *args, **kwargs: as for `Trainer`.
+        settings: what the run learns by, for training.json of its checkpoints.
+    """
+
+    def __init__(self, *args, settings: dict[str, Any], **kwargs):
         super().__init__(*args, **kwargs)
+        self._settings = settings
         self._parts: dict[str, list[float]] = defaultdict(list)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -87,6 +100,11 @@ class SceneTrainer(Trainer):
             lambda step, planned=planned: planned(step) * again(step) for planned in scheduler.lr_lambdas
         ]
         return scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_record(Path(output_dir or self.args.output_dir), self._settings)  # before the checkpoint is whole
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """Runs the trainee and notes the parts for the next log line."""
@@ -208,6 +226,7 @@ def start(folder: str | None, seed: int, new: str | None = None) -> tuple[Sa2VAC
 def settings_of(options: argparse.Namespace, arguments: TrainingArguments) -> dict[str, Any]:
     """What a run learns by, in the types that JSON has."""
     own = {name: getattr(options, name) for name in OWN_SETTINGS}
+    own["init"] = options.init and os.path.realpath(options.init)
     learning = {name: getattr(arguments, name) for name in LEARNING_SETTINGS}
     return json.loads(json.dumps(own | learning))
 
@@ -221,15 +240,16 @@ def find_start(arguments: TrainingArguments, settings: dict[str, Any]) -> Path |
     if named := named_checkpoint(arguments):
         return Path(named)
     output = Path(arguments.output_dir)
-    checkpoint, record = newest_checkpoint(output), output / RECORD
+    checkpoint = newest_checkpoint(output)
     if checkpoint is None:
         return None
+    record = checkpoint / RECORD
     begun = json.loads(record.read_text()) if record.is_file() else {}
     differing = [name for name, value in settings.items() if begun.get(name) != value]
     if differing:
         told = ", ".join(f"{name} {begun.get(name)} and not {settings[name]}" for name in differing)
         raise ValueError(
-            f"{output} holds a run with {told if begun else f'unknown settings (it has no {RECORD})'}. Name a new "
+            f"{output} holds a run with {told if begun else f'unknown settings ({record} is missing)'}. Name a new "
             "folder with --output_dir, give the arguments that it began with to go on with it, or "
             f"--resume_from_checkpoint {checkpoint} to go on from there with these."
         )
@@ -261,7 +281,8 @@ def make_trainer(options: argparse.Namespace, arguments: TrainingArguments) -> t
     if options.init:
         load_heads(trainee, Path(options.init).parent / HEADS)
     collator = SceneCollator(processor, masks=options.learn != "words")
-    return SceneTrainer(model=trainee, args=arguments, train_dataset=dataset, data_collator=collator), processor
+    parts = {"model": trainee, "train_dataset": dataset, "data_collator": collator}
+    return SceneTrainer(args=arguments, settings=settings_of(options, arguments), **parts), processor
 
 
 def save_result(trainer: SceneTrainer, processor: Sa2VAProcessor, preset: str, output: Path) -> None:
@@ -272,12 +293,7 @@ def save_result(trainer: SceneTrainer, processor: Sa2VAProcessor, preset: str, o
     processor.save_pretrained(final)
     draw_curve(trainer.state.log_history, final / "curve.png")
     facts = {"preset": preset, "seed": trainer.args.seed, "steps": trainer.state.global_step}
-    _write(final / RECORD, facts)  # last: it tells that all is there
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    write_record(final, facts)  # last: it tells that all is there
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -287,14 +303,11 @@ def main(argv: list[str] | None = None) -> Path:
         ValueError: the folder holds another run, or no checkpoint where one is asked for.
     """
     options, arguments = parse_arguments(argv)
-    settings, output = settings_of(options, arguments), Path(arguments.output_dir)
-    checkpoint = find_start(arguments, settings)
+    output, checkpoint = Path(arguments.output_dir), find_start(arguments, settings_of(options, arguments))
     if _is_done(checkpoint, arguments.max_steps, output / "final"):
         print(f"{output / 'final'} has the result of all {arguments.max_steps} steps; nothing is left to do.")
         return output / "final"
     trainer, processor = make_trainer(options, arguments)
-    if trainer.is_world_process_zero():
-        _write(output / RECORD, settings)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.is_world_process_zero():
         save_result(trainer, processor, options.preset, output)

@@ -740,7 +740,7 @@ BAD_STATES = {
     "tiles of no picture": (lambda have: choose_tiling(0, 5), ValueError, "0x5"),
     "masks that are nowhere": (lambda have: masks_to_rle(torch.zeros(1, 2, 2, device="meta")), TypeError, "meta"),
     "more words than the model reads": (
-        lambda have: have.ask(text="word " * have.model.config.llm_config.max_position_embeddings),
+        lambda have: have.ask(text="word " * 2 * have.model.config.llm_config.max_position_embeddings),
         ValueError,
         "show fewer frames",
     ),
@@ -792,8 +792,8 @@ BAD_STATES = {
         TypeError,
         "must be a Cache",
     ),
-    "a cache beside a question": (lambda have: have.ask(past_key_values=5), TypeError, "made here"),
-    "a cache by its new name": (lambda have: have.ask(cache=5), TypeError, "made here"),
+    "a cache that is none": (lambda have: have.ask(past_key_values=5), TypeError, "a Cache"),
+    "a cache by its new name": (lambda have: have.ask(cache=5), TypeError, "a Cache"),
     "stop strings of numbers": (lambda have: have.ask(stop_strings=[5]), TypeError, r"stop_strings=\[5\]"),
     "a watermark of a number": (lambda have: have.ask(watermarking_config=5), TypeError, "WatermarkingConfig"),
     "a penalty without its factor": (
@@ -804,13 +804,13 @@ BAD_STATES = {
     "too cold to divide by": (lambda have: have.ask(do_sample=True, temperature=1e-300), ValueError, "leave do_sample"),
     "more than all words": (lambda have: have.ask(do_sample=True, top_p=2), ValueError, "top_p=2 .*from 0 to 1"),
     "no time": (lambda have: have.ask(max_time=-1), ValueError, "max_time=-1"),
-    "an assistant of nobody": (lambda have: have.ask(is_assistant=True), ValueError, "is_assistant"),
+    "an assistant of nobody": (lambda have: have.ask(is_assistant=True), TypeError, "is_assistant"),
     "a prompt to be guided away from": (
         lambda have: have.ask(negative_prompt_ids=torch.ones(1, 1, dtype=int)),
         ValueError,
         "negative_prompt_ids",
     ),
-    "labels of an answer": (lambda have: have.ask(labels=torch.ones(1, 1, dtype=int)), ValueError, "forward"),
+    "labels of an answer": (lambda have: have.ask(labels=torch.ones(1, 1, dtype=int)), TypeError, "made here"),
     "half an end mark": (lambda have: have.ask(eos_token_id=1.5), ValueError, "eos_token_id=1.5 is no token"),
     "an end mark nobody knows": (lambda have: have.ask(eos_token_id=10**9), ValueError, "0 to 447"),
     "an end mark below all": (lambda have: have.ask(eos_token_id=-1), ValueError, "0 to 447"),
@@ -876,6 +876,11 @@ BAD_STATES = {
         lambda have: have.ask(text=have.processor.apply_chat_template(SPOKEN[:1]), image=plain()),
         ValueError,
         "words alone",
+    ),
+    "a prompt with half a character": (
+        lambda have: have.processor(text=have.processor.build_prompt("a\ud800b")),
+        ValueError,
+        "surrogate",
     ),
     "a prompt without its picture": (
         lambda have: have.processor(text=[have.processor.apply_chat_template(SPOKEN[:1])]),
@@ -1460,7 +1465,7 @@ BAD_PICTURES = {
     "a larger grid": ({"image_grid_thw": torch.tensor([[1, 99, 99]])}, r"it is for \[9801, 1536\]"),
     "a grid of one row": ({"image_grid_thw": torch.tensor([[1, 1, 1600]])}, "2 must divide"),
     "a grid below nothing": ({"image_grid_thw": torch.tensor([[1, -40, -40]])}, "pixel_values of shape"),
-    "stacked patches": ({"pixel_values": torch.zeros(1, 1600, 1536)}, r"\(1, 1600, 1536\)"),
+    "a patch too few": ({"pixel_values": torch.zeros(1, 1599, 1536)}, r"\(1, 1599, 1536\)"),
     "another picture": (
         {"pixel_values": torch.zeros(16, 1536), "image_grid_thw": torch.tensor([[1, 4, 4]])},
         r"\[400\] placeholders, pixel_values \[4\]",

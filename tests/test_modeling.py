@@ -602,3 +602,16 @@ def test_a_model_that_trains_goes_on_training_after_a_call(golden_model, golden)
         assert all(module.training for module in golden_model.modules())
     finally:
         golden_model.eval()
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_generate_passes_over_labels_and_forward_takes_masks_of_four_axes(family, picture):
+    model = AutoModel.from_pretrained(GOLDEN / family)
+    batch = dict(model.load_processor()(images=[picture], text=["Hi"]))
+    expected = model.generate(**batch, max_new_tokens=2)
+    assert torch.equal(model.generate(**batch, labels=batch["input_ids"], max_new_tokens=2), expected)
+    if family == "ivl_qwen2":
+        length = batch["input_ids"].shape[1]
+        causal = torch.full((1, 1, length, length), -torch.inf).triu(1)
+        logits = model(**batch).logits
+        torch.testing.assert_close(model(**{**batch, "attention_mask": causal}).logits, logits)

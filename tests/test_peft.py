@@ -241,6 +241,16 @@ def test_a_fused_adapter_that_is_no_lora_is_refused():
         model.load_adapter(peft_config=peft.IA3Config(target_modules=["wqkv"]), adapter_state_dict=weights)
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "v_proj"]])
+def test_fused_weights_are_not_put_into_what_an_adapter_left_of_them(targets):
+    model = peft.get_peft_model(load("ivl_internlm2"), lora(*targets))
+    missing, unexpected = model.base_model.model.load_state_dict(
+        load_file(GOLDEN / "ivl_internlm2" / "model.safetensors"), strict=False
+    )
+    assert any(name.endswith("attn.qkv.weight") for name in unexpected)
+    assert any(name.endswith("k_proj.weight") for name in missing)
+
+
 def test_a_merged_internlm2_is_saved_in_the_released_layout(golden, tmp_path):
     model = load("ivl_internlm2")
     merged = peft.get_peft_model(model, model.adapter_config(lora("wqkv"))).merge_and_unload()

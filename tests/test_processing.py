@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from itertools import groupby, pairwise, product
@@ -341,7 +342,9 @@ def test_messages_are_written_as_calls_are(processor, pictures):
 
 
 @pytest.mark.parametrize("family", ["ivl_qwen2", "qwen25vl", "qwen3vl"])
-@pytest.mark.parametrize("part", [{"type": "image"}, {"type": "image", "image": "given"}])
+@pytest.mark.parametrize(
+    "part", [{"type": "image"}, {"type": "image", "text": None, "image": None}, {"type": "image", "image": "given"}]
+)
 @pytest.mark.parametrize("turns", [1, 3])
 def test_a_prompt_of_messages_is_taken_with_the_picture_it_is_about(family, part, turns, pictures):
     """In two steps, as model cards write it: a prompt first, then a call with it and the pictures."""
@@ -352,7 +355,7 @@ def test_a_prompt_of_messages_is_taken_with_the_picture_it_is_about(family, part
     def messages(shown):
         return [{"role": "user", "content": [shown, {"type": "text", "text": "Hi"}]}, *said][:turns]
 
-    prompt = processor.apply_chat_template(messages(whole if "image" in part else part), tokenize=False)
+    prompt = processor.apply_chat_template(messages(whole if part.get("image") else part), tokenize=False)
     found = processor(text=[prompt.strip() + "\n"], images=[pictures["imgA"]], return_tensors="pt")
     wanted = processor.apply_chat_template(messages(whole), tokenize=True, return_dict=True)
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
@@ -379,6 +382,16 @@ def test_a_tokenizer_of_the_callers_keeps_the_settings_of_the_checkpoint(family,
         found = model._resolve_processor(given, None)
         assert found.tokenizer is given
         assert (found.num_key_frames, found.max_dynamic_patch, found.max_pixels) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]"])
+def test_a_tokenizer_of_the_callers_serves_where_the_checkpoints_own_is_damaged(damage, pictures, tmp_path, heard):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "damaged")
+    (folder / "tokenizer.json").write_text(damage)
+    model, given = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(CHECKPOINT)
+    for _ in range(2):
+        model.predict_forward(image=pictures["imgA"], text="Hi", max_new_tokens=1, tokenizer=given)
+    assert sum("own processor can't be read" in message for message in heard) == 1
 
 
 def test_the_template_of_a_given_processor_is_used(pictures):
@@ -416,6 +429,13 @@ def test_messages_are_taken_as_transformers_pipelines_give_them(processor, pictu
     given = {"continue_final_message": False, "processor_kwargs": {"padding_side": "right"}, "return_tensors": "pt"}
     found = processor.apply_chat_template(messages, tokenize=True, return_dict=True, **given)
     assert torch.equal(found["input_ids"], processor.prepare(pictures["imgA"], text="Hi").input_ids)
+
+
+def test_a_list_of_one_animation_is_that_video(processor, pictures, tmp_path):
+    frames = [Image.fromarray(frame) for frame in pictures["vid3"]]
+    frames[0].save(tmp_path / "clip.apng", save_all=True, append_images=frames[1:])
+    found = processor(videos=[tmp_path / "clip.apng"], text="Hi")
+    assert torch.equal(found["pixel_values"], processor.prepare(video=pictures["vid3"], text="Hi").pixel_values)
 
 
 def test_a_list_of_one_video_array_is_that_video(processor, pictures):

@@ -179,7 +179,8 @@ def test_the_learning_rate_warms_up_again_where_words_begin(tmp_path):
         ["--preset", "smoke", "--output_dir", str(tmp_path), "--max_steps", "100", "--warmup_steps", "10"]
     )
     dataset = ScheduledScenes(0, 100, 4, 2, 6, (Stage(0.3, {}), Stage(1.0, {"refer": 1.0})))
-    trainer = train.SceneTrainer(model=trainee.SceneTrainee(model), args=arguments, train_dataset=dataset)
+    trainee_ = trainee.SceneTrainee(model)
+    trainer = train.SceneTrainer(model=trainee_, args=arguments, train_dataset=dataset, settings={})
     trainer.create_optimizer_and_scheduler(100)
     rate, *_ = trainer.lr_scheduler.lr_lambdas
     assert rate(29) > 0.5 and rate(30) < 0.1 and rate(40) > 0.5 and rate(99) < 0.01
@@ -202,7 +203,6 @@ def test_training_stopped_and_resumed_reaches_the_same_loss(tmp_path):
     stopped = tmp_path / "stopped"
     (stopped).mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(stopped / "checkpoint-2")  # what a kill after step 2 leaves
-    shutil.copy(tmp_path / "whole" / train.RECORD, stopped)
     train.main(smoke(stopped, "--resume_from_checkpoint", "True"))
     assert losses(stopped)[2:] == pytest.approx(losses(tmp_path / "whole")[2:], rel=1e-4)
     assert (final / "curve.png").stat().st_size > 10_000
@@ -245,11 +245,19 @@ def test_a_folder_takes_no_other_run(finished, other, told):
 
 
 def test_a_run_whose_settings_are_not_known_is_not_gone_on_with_unasked(finished):
-    (finished / train.RECORD).unlink()
-    with pytest.raises(ValueError, match=r"no training.json.*--resume_from_checkpoint \S+checkpoint-1"):
+    (finished / "checkpoint-1" / train.RECORD).unlink()
+    with pytest.raises(ValueError, match=r"training.json is missing.*--resume_from_checkpoint \S+checkpoint-1"):
         train.main(small(finished))
     _, arguments = train.parse_arguments(small(finished, "--resume_from_checkpoint", str(finished / "checkpoint-1")))
     assert train.find_start(arguments, {}) == finished / "checkpoint-1"
+
+
+def test_a_run_that_went_on_under_other_settings_is_not_taken_for_the_first(finished):
+    """Of two runs in a folder, what the newest checkpoint was learned by counts."""
+    record = finished / "checkpoint-1" / train.RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"learning_rate": 0.5}))
+    with pytest.raises(ValueError, match=r"learning_rate 0.5 and not 0.0012"):
+        train.main(small(finished))
 
 
 @pytest.mark.parametrize("more", [[], ["--resume_from_checkpoint", "True"], ["--logging_steps", "7"]])
