@@ -2167,7 +2167,8 @@ def _separate(model: nn.Module) -> None:
     accelerate and safetensors would take them for shared. Not while loading, when memory also holds the file.
     """
     for weight in model.parameters():
-        if weight.untyped_storage().nbytes() > weight.nbytes:
+        is_plain = type(weight.data) is Tensor  # and not spread over processes
+        if is_plain and weight.untyped_storage().nbytes() > weight.nbytes:
             weight.data = weight.data.clone()
 
 
