@@ -537,8 +537,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
         _pack_what_fits(model)
-        if not model.config.is_qwen_vl:
-            _separate(model.vision_model)
+        _separate(model)
         if not chosen and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
             logger.warning_once(
                 f"Loaded in {model.dtype}, the dtype of the checkpoint. On a CPU float32 is several times faster for "
@@ -638,8 +637,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         message = commit_message or "Upload Sa2VA"
         hub = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
-        hub |= {"max_shard_size": max_shard_size, "tags": tags, "commit_message": message}
-        hub["commit_description"] = commit_description
+        hub |= {"max_shard_size": max_shard_size, "tags": tags}
+        hub |= {"commit_message": message, "commit_description": commit_description}
         if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
             return super().push_to_hub(repo_id, **hub)
         from .hub_upload import push_model
@@ -920,8 +919,6 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if getattr(attention_mask, "ndim", 2) == 2 and not isinstance(attention_mask, dict):
             text["attention_mask"] = attention_mask  # else [B, 1, L, L], or those of each kind of layer
         _check_inputs(known, text, kwargs)
-        if labels is not None:
-            _check_token_ids("labels", labels, known, ignored=IGNORE_INDEX)
         token_ids = self.special_token_ids()
         states = self._read(token_ids, input_ids, attention_mask=attention_mask, **kwargs)
         output = self._text_output(states, logits_to_keep)
@@ -1284,7 +1281,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         )
         processor = self._resolve_processor(tokenizer, processor)
         num_frames = generate_kwargs.pop("sample_num_frames", num_frames)
-        prepared = prepare_samples(processor, samples, num_frames=num_frames, frame_sampling=frame_sampling)
+        prepared = prepare_samples(processor.prepare, samples, num_frames=num_frames, frame_sampling=frame_sampling)
 
         def look(batch: Sequence[Sa2VAInputs]) -> list[tuple[Sa2VAInputs, Answer, MaskPrediction | None]]:
             answers = self._answers(batch, processor, generate_kwargs)
@@ -1456,19 +1453,20 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                     "or give the one of this checkpoint."
                 )
             return given
-        if not callable(getattr(getattr(given, "tokenizer", given), "convert_tokens_to_ids", None)):
+        tokenizer = getattr(given, "tokenizer", given)
+        if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
             raise TypeError(f"processor= and tokenizer= take such objects, got {given!r}. Leave them out, or load one.")
-        return self._processor_with(given)
+        return self._processor_with(tokenizer, given)
 
-    def _processor_with(self, given: Any) -> Sa2VAProcessor:
-        """The checkpoint's processor and its settings around a tokenizer, or the parts of another processor."""
+    def _processor_with(self, tokenizer: Any, given: Any) -> Sa2VAProcessor:
+        """The checkpoint's processor and its settings around a tokenizer, and what `given` has of its other parts."""
         parts = {name: getattr(given, name, None) for name in ("image_processor", "chat_template")}
         needs_own = self.config.is_qwen_vl and parts["image_processor"] is None
         own = self.load_processor() if needs_own else self._own_processor()
         if own is None:
-            return Sa2VAProcessor.from_config(self.config, getattr(given, "tokenizer", given), **parts)
+            return Sa2VAProcessor.from_config(self.config, tokenizer, **parts)
         own = copy.copy(own)
-        own.tokenizer = getattr(given, "tokenizer", given)
+        own.tokenizer = tokenizer
         for name, part in parts.items() if self.config.is_qwen_vl else ():
             if part is not None:
                 setattr(own, name, part)
@@ -2167,7 +2165,7 @@ def _separate(model: nn.Module) -> None:
     accelerate and safetensors would take them for shared. Not while loading, when memory also holds the file.
     """
     for weight in model.parameters():
-        is_plain = type(weight.data) is Tensor  # and not spread over processes
+        is_plain = type(weight.data) is Tensor  # neither quantized nor spread over processes
         if is_plain and weight.untyped_storage().nbytes() > weight.nbytes:
             weight.data = weight.data.clone()
 
@@ -2453,7 +2451,7 @@ def _given_ids(input_ids: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _check_inputs(known: int, text: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-    """Refuses what can't be a batch, by types and shapes; values of `input_ids` as `_check_token_ids` does.
+    """Refuses what can't be a batch, by types and shapes; ids and labels as `_check_token_ids` does.
 
     Args:
         known: how many tokens there are.
@@ -2471,6 +2469,8 @@ def _check_inputs(known: int, text: Mapping[str, Any], others: Mapping[str, Any]
     for name, value in text.items():
         if value is not None and value.shape != input_ids.shape:
             raise ValueError(f"{name} {tuple(value.shape)} must have the shape of input_ids, {tuple(input_ids.shape)}.")
+    if (labels := text.get("labels")) is not None:
+        _check_token_ids("labels", labels, known, ignored=IGNORE_INDEX)
 
 
 def _may_wait(tensor: Tensor) -> bool:
@@ -2792,8 +2792,7 @@ class SplitGroupedHeads(ConversionOps):
         kv_heads, group = _head_groups(config)
         heads = fused.unflatten(0, (kv_heads, group + 2, -1))  # [kv_heads, group + 2, head_dim, ...]
         parts = heads.split((group, 1, 1), dim=1)
-        parts = (part.clone(memory_format=torch.contiguous_format).flatten(0, 2) for part in parts)
-        return dict(zip(target_patterns, parts, strict=True))
+        return {name: part.flatten(0, 2).contiguous() for name, part in zip(target_patterns, parts, strict=True)}
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -747,19 +747,14 @@ class Sa2VAInputs:
 
 
 def prepare_samples(
-    processor: "Sa2VAProcessor",
-    samples: Iterable[Mapping[str, Any]],
-    name: str = "samples",
-    prepare: Callable[..., Sa2VAInputs] | None = None,
-    **defaults: Any,
+    prepare: Callable[..., Sa2VAInputs], samples: Iterable[Mapping[str, Any]], name: str = "samples", **defaults: Any
 ) -> Iterator[Sa2VAInputs]:
     """Prepares calls one by one, as they are asked for; errors say which it was.
 
     Args:
-        processor: whose `prepare` takes the samples.
+        prepare: `Sa2VAProcessor.prepare`, or what takes its arguments.
         samples: its arguments.
         name: what the caller calls them, for errors.
-        prepare: what takes them instead.
         **defaults: arguments of all samples that don't have their own.
 
     Raises:
@@ -773,7 +768,7 @@ def prepare_samples(
             given = [*sample.keys() - {*accepted}] if isinstance(sample, Mapping) else type(sample).__name__
             raise TypeError(f"{name}[{number}] can't hold {given}. Give dictionaries with some of {accepted}.")
         try:
-            inputs = (prepare or processor.prepare)(**{**defaults, **sample})
+            inputs = prepare(**{**defaults, **sample})
         except (TypeError, ValueError, OSError) as error:
             if len(error.args) == 1:
                 error.args = (f"{name}[{number}]: {error}",)
@@ -1677,7 +1672,7 @@ class Sa2VAProcessor(ProcessorMixin):
         given = {"images": images, "videos": videos, "past_text": past_text, "mask_prompts": mask_prompts}
         if isinstance(text, list | tuple):
             samples = _as_samples(text, **given)
-            inputs = list(prepare_samples(self, samples, "text", self._prepare_words, **shared))
+            inputs = list(prepare_samples(self._prepare_words, samples, "text", **shared))
         else:
             one = _single(images), _one_video(videos), text, past_text, mask_prompts
             inputs = [self._prepare_words(*one, **shared)]

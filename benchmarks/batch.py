@@ -8,7 +8,6 @@ over rounds, and how many answers have other words than those given one by one (
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -20,7 +19,7 @@ from transformers import AutoModel
 
 from sa2va.benchmarks.stages import clock, median_ratio
 from sa2va.data.scenes import make_sample
-from sa2va.demo.media import replacing
+from sa2va.demo.media import write_json
 from sa2va.demo.predict import DEFAULT_MODEL
 
 TASKS = ("refer", "question", "caption")
@@ -82,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(format_table(rows))
     if options.json:
         machine = {"torch": torch.__version__, "device": options.device, "threads": torch.get_num_threads()}
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps({**machine, "rows": rows}, indent=2) + "\n")
+        write_json(options.json, {**machine, "rows": rows})
 
 
 if __name__ == "__main__":

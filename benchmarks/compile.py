@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel
 from sa2va.benchmarks.stages import synchronize
-from sa2va.demo.media import replacing
+from sa2va.demo.media import write_json
 
 ROOT = Path(__file__).parents[1]
 DESCRIPTION = ROOT / "tests" / "released" / "ByteDance--Sa2VA-1B.json"
@@ -121,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "threads": torch.get_num_threads(),
             "cpu_time": options.cpu_time,
         }
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps({**machine, "rows": rows}, indent=2) + "\n")
+        write_json(options.json, {**machine, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ frames per second and the mean IoU with the disk since the line before.
 
 import argparse
 import gc
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import AutoModel
 
-from sa2va.demo.media import replacing
+from sa2va.demo.media import write_json
 from sa2va.demo.predict import DEFAULT_MODEL
 
 QUESTION = "Please segment the red circle in this video."
@@ -89,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines.append(line)
         print("  ".join(f"{name} {value:g}" for name, value in line.items()), flush=True)
         if options.json:
-            with replacing(options.json) as temporary:
-                temporary.write_text(json.dumps(lines, indent=2) + "\n")
+            write_json(options.json, lines)
 
 
 if __name__ == "__main__":

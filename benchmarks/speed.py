@@ -42,7 +42,7 @@ from transformers import AutoModel
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAGroundingConfig, Sa2VAProcessor
 from sa2va.benchmarks.stages import STEPS, Stages, clock, median_ratio, peak_memory, prescribed, replay
-from sa2va.demo.media import replacing
+from sa2va.demo.media import replacing, write_json
 from sa2va.demo.predict import at_least
 
 TINY = Path(__file__).parents[1] / "sa2va-tiny"
@@ -323,8 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(format_row(row(results[-1])), flush=True)
         if options.json:
             about = {"torch": torch.__version__, "device": options.device, "dtype": options.dtype}
-            with replacing(options.json) as temporary:
-                temporary.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+            write_json(options.json, {**about, "results": results})
     if options.plot:
         draw(results, options.plot)
 

@@ -2,9 +2,10 @@
 
 * `open_source` decides what a path holds and opens it
 * `picture_writer`, `video_writer` write an overlay as it is made; no half-written file ever bears the final name
-* `append_lines`, `finished_lines` write and read records, a line each, of work that may be stopped and gone on with
+* `write_json` writes a report, `append_lines` and `finished_lines` records of work that may be stopped, a line each
 """
 
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -135,6 +136,23 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """Writes JSON into a file, which takes the place of an older one once it is whole; folders are made as needed.
+
+    Args:
+        path: the file.
+        content: what JSON can say.
+        **options: of `json.dumps`; by default it indents by 2.
+
+    Raises:
+        OSError: the folder can't be written to.
+        TypeError, ValueError: `json.dumps` can't write it.
+    """
+    text = json.dumps(content, **{"indent": 2, **options}) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def finished_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -71,7 +71,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says which model answers, and how."""
-    add = parser.add_argument
+    add_answer_options(parser.add_argument)
+    parser.add_argument(
+        "--threshold",
+        type=probability,
+        default=0.5,
+        help="probability above which a pixel belongs to the object; default: 0.5",
+    )
+
+
+def add_answer_options(add: Callable[..., Any]) -> None:
+    """Adds what says which model answers, of what it sees and for how long, by `add_argument` of a parser."""
     add("--model", default=str(DEFAULT_MODEL), help="folder or Hugging Face name of a checkpoint; default: sa2va-tiny")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps...; auto (default) is an accelerator if there is one")
     add("--dtype", default="auto", choices=DTYPES, help="auto (default): float32 on a CPU, else the checkpoint's")
@@ -81,12 +91,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         type=frame_sampling,
         metavar="first|uniform|I,J,K",
         help="which frames (default: the checkpoint's)",
-    )
-    add(
-        "--threshold",
-        type=probability,
-        default=0.5,
-        help="probability above which a pixel belongs to the object; default: 0.5",
     )
     add("--max-new-tokens", type=at_least(1), metavar="N", help="longest answer; default: 2048")
 

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from sa2va.data.registry import DATASETS, Dataset, open_dataset
-from sa2va.demo.media import replacing
-from sa2va.demo.predict import DEFAULT_MODEL, DTYPES, USER_ERROR, at_least, frame_sampling, load_model
+from sa2va.demo.media import replacing, write_json
+from sa2va.demo.predict import USER_ERROR, add_answer_options, load_model
 from sa2va.evaluation.captions import TEXT_ENCODER
 from sa2va.evaluation.predict import Predictions, missing, predict_dataset, subset
 from sa2va.evaluation.protocols import (
@@ -54,9 +54,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(name: str, **options: Any) -> None:
+        name = name.removeprefix("--").replace("-", "_")
         parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
 
-    add("model", default=str(DEFAULT_MODEL), help="folder or Hugging Face name of a checkpoint; default: sa2va-tiny")
+    add_answer_options(add)
     add("data", required=True, choices=sorted(DATASETS), help="which data set")
     add("root", required=True, type=Path, metavar="DIR", help="its folder, as docs/data.md has it")
     add("split", default="val", help="such as val, testA or valid_u; default: val")
@@ -69,16 +70,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("metrics_only", action="store_true", help="score the predictions that are there, and make none")
     add("worst", type=int, default=20, metavar="N", help="cases on the page of the worst; default: 20")
     add("json", action="store_true", help="print what scores.json holds, and no table")
-    add("device", default="auto", help="cpu, cuda, mps...; auto (default) is an accelerator if there is one")
-    add("dtype", default="auto", choices=DTYPES, help="auto (default): float32 on a CPU, else the checkpoint's")
-    add("num_frames", type=at_least(1), metavar="N", help="frames of a video the language model sees (released: 5)")
-    add(
-        "frame_sampling",
-        type=frame_sampling,
-        metavar="first|uniform|I,J,K",
-        help="which frames (default: the checkpoint's)",
-    )
-    add("max_new_tokens", type=at_least(1), metavar="N", help="longest answer; default: 2048")
     return parser.parse_args(argv)
 
 
@@ -127,7 +118,7 @@ def _predict(
             model = load_model(arguments.model, device, arguments.dtype)
         if state.is_main_process:
             ran = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-            _write(output / SETTINGS, {"settings": asked, "made_with": ran | _versions()})
+            write_json(output / SETTINGS, {"settings": asked, "made_with": ran | _versions()}, allow_nan=False)
         share = todo[state.process_index :: state.num_processes]
         place = {"process": state.process_index, "progress": state.is_main_process}
         predict_dataset(model, model.load_processor(), dataset, share, output / PREDICTIONS, **place, **options)
@@ -169,11 +160,6 @@ def _saved(output: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is damaged: {error}. Give another --output, or remove its folder.") from error
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
 # ---------- scores
 
 
@@ -203,7 +189,7 @@ def _score(
         "predictions_made_with": saved["made_with"],
         "scored_with": _versions(),
     }
-    _write(output / "scores.json", result)
+    write_json(output / "scores.json", result, allow_nan=False)
     cases = [(item, dataset[there[item.sample_id]]) for item in worst(measurements, arguments.worst)]
     page = worst_page(f"{output.name}: the worst", [(*case, predictions[case[1].id]) for case in cases])
     with replacing(output / "worst.html") as temporary:

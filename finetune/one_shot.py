@@ -11,7 +11,6 @@ old tasks on scenes of another seed. Everything follows from the seeds.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count as numbers
@@ -24,7 +23,7 @@ from sa2va.data.export_scenes import TASKS, export_scenes
 from sa2va.data.make_samples import outline
 from sa2va.data.scenes import IMAGE_REQUESTS, SceneSample, Turn
 from sa2va.data.shapes import COLORS, SHAPES, SceneObject, draw_clip, place_objects, shown_well, shuffled
-from sa2va.demo.media import picture_writer, replacing
+from sa2va.demo.media import picture_writer, write_json
 from sa2va.demo.predict import DEFAULT_MODEL
 from sa2va.evaluation.scenes import converse, evaluate, load, measure_overlap, summarize_overlaps
 from sa2va.finetune.train import main as train
@@ -111,8 +110,7 @@ def write_new_pictures(folder: Path, seed: int, count: int) -> None:
         polygons = [outline(turn.masks[0, 0]) for turn in scene.turns]
         words = {"text": [in_dutch(thing) for thing in things], "name": [in_english(thing) for thing in things]}
         items.append({"image": f"{index:03}.png", "mask": polygons, **words})
-    with replacing(folder / "annotations.json") as temporary:
-        temporary.write_text(json.dumps(items, indent=1) + "\n")
+    write_json(folder / "annotations.json", items, indent=1)
 
 
 def write_mixture(folder: Path, seed: int, pictures: int, old_scenes: int, new_share: float) -> Path:
@@ -123,8 +121,7 @@ def write_mixture(folder: Path, seed: int, pictures: int, old_scenes: int, new_s
     new |= {"template": IMAGE_REQUESTS[0], "answer": ANSWER}
     old = {"name": "jsonl", "root": str(folder / "old"), "weight": 1 - new_share}
     file = folder / "mixture.json"
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps({"datasets": [new, old]}, indent=2) + "\n")
+    write_json(file, {"datasets": [new, old]})
     return file
 
 
@@ -173,8 +170,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     after = measure(final, options.test_seed, options.count, options.split)
     print(format_scores(before, after))
     report = {"before": before, "after": after, "settings": {**vars(options), "more": more}}
-    with replacing(output / "one_shot.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    write_json(output / "one_shot.json", report, default=str)
     return report
 
 

@@ -472,9 +472,9 @@ def named_checkpoint(training: TrainingArguments) -> str | None:
         NotADirectoryError: what is named is no folder.
     """
     named = training.resume_from_checkpoint
-    if named and str(named).lower() != "true" and not Path(named).is_dir():
-        raise NotADirectoryError(f"--resume_from_checkpoint {named} is no folder. Name a checkpoint-... of a run.")
     if str(named).lower() != "true":
+        if named and not Path(named).is_dir():
+            raise NotADirectoryError(f"--resume_from_checkpoint {named} is no folder. Name a checkpoint-... of a run.")
         return named
     if newest_checkpoint(Path(training.output_dir)) is None:
         raise ValueError(

@@ -24,7 +24,7 @@ from torch.utils.data import SequentialSampler
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
-from sa2va.demo.media import replacing
+from sa2va.demo.media import replacing, write_json
 from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, WORDS_TASKS, SceneCollator, ScheduledScenes, Stage
 from sa2va.finetune.recipe import named_checkpoint, newest_checkpoint
 from sa2va.finetune.tiny import build_model
@@ -66,12 +66,6 @@ LEARNERS = {  # what learns
 }
 
 
-def write_record(folder: Path, content: dict[str, Any]) -> None:
-    """Writes training.json into a folder."""
-    with replacing(folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
 class SceneTrainer(Trainer):
     """`Trainer` that keeps the order of the curriculum and logs each part of the loss.
 
@@ -103,8 +97,8 @@ class SceneTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            write_record(Path(output_dir or self.args.output_dir), self._settings)  # before the checkpoint is whole
+        if self.args.should_save:  # what `Trainer` writes last comes after it, so that no whole checkpoint lacks it
+            write_json(Path(output_dir or self.args.output_dir) / RECORD, self._settings)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """Runs the trainee and notes the parts for the next log line."""
@@ -293,7 +287,7 @@ def save_result(trainer: SceneTrainer, processor: Sa2VAProcessor, preset: str, o
     processor.save_pretrained(final)
     draw_curve(trainer.state.log_history, final / "curve.png")
     facts = {"preset": preset, "seed": trainer.args.seed, "steps": trainer.state.global_step}
-    write_record(final, facts)  # last: it tells that all is there
+    write_json(final / RECORD, facts)  # last: it tells that all is there
 
 
 def main(argv: list[str] | None = None) -> Path:
