@@ -4,7 +4,14 @@ Importing this package registers `model_type: sa2va_chat` with transformers' Aut
 `AutoModel.from_pretrained("ByteDance/Sa2VA-4B")` runs this code, whatever code the checkpoint itself points to.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration_sa2va import Sa2VAChatConfig, Sa2VAChatConfigQwen, Sa2VAGroundingConfig, Sa2VAVisionConfig
 from .modeling_sa2va import Sa2VAChatModel, Sa2VAChatModelQwen, Sa2VAFrame, Sa2VAOutput, Sa2VAStream
@@ -14,13 +21,10 @@ from .sam2_decoder import Sam2Decoder
 __version__ = "0.1.0"
 
 AutoConfig.register(Sa2VAChatConfig.model_type, Sa2VAChatConfig, exist_ok=True)
-AutoModel.register(Sa2VAChatConfig, Sa2VAChatModel, exist_ok=True)
-AutoModelForCausalLM.register(Sa2VAChatConfig, Sa2VAChatModel, exist_ok=True)
-AutoModelForImageTextToText.register(Sa2VAChatConfig, Sa2VAChatModel, exist_ok=True)
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(Sa2VAChatConfig, Sa2VAChatModel, exist_ok=True)
+    _auto_class.register(Sa2VAChatConfigQwen, Sa2VAChatModelQwen, exist_ok=True)
 AutoProcessor.register(Sa2VAChatConfig, Sa2VAProcessor, exist_ok=True)
-AutoModel.register(Sa2VAChatConfigQwen, Sa2VAChatModelQwen, exist_ok=True)
-AutoModelForCausalLM.register(Sa2VAChatConfigQwen, Sa2VAChatModelQwen, exist_ok=True)
-AutoModelForImageTextToText.register(Sa2VAChatConfigQwen, Sa2VAChatModelQwen, exist_ok=True)
 AutoProcessor.register(Sa2VAChatConfigQwen, Sa2VAProcessorQwen, exist_ok=True)
 
 __all__ = [

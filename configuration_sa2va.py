@@ -89,6 +89,7 @@ def auto_map(is_qwen_vl: bool) -> dict[str, str]:
         "AutoModel": f"modeling_sa2va.Sa2VAChatModel{ending}",
         "AutoModelForCausalLM": f"modeling_sa2va.Sa2VAChatModel{ending}",
         "AutoModelForImageTextToText": f"modeling_sa2va.Sa2VAChatModel{ending}",
+        "AutoModelForMultimodalLM": f"modeling_sa2va.Sa2VAChatModel{ending}",
         "AutoProcessor": f"processing_sa2va.Sa2VAProcessor{ending}",
     }
 

@@ -26,7 +26,7 @@ import tempfile
 import zlib
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -1162,6 +1162,26 @@ AutoTokenizer.register(Sa2VAInternLM2Config, InternLM2Tokenizer, exist_ok=True)
 # ------------------------------------------------------------------------------------------------------- processor
 
 
+@contextmanager
+def _blaming_files(name_or_path: str | os.PathLike, settings: Collection[str]) -> Iterator[None]:
+    """Whatever goes wrong in the block is the fault of a processor's files, which may hold anything.
+
+    Raises:
+        OSError: in place of what transformers and tokenizers raise; but a TypeError may be about `settings` of a call.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if settings and isinstance(error, TypeError):
+            raise
+        raise OSError(
+            f"The processor of {name_or_path} can't be read: {type(error).__name__}: {error}. Are "
+            "processor_config.json and the files of the tokenizer whole? Download them again."
+        ) from error
+
+
 def _check_tokenizer_is_there(folder: Path) -> None:
     """What transformers says of a folder without a tokenizer speaks of packages that are missing."""
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
@@ -1281,19 +1301,21 @@ class Sa2VAProcessor(ProcessorMixin):
                 that of a model, those do in which it differs from the checkpoint's config.json.
 
         Raises:
-            OSError: neither file is there, or no tokenizer.
+            OSError: neither file is there, or no tokenizer; or they can't be read.
         """
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        settings = kwargs.keys() - hub_kwargs.keys() - {"config"}
         stored = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
         if (config := kwargs.get("config")) is None:
             config = kwargs["config"] = stored
-        if cls is Sa2VAProcessor and cls._is_of_qwen(pretrained_model_name_or_path, config, hub_kwargs):
-            return Sa2VAProcessorQwen.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if stored is not None:
-            before = cls._settings_of(stored)
-            kwargs = {k: v for k, v in cls._settings_of(config).items() if v != before.get(k)} | kwargs
-            _check_tokenizer_is_there(Path(pretrained_model_name_or_path, hub_kwargs.get("subfolder") or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with _blaming_files(pretrained_model_name_or_path, settings):
+            if cls is Sa2VAProcessor and cls._is_of_qwen(pretrained_model_name_or_path, config, hub_kwargs):
+                return Sa2VAProcessorQwen.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            if stored is not None:
+                before = cls._settings_of(stored)
+                kwargs = {k: v for k, v in cls._settings_of(config).items() if v != before.get(k)} | kwargs
+                _check_tokenizer_is_there(Path(pretrained_model_name_or_path, hub_kwargs.get("subfolder") or ""))
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _is_of_qwen(cls, name_or_path: str | os.PathLike, config: Sa2VAChatConfig | None, hub_kwargs: dict) -> bool:
@@ -1347,6 +1369,11 @@ class Sa2VAProcessor(ProcessorMixin):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return [str(Path(save_directory) / Path(path).relative_to(temporary)) for path in written]
+
+    @property
+    def feature_extractor(self) -> "Sa2VAProcessor":
+        """Where transformers' pipelines look up how pixels are padded (not at all), or they make no batches."""
+        return self
 
     @property
     def region_grid(self) -> int:

@@ -55,7 +55,7 @@ print(type(model).__module__.split(".")[0], output["prediction"], len(output["pr
 """
 
 
-@pytest.fixture(params=["ivl_qwen2", "ivl_internlm2", "qwen3vl", "sa2vai_qwen2"])
+@pytest.fixture(params=["ivl_qwen2", "ivl_internlm2", "qwen25vl", "qwen3vl", "sa2vai_qwen2"])
 def flat_folder(request, tmp_path) -> Path:
     """The core files, config and weights in one folder with dots and spaces in its name."""
     folder = tmp_path / "my model v1.0 (copy)"

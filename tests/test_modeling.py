@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     GenerationConfig,
     TextIteratorStreamer,
     pipeline,
@@ -492,10 +493,26 @@ def test_a_pipeline_answers_messages(golden_model, golden_processor, picture):
     assert said["generated_text"] == "Yes."
 
 
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_a_pipeline_answers_a_batch_as_it_does_one_by_one(family):
+    model = AutoModel.from_pretrained(GOLDEN / family)
+    pictures = [Image.new("RGB", size, "red") for size in ((60, 40), (130, 30), (40, 40))]  # of unlike numbers of tiles
+    words = ["A square?", "What is in this picture, and where?", "Hm"]
+    talks = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+        for picture, text in zip(pictures, words, strict=True)
+    ]
+    pipe = pipeline("image-text-to-text", model=model, processor=model.load_processor(), device="cpu")
+    alone = [pipe(talk, max_new_tokens=6, return_full_text=False) for talk in talks]
+    assert pipe(talks, batch_size=3, max_new_tokens=6, return_full_text=False) == alone
+
+
 # ------------------------------------------------------------------------------------------- loading and sharing
 
 
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText])
+@pytest.mark.parametrize(
+    "auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
+)
 def test_all_auto_classes_load_a_released_folder(golden, auto_class):
     assert isinstance(auto_class.from_pretrained(golden.folder), Sa2VAChatModel)
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel
-from sa2va.processing_sa2va import replacing_files
+from sa2va.processing_sa2va import Sa2VAProcessor, replacing_files
 
 TESTS = Path(__file__).parent
 GOLDEN, TINY, SHAPES = TESTS / "golden", TESTS.parent / "sa2va-tiny", TESTS.parent / "demo" / "samples" / "shapes.png"
@@ -112,6 +112,21 @@ def test_saving_leaves_the_files_of_others_alone(golden_processor, tmp_path):
     names = [Path(name).name for name in golden_processor.save_pretrained(tmp_path)]
     assert names == ["processor_config.json"] and (tmp_path / "tokenizer.json").exists()
     assert (tmp_path / "README.md").read_text() == "mine" and (tmp_path / "checkpoint-5").is_dir()
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "null"])
+@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_files_of_a_processor_that_hold_something_else_are_told(file, content, golden_processor, tmp_path):
+    golden_processor.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(OSError, match="Download them again"):
+        Sa2VAProcessor.from_pretrained(tmp_path)
+
+
+def test_a_wrong_setting_of_a_processor_is_not_blamed_on_its_files(golden_processor, tmp_path):
+    golden_processor.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="image_size must be an integer"):
+        Sa2VAProcessor.from_pretrained(tmp_path, image_size="large")
 
 
 # Run in a process of its own, that makes a child for each save and kills it.
