@@ -460,6 +460,15 @@ def _frames_of_sequence(items: Any) -> VideoFrames:
     return VideoFrames(partial(_read_sequence, items), len(items))
 
 
+def _frame_of(picture: Image.Image) -> VideoFrames:
+    """A picture that `load_image` made, as a video of one frame; it isn't copied again."""
+
+    def source(keep: bool) -> _Decoders:
+        yield lambda: picture
+
+    return VideoFrames(source, 1)
+
+
 def _read_sequence(items: Any, keep: bool = False) -> _Decoders:
     return (partial(load_image, items[index]) for index in range(len(items)))
 
@@ -930,9 +939,12 @@ def _resized(pictures: Sequence[Image.Image], size: int) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in resized])).permute(0, 3, 1, 2)
 
 
-def _constants(dtype: torch.dtype, like: Tensor) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and std as `dtype` rounds them, [3, 1, 1], with the dtype and device of `like`."""
-    mean, std = (torch.tensor(values, dtype=dtype).to(like).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+@lru_cache(maxsize=16)  # every frame needs them, on its device
+def _constants(rounding: torch.dtype, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and std [3, 1, 1], rounded to one dtype and held in another."""
+    with torch.inference_mode(False):
+        tensors = (torch.tensor(values, dtype=rounding, device="cpu") for values in (IMAGE_MEAN, IMAGE_STD))
+        mean, std = (tensor.to(dtype).to(device).view(3, 1, 1) for tensor in tensors)
     return mean, std
 
 
@@ -1449,7 +1461,7 @@ class Sa2VAProcessor(ProcessorMixin):
     def preprocess_key_frames(self, frames: Sequence[Image.Image]) -> Tensor:
         """K RGB frames -> float32 [K, 3, image_size, image_size]: one tile each, aspect ratio not kept."""
         pixels = _resized(frames, self.image_size).float().div_(255)
-        mean, std = _constants(torch.float32, like=pixels)
+        mean, std = _constants(torch.float32, pixels.dtype, pixels.device)
         return pixels.sub_(mean).div_(std)
 
     def preprocess_mask_prompts(self, mask_prompts: Any) -> Tensor:
@@ -1510,7 +1522,7 @@ class Sa2VAProcessor(ProcessorMixin):
         is_resized = isinstance(next(iter(frames), None), Tensor)
         pixels = (torch.cat(tuple(frames)) if is_resized else self.resize_for_grounding(frames)).to(device)
         pixels = pixels.to(torch.float32 if is_video else dtype).div_(255)
-        mean, std = _constants(torch.bfloat16, like=pixels)
+        mean, std = _constants(torch.bfloat16, pixels.dtype, pixels.device)
         return pixels.sub_(mean).div_(std).to(dtype)
 
     def prepare(
@@ -1598,7 +1610,7 @@ class Sa2VAProcessor(ProcessorMixin):
         if image is not None and video is not None:
             raise ValueError("Both image and video are given. Give one of them.")
         is_video = video is not None
-        frames = _frames_of(video) if is_video else _frames_of_sequence([load_image(image)])
+        frames = _frames_of(video) if is_video else _frame_of(load_image(image))
         masks = None if mask_prompts is None else self.preprocess_mask_prompts(mask_prompts)
         first, shown = _read_key_frames(frames, num_frames, frame_sampling if is_video else "first")
         images = list(shown.values())
