@@ -462,11 +462,11 @@ def _frames_of_sequence(items: Any) -> VideoFrames:
 
 def _frame_of(picture: Image.Image) -> VideoFrames:
     """A picture that `load_image` made, as a video of one frame; it isn't copied again."""
+    return VideoFrames(partial(_read_picture, picture), 1)
 
-    def source(keep: bool) -> _Decoders:
-        yield lambda: picture
 
-    return VideoFrames(source, 1)
+def _read_picture(picture: Image.Image, keep: bool = False) -> _Decoders:
+    yield lambda: picture
 
 
 def _read_sequence(items: Any, keep: bool = False) -> _Decoders:
