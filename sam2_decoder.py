@@ -16,6 +16,7 @@ gives them to SAM 2 as a user's masks; from there on it is plain SAM 2, blanking
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -346,6 +347,15 @@ class FrameFeatures(NamedTuple):
         if self.prompt_high_res_features is not self.high_res_features:
             prompt = tuple(level[index] for level in self.prompt_high_res_features)
         return FrameFeatures(self.vision_features[index], self.vision_pos_embeds, high_res, prompt)
+
+    @classmethod
+    def cat(cls, parts: Sequence["FrameFeatures"]) -> "FrameFeatures":
+        """Joins the features of frames that were encoded apart."""
+        if len(parts) == 1:
+            return parts[0]
+        features, positions, *levels = zip(*parts, strict=True)
+        high_res, prompt = (tuple(map(torch.cat, zip(*level, strict=True))) for level in levels)
+        return cls(torch.cat(features), positions[0], high_res, prompt)
 
 
 class MaskPrediction(NamedTuple):  # a tuple, so that FSDP and DeepSpeed see the tensors that backward comes from
@@ -707,6 +717,9 @@ class Sam2Decoder(nn.Module):
         return [slice(start, start + size) for start in range(0, num_objects, size)]
 
     def _encode(self, frames: Tensor) -> FrameFeatures:
+        return FrameFeatures.cat([self._encode_together(some) for some in frames.split(_most_frames(self.config))])
+
+    def _encode_together(self, frames: Tensor) -> FrameFeatures:
         side = self.config.image_size
         self.sam2_model.image_encoder.neck.position_encoding.prepare(frames.device, *(side // s for s in LEVEL_STRIDES))
         output = self.sam2_model.image_encoder(frames)
@@ -906,6 +919,16 @@ class Sam2Decoder(nn.Module):
 def _memories(found: Mapping[str, Any]) -> dict[int, FrameMemory]:
     """The memories of a bank, from its part of the tree of `TrackingState.from_tensors`."""
     return {int(t): FrameMemory(m.get("features"), m["object_pointers"]) for t, m in found.items()}
+
+
+def _most_frames(config: Sa2VAGroundingConfig) -> int:
+    """How many frames Hiera may take at once: on CUDA the windows that attention takes together are counted in 16 bits.
+
+    More are a "CUDA error: invalid configuration argument" (pytorch issues 142228 and 146704).
+    """
+    sides = (config.image_size // stride for stride in LEVEL_STRIDES)
+    windows = max(math.ceil(side / window) ** 2 for side, window in zip(sides, config.window_spec, strict=True))
+    return max(1, (2**16 - 1) // windows)
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -13,7 +13,7 @@ from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_utils import select_closest_cond_frames
 from transformers import AutoModel
 
-from sa2va import Sa2VAChatConfig
+from sa2va import Sa2VAChatConfig, sam2_decoder
 from sa2va.configuration_sa2va import Sa2VAGroundingConfig
 from sa2va.sam2_decoder import FrameFeatures, FrameMemory, MemoryBank, _attend_in_rows
 
@@ -120,6 +120,18 @@ def test_position_encodings_are_there_before_the_image_encoder_needs_them(golden
     with torch.no_grad():
         decoder.encode(torch.zeros(1, 3, side, side))
     assert seen == [set(cache)]
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "sa2vai_qwen2"])
+def test_more_frames_than_attention_takes_are_encoded_apart(family, monkeypatch):
+    assert sam2_decoder._most_frames(Sa2VAGroundingConfig()) == 63  # of 1024 windows each
+    decoder = AutoModel.from_pretrained(GOLDEN / family, dtype=torch.float32).eval().grounding_encoder
+    frames = torch.randn(5, 3, decoder.config.image_size, decoder.config.image_size)
+    with torch.no_grad():
+        together = decoder.encode(frames)
+        monkeypatch.setattr(sam2_decoder, "_most_frames", lambda config: 2)
+        apart = decoder.encode(frames)
+    torch.testing.assert_close(tuple(apart), tuple(together), atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- how many key frames
