@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
@@ -116,6 +117,7 @@ _CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).param
 # Bytes of activations that encoding a frame of 1024 x 1024 is reckoned to take: twice what float32 took on a CPU.
 _ENCODING_MEMORY = 2**30
 _MOST_ENCODED = 8
+_MOST_ON_THEIR_WAY = 8  # frames whose masks go to the host while a GPU works on
 _PROCESSOR_LOADING = threading.Lock()
 _ADAPTER_PREFIX = "base_model.model."
 _FULL_PRECISION = (  # modules that no quantization touches, of both families
@@ -538,6 +540,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             model._weight_conversions = _released_layout(model)
         _pack_what_fits(model)
         _separate(model)
+        _tell_places(model)
         if not chosen and model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float16):
             logger.warning_once(
                 f"Loaded in {model.dtype}, the dtype of the checkpoint. On a CPU float32 is several times faster for "
@@ -1303,26 +1306,28 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         prediction: MaskPrediction | None = None,
     ) -> Sa2VAOutput:
         """Collects the masks of all frames; `prediction` is that of an image which was looked at already."""
-        masks, logits, scores = [], [], []
+        arriving = _Arriving()
         if len(answer.prompts):  # else not even the frames need be read
-            for frame_logits, predicted in self._segment(inputs, processor, answer.prompts, options, prediction):
-                masks.append(options.keep(frame_logits, processor))
-                scores.append(_scores(predicted))
+            for logits, predicted in self._segment(inputs, processor, answer.prompts, options, prediction):
+                frame = {"masks": options.keep(logits, processor), **_scores(predicted)}
                 if options.logits:
-                    logits.append(_to_host(frame_logits))
-            _wait_for_host(frame_logits.device)
+                    frame["logits"] = _to_host(logits)
+                arriving.add(frame, logits.device)
+        frames = arriving.wait()
         plain = replace(options, output_format="torch" if options.output_format == "torch" else "numpy")
         objects = range(len(answer.prompts))
         return Sa2VAOutput(
             prediction=answer.prediction,
-            prediction_masks=[options.pack([frame[i] for frame in masks]) for i in objects],
+            prediction_masks=[options.pack([frame["masks"][i] for frame in frames]) for i in objects],
             past_text=answer.past_text,
             phrases=answer.phrases,
             mask_scores=[
-                {name: torch.stack([score[name][i] for score in scores]).numpy() for name in ("iou", "object")}
+                {name: torch.stack([frame[name][i] for frame in frames]).numpy() for name in ("iou", "object")}
                 for i in objects
             ],
-            mask_logits=[plain.pack([frame[i] for frame in logits]) for i in objects] if options.logits else None,
+            mask_logits=[plain.pack([frame["logits"][i] for frame in frames]) for i in objects]
+            if options.logits
+            else None,
             sample_idx=list(inputs.key_frames),
             problems=list(inputs.frames.problems) if inputs.is_video else None,
         )
@@ -1692,7 +1697,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                     two_steps = inputs.is_video or not is_sa2va_i
                     logits = processor.resize_logits(prediction.logits, size, two_steps=two_steps)
                 else:
-                    logits = prompts.new_zeros(0, *size)
+                    logits = prompts.new_zeros(0, *size, dtype=torch.float32)
                 yield logits, prediction
 
     def _segment_images(
@@ -2168,6 +2173,19 @@ def _separate(model: nn.Module) -> None:
         is_plain = type(weight.data) is Tensor  # neither quantized nor spread over processes
         if is_plain and weight.untyped_storage().nbytes() > weight.nbytes:
             weight.data = weight.data.clone()
+
+
+def _tell_places(model: "Sa2VAChatModel") -> None:
+    """Tells the part that writes where its modules are, as accelerate told the model.
+
+    Without, transformers' `generate` would compile a step with a static cache on a GPU though weights are offloaded.
+    """
+    if (places := getattr(model, "hf_device_map", None)) is None:
+        return
+    prefix = next(f"{name}." for name, module in model.named_modules() if module is model.causal_model)
+    model.causal_model.hf_device_map = {
+        key[len(prefix) :]: place for key, place in places.items() if not key or f"{key}.".startswith(prefix)
+    }
 
 
 def _pack_what_fits(model: nn.Module) -> None:
@@ -2694,6 +2712,38 @@ def _to_host(tensor: Tensor) -> Tensor:
 def _wait_for_host(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+class _Arriving:
+    """Frames of a video, whose tensors `_to_host` sent: a few may be on their way, so that the GPU need not wait.
+
+    Those that have come leave pinned memory, of which there is little: torch takes a power of two for each tensor, and
+    keeps it for ever.
+    """
+
+    def __init__(self):
+        self._frames: list[dict[str, Any]] = []
+        self._on_their_way: deque[torch.cuda.Event] = deque()  # of the last frames
+
+    def add(self, frame: dict[str, Any], device: torch.device) -> None:
+        """Takes the next frame, whose tensors come from `device`."""
+        self._frames.append(frame)
+        if device.type == "cuda":
+            self._on_their_way.append(torch.cuda.current_stream(device).record_event())
+            if len(self._on_their_way) > _MOST_ON_THEIR_WAY:
+                self._receive()
+
+    def wait(self) -> list[dict[str, Any]]:
+        """All frames, complete."""
+        while self._on_their_way:
+            self._receive()
+        return self._frames
+
+    def _receive(self) -> None:
+        index = len(self._frames) - len(self._on_their_way)
+        self._on_their_way.popleft().synchronize()
+        given = self._frames[index].items()
+        self._frames[index] = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given}
 
 
 def _as_clip(frames: Tensor, side: int) -> Tensor:

@@ -16,6 +16,7 @@ gives them to SAM 2 as a user's masks; from there on it is plain SAM 2, blanking
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,14 +38,18 @@ from torch.overrides import TorchFunctionMode
 
 from .configuration_sa2va import Sa2VAGroundingConfig
 
+LEVEL_STRIDES = (4, 8, 16, 32)  # of the maps of Hiera
 BLOCK_SIZE = 1024  # queries, and keys, of which `_attend_in_blocks` holds all scores at once
 
 
 @lru_cache(maxsize=16)
 def _axial_rope_table(head_dim: int, side: int, theta: float, device: torch.device) -> Tensor:
-    """Rotary table of a square map, complex64 [side * side, head_dim / 2]; made once per size and device."""
-    with torch.inference_mode(False), torch.device(device):
-        return compute_axial_cis(dim=head_dim, end_x=side, end_y=side, theta=theta)
+    """Rotary table of a square map, complex64 [side * side, head_dim / 2]; made once per size and device.
+
+    It comes from the host, as in `sam2`: complete for threads on other streams, and without complex kernels of MPS.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        return compute_axial_cis(dim=head_dim, end_x=side, end_y=side, theta=theta).to(device)
 
 
 class RotaryAttention(RoPEAttention):
@@ -72,9 +77,11 @@ class RotaryAttention(RoPEAttention):
             return self.out_proj(self.v_proj(torch.stack(attended)))
         maps, tokens = self.k_proj(k).split([k.shape[1] - num_k_exclude_rope, num_k_exclude_rope], dim=1)
         k = torch.cat([_rotate(maps.unflatten(1, (-1, len(table))), table).flatten(1, 2), tokens], dim=1)
-        v, dropout = self.v_proj(v), self.dropout_p if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], dropout_p=dropout)
-        return self.out_proj(attended[:, 0])
+        dropout = self.dropout_p if self.training else 0.0
+        # Metal holds the scores of all rows in one tensor, which may not take more than 4 GB (pytorch issue 149261).
+        step = 1 if q.device.type == "mps" else len(k)
+        # Expanded queries have strides of 0, with which cuDNN's attention fails in older torch (pytorch pull 175764).
+        return self.out_proj(_attend_in_rows(q.contiguous(), k, self.v_proj(v), dropout, step))
 
     def _keys(self, k: Tensor, num_k_exclude_rope: int, table: Tensor) -> Iterator[Tensor]:
         """Keys [S, C] of each map of one row, rotated, then of the tokens, if there are any."""
@@ -100,6 +107,13 @@ def _rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotates pairs of neighbouring channels of x [..., L, C] by a complex table [L, C / 2], in float32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+
+
+def _attend_in_rows(q: Tensor, k: Tensor, v: Tensor, dropout: float, step: int) -> Tensor:
+    """torch's attention of q [B, L, C] to k [B, S, C] with values v [B, S, C], `step` rows at a time: [B, L, C]."""
+    parts = zip(*(x[:, None].split(step) for x in (q, k, v)), strict=True)
+    attended = [F.scaled_dot_product_attention(*part, dropout_p=dropout)[:, 0] for part in parts]
+    return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 def _attend_in_blocks(q: Tensor, keys: Iterable[Tensor], v: Tensor, size: int = BLOCK_SIZE) -> Tensor:
@@ -157,8 +171,19 @@ class SharedPositionEmbedding(PositionEmbeddingSine):
 
     def _pe(self, B: int, device: torch.device, *size: int) -> Tensor:
         if (key := (*size, device)) not in self.cache:
-            self.cache[key] = super()._pe(1, device, *size)
+            with torch.inference_mode(False):
+                # From the host it is complete for threads on other streams, too.
+                self.cache[key] = super()._pe(1, torch.device("cpu"), *size).to(device)
         return self.cache[key].expand(B, -1, -1, -1)
+
+    def prepare(self, device: torch.device, *sides: int) -> None:
+        """Makes what square maps of these sides will need.
+
+        Left to a compiled encoder, it would be made among its outputs, whose memory CUDA graphs take back at the next
+        call ("reduce-overhead").
+        """
+        for side in sides:
+            self._pe(1, device, side, side)
 
 
 def _position_encoding(channels: int) -> PositionEmbeddingSine:
@@ -322,6 +347,15 @@ class FrameFeatures(NamedTuple):
         if self.prompt_high_res_features is not self.high_res_features:
             prompt = tuple(level[index] for level in self.prompt_high_res_features)
         return FrameFeatures(self.vision_features[index], self.vision_pos_embeds, high_res, prompt)
+
+    @classmethod
+    def cat(cls, parts: Sequence["FrameFeatures"]) -> "FrameFeatures":
+        """Joins the features of frames that were encoded apart."""
+        if len(parts) == 1:
+            return parts[0]
+        features, positions, *levels = zip(*parts, strict=True)
+        high_res, prompt = (tuple(map(torch.cat, zip(*level, strict=True))) for level in levels)
+        return cls(torch.cat(features), positions[0], high_res, prompt)
 
 
 class MaskPrediction(NamedTuple):  # a tuple, so that FSDP and DeepSpeed see the tensors that backward comes from
@@ -683,6 +717,11 @@ class Sam2Decoder(nn.Module):
         return [slice(start, start + size) for start in range(0, num_objects, size)]
 
     def _encode(self, frames: Tensor) -> FrameFeatures:
+        return FrameFeatures.cat([self._encode_together(some) for some in frames.split(_most_frames(self.config))])
+
+    def _encode_together(self, frames: Tensor) -> FrameFeatures:
+        side = self.config.image_size
+        self.sam2_model.image_encoder.neck.position_encoding.prepare(frames.device, *(side // s for s in LEVEL_STRIDES))
         output = self.sam2_model.image_encoder(frames)
         # The neck sums its top-down level in float32 whatever the model's dtype.
         high, middle, low = (level.to(frames.dtype) for level in output["backbone_fpn"])
@@ -880,6 +919,16 @@ class Sam2Decoder(nn.Module):
 def _memories(found: Mapping[str, Any]) -> dict[int, FrameMemory]:
     """The memories of a bank, from its part of the tree of `TrackingState.from_tensors`."""
     return {int(t): FrameMemory(m.get("features"), m["object_pointers"]) for t, m in found.items()}
+
+
+def _most_frames(config: Sa2VAGroundingConfig) -> int:
+    """How many frames Hiera may take at once: on CUDA the windows that attention takes together are counted in 16 bits.
+
+    More are a "CUDA error: invalid configuration argument" (pytorch issues 142228 and 146704).
+    """
+    sides = (config.image_size // stride for stride in LEVEL_STRIDES)
+    windows = max(math.ceil(side / window) ** 2 for side, window in zip(sides, config.window_spec, strict=True))
+    return max(1, (2**16 - 1) // windows)
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

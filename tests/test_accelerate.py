@@ -11,8 +11,10 @@ from conftest import GOLDEN, GoldenFamily, training_batch
 from packaging.version import Version
 from pretend_devices import pretend_devices
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, CompileConfig, GenerationConfig, StaticCache
 from transformers.integrations.accelerate import infer_auto_device_map
+
+from sa2va import modeling_sa2va
 
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "qwen25vl", "qwen3vl")
 SPLIT = {
@@ -184,6 +186,15 @@ def test_losses_of_parts_on_devices_of_their_own_are_those_of_one(family, pictur
         output = model(**batch)
         for name in ("loss", "lm_loss", "mask_loss", "dice_loss"):
             torch.testing.assert_close(output[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_generate_compiles_no_offloaded_step(tmp_path):
+    settings = GenerationConfig(compile_config=CompileConfig())
+    settings.compile_config._compile_all_devices = True  # as on a GPU
+    for places, compiles in (({"": "cpu"}, True), (SPLIT["ivl_qwen2"], False)):
+        writer = load("ivl_qwen2", device_map=places, offload_folder=tmp_path).language_model
+        cache = {modeling_sa2va._CACHE: StaticCache(config=writer.config, max_cache_len=8)}
+        assert writer._valid_auto_compile_criteria(cache, settings) is compiles
 
 
 def test_devices_that_meet_are_noticed():

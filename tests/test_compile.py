@@ -64,8 +64,7 @@ def test_compiled_parts_answer_and_mask_as_plain_ones_do(compiled, expected):
 
 def test_each_part_is_one_graph_and_after_two_shapes_none_is_added(compiled):
     assert not counters["graph_break"]
-    assert 2 <= graphs() <= 4  # of each part that of its first shape and that of any; `sam2`'s encoder also counts anew
-    # once its cache of position encodings is filled
+    assert 2 <= graphs() <= 4  # of each part that of its first shape and that of any
     with torch.no_grad():
         compiled.grounding_encoder.encode(torch.zeros(2, 3, 128, 128))
         before = graphs()

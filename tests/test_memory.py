@@ -13,9 +13,9 @@ from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_utils import select_closest_cond_frames
 from transformers import AutoModel
 
-from sa2va import Sa2VAChatConfig
+from sa2va import Sa2VAChatConfig, sam2_decoder
 from sa2va.configuration_sa2va import Sa2VAGroundingConfig
-from sa2va.sam2_decoder import FrameFeatures, FrameMemory, MemoryBank
+from sa2va.sam2_decoder import FrameFeatures, FrameMemory, MemoryBank, _attend_in_rows
 
 KEY_FRAMES = (3, 5, 6, 11)
 
@@ -101,6 +101,37 @@ def test_the_first_layer_attends_to_the_frame_once_for_all_objects(attention):
     for hook in hooks:
         hook.remove()
     assert rows == [1] + [3] * (len(hooks) - 1)
+
+
+def test_rows_attended_to_one_after_another_give_the_same():
+    q, k, v = torch.randn(1, 6, 8).expand(3, -1, -1), torch.randn(3, 20, 8), torch.randn(3, 20, 8)
+    wanted = _attend_in_rows(q, k, v, 0.0, step=3)
+    for step in (1, 2):
+        torch.testing.assert_close(_attend_in_rows(q, k, v, 0.0, step), wanted)
+
+
+def test_position_encodings_are_there_before_the_image_encoder_needs_them(golden_model):
+    """Made by a compiled encoder they would be its outputs, which the next call of a CUDA graph overwrites."""
+    decoder = copy.deepcopy(golden_model.grounding_encoder)
+    encoder, side, seen = decoder.sam2_model.image_encoder, decoder.config.image_size, []
+    cache = encoder.neck.position_encoding.cache
+    cache.clear()
+    encoder.register_forward_pre_hook(lambda *_: seen.append(set(cache)))
+    with torch.no_grad():
+        decoder.encode(torch.zeros(1, 3, side, side))
+    assert seen == [set(cache)]
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "sa2vai_qwen2"])
+def test_more_frames_than_attention_takes_are_encoded_apart(family, monkeypatch):
+    assert sam2_decoder._most_frames(Sa2VAGroundingConfig()) == 63  # of 1024 windows each
+    decoder = AutoModel.from_pretrained(GOLDEN / family, dtype=torch.float32).eval().grounding_encoder
+    frames = torch.randn(5, 3, decoder.config.image_size, decoder.config.image_size)
+    with torch.no_grad():
+        together = decoder.encode(frames)
+        monkeypatch.setattr(sam2_decoder, "_most_frames", lambda config: 2)
+        apart = decoder.encode(frames)
+    torch.testing.assert_close(tuple(apart), tuple(together), atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- how many key frames

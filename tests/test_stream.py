@@ -1,5 +1,6 @@
 """Long videos: streams that are stopped, saved and gone on with, reading ahead, and damaged files."""
 
+import copy
 import gc
 import struct
 import threading
@@ -13,7 +14,7 @@ from conftest import Prescribed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sa2va import processing_sa2va
+from sa2va import modeling_sa2va, processing_sa2va
 from sa2va.processing_sa2va import ReadAhead, open_video, rle_to_masks
 
 # ---------------------------------------------------------------------------------------------------------- streams
@@ -37,6 +38,43 @@ def whole(golden_model, arguments):
     """All frames of a stream that is not stopped, and the state behind each."""
     stream = golden_model.predict_stream(**arguments, return_raw_masks=True)
     return [(frame, stream.state()) for frame in stream]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probabilities_of_no_objects_are_float32_too(golden_model, golden_processor, small, dtype):
+    ids = golden_processor.tokenizer("nothing<|im_end|>").input_ids
+    model = copy.deepcopy(golden_model).to(dtype)
+    arguments = {"video": small[:2], "text": "all", "logits_processor": [Prescribed(ids)], "return_raw_masks": True}
+    frames = list(model.predict_stream(**arguments, processor=golden_processor))
+    assert [(frame.masks.shape, frame.masks.dtype) for frame in frames] == [((0, 30, 40), np.float32)] * 2
+
+
+def test_frames_leave_pinned_memory_as_they_come(monkeypatch):
+    """A GPU is pretended: its stream's events say when they are waited for."""
+    arrived = []
+
+    class Stream:
+        def record_event(self):
+            return Event(len(sent) - 1)
+
+    class Event:
+        def __init__(self, number):
+            self.number = number
+
+        def synchronize(self):
+            arrived.append(self.number)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    sent, arriving = [], modeling_sa2va._Arriving()
+    for number in range(20):
+        sent.append({"masks": torch.full((2,), number), "rle": ["text"]})
+        arriving.add(dict(sent[-1]), torch.device("cuda"))
+        assert arrived == list(range(number + 1 - modeling_sa2va._MOST_ON_THEIR_WAY))
+    frames = arriving.wait()
+    assert arrived == list(range(20))
+    for number, (frame, pinned) in enumerate(zip(frames, sent, strict=True)):
+        assert frame["masks"].tolist() == [number] * 2 and frame["rle"] == ["text"]
+        assert frame["masks"].data_ptr() != pinned["masks"].data_ptr()
 
 
 def through_torch(state, folder):
