@@ -1000,9 +1000,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self._average_losses(output, losses, num_masks)
 
     def _segment_samples(self, clips: Tensor, prompts: list[Tensor]) -> list[MaskPrediction]:
+        clips = clips.to(prompts[0])
         clip_index = torch.arange(len(prompts), device=clips.device)
         clip_index = clip_index.repeat_interleave(torch.tensor([len(p) for p in prompts], device=clips.device))
-        clips = clips.to(prompts[0].dtype)
         num_key_frames = self.config.grounding_config.num_key_frames
         return self.grounding_encoder.segment_clips(clips, torch.cat(prompts), clip_index, num_key_frames)
 
@@ -1408,15 +1408,16 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         frames = self._segment(inputs, processor, answer.prompts, options, tracking=progress.tracking)
         with closing(frames):
             for index, (logits, prediction) in enumerate(frames, start=progress.tracking.next_frame):
-                masks, scores = options.finish(logits, processor), _scores(prediction)
-                _wait_for_host(logits.device)
+                arriving = _Arriving()
+                arriving.add({"masks": options.finish(logits, processor), **_scores(prediction)}, logits.device)
+                (frame,) = arriving.wait()
                 yield Sa2VAFrame(
                     frame_index=index,
                     prediction=answer.prediction,
                     past_text=answer.past_text,
                     phrases=answer.phrases,
-                    masks=options.convert(masks),
-                    mask_scores={name: score.numpy() for name, score in scores.items()},
+                    masks=options.convert(frame["masks"]),
+                    mask_scores={name: frame[name].numpy() for name in ("iou", "object")},
                 )
 
     def _resume(
@@ -2118,6 +2119,7 @@ def _encode_batch_size(decoder: Sam2Decoder) -> int:
     if device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch holds for later use
     return max(1, min(_MOST_ENCODED, int(free / 3 / (_ENCODING_MEMORY * (decoder.config.image_size / 1024) ** 2))))
 
 
@@ -2702,7 +2704,7 @@ def _scores(prediction: MaskPrediction) -> dict[str, Tensor]:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU; off a GPU it is copied while the GPU works on, and complete after `_wait_for_host`."""
+    """A tensor on the CPU; off a GPU it is copied while the GPU works on, and complete once that was waited for."""
     if tensor.device.type != "cuda":
         return tensor.cpu()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

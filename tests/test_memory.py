@@ -13,7 +13,7 @@ from sam2.modeling.sam.transformer import RoPEAttention
 from sam2.modeling.sam2_utils import select_closest_cond_frames
 from transformers import AutoModel
 
-from sa2va import Sa2VAChatConfig, sam2_decoder
+from sa2va import Sa2VAChatConfig, modeling_sa2va, sam2_decoder
 from sa2va.configuration_sa2va import Sa2VAGroundingConfig
 from sa2va.sam2_decoder import FrameFeatures, FrameMemory, MemoryBank, _attend_in_rows
 
@@ -132,6 +132,17 @@ def test_more_frames_than_attention_takes_are_encoded_apart(family, monkeypatch)
         monkeypatch.setattr(sam2_decoder, "_most_frames", lambda config: 2)
         apart = decoder.encode(frames)
     torch.testing.assert_close(tuple(apart), tuple(together), atol=1e-4, rtol=1e-4)
+
+
+def test_memory_that_torch_keeps_for_later_counts_as_free(golden_model, monkeypatch):
+    decoder = copy.deepcopy(golden_model.grounding_encoder)
+    decoder.config.image_size = 1024
+    monkeypatch.setattr(modeling_sa2va, "_execution_device", lambda module: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * 2**30)
+    for reserved, count in ((10, 1), (20, 4)):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, gigabytes=reserved: gigabytes * 2**30)
+        assert modeling_sa2va._encode_batch_size(decoder) == count
 
 
 # ------------------------------------------------------------------------------------------------- how many key frames
