@@ -711,7 +711,8 @@ class Sam2Decoder(nn.Module):
         Returns:
             T predictions of the M objects.
         """
-        return self("segment_clips", frames, prompts, clip_index, num_key_frames)
+        packed = self("segment_clips", frames, prompts, clip_index, num_key_frames)
+        return _unpacked(packed, self.config)
 
     def _groups(self, num_objects: int) -> list[slice]:
         size = self.config.max_objects_per_batch
@@ -810,9 +811,7 @@ class Sam2Decoder(nn.Module):
             predictions[index] = MaskPrediction.cat(parts)
         return predictions
 
-    def _segment_clips(
-        self, frames: Tensor, prompts: Tensor, clip_index: Tensor, num_key_frames: int
-    ) -> list[MaskPrediction]:
+    def _segment_clips(self, frames: Tensor, prompts: Tensor, clip_index: Tensor, num_key_frames: int) -> Tensor:
         length = frames.shape[1]
         features = self._encode(frames.flatten(0, 1))
         bank = MemoryBank.of(self.config)
@@ -829,7 +828,7 @@ class Sam2Decoder(nn.Module):
                     bank.conditioning[t] = self._remember(rows, self._to_track(rows, predictions[-1]), bank)
                 else:
                     bank.add(t, self._remember(rows, predictions[-1], bank))
-        return predictions
+        return _packed(predictions)
 
     def _predict_masks(
         self,
@@ -944,6 +943,24 @@ def _rows(features: FrameFeatures, group: slice) -> FrameFeatures:
     if len(features.vision_features) == 1:
         return features
     return features.rows(group)
+
+
+def _packed(predictions: Sequence[MaskPrediction]) -> Tensor:
+    """Predictions of T frames, with all candidates, as one tensor [T, M, values].
+
+    DeepSpeed's ZeRO-3 notes each tensor that a part gives back when its gradient comes, and refuses to go on if other
+    processes, whose clips have more frames, note more.
+    """
+    return torch.stack([torch.cat([value.reshape(len(value), -1) for value in p], dim=1) for p in predictions])
+
+
+def _unpacked(packed: Tensor, config: Sa2VAGroundingConfig) -> list[MaskPrediction]:
+    """The inverse of `_packed`."""
+    side = config.image_size // 4
+    shapes = ((1, side, side), (), (), (config.d_model,), (3, side, side), (3,))  # of an object, as in MaskPrediction
+    sizes = [math.prod(shape) for shape in shapes]
+    frames = [zip(frame.split(sizes, dim=1), shapes, strict=True) for frame in packed]
+    return [MaskPrediction(*(part.reshape(-1, *shape) for part, shape in parts)) for parts in frames]
 
 
 def _tokens(feature_map: Tensor) -> Tensor:

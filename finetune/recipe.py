@@ -30,8 +30,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, SequentialSampler
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.integrations import deepspeed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
@@ -51,6 +53,7 @@ ALL_LINEAR = "all-linear"
 TRAINING_DEFAULTS = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
     "learning_rate": 4e-5,
     "warmup_steps": 0.05,  # of all steps
     "lr_scheduler_type": "cosine",
@@ -319,9 +322,11 @@ def run_idle_parts(model: Sa2VAChatModel) -> None:
             return output
         turns = torch.tensor(max(1, len(lengths)), device=device)
         dist.all_reduce(turns, dist.ReduceOp.MAX)  # before any part runs, which may gather its weights from all
-        with _seeing_nothing(model, device) if is_blind else nullcontext([]) as idle:
+        with _prompts_of(model) as prompts, _seeing_nothing(model, device) if is_blind else nullcontext([]) as idle:
             output = forward(**inputs)
-        idle += [_segment_nothing(model, device) for _ in range(int(turns) - len(lengths))]
+            if not prompts:
+                model.text_hidden_fcs(_no_state(model, device))
+        idle += [_segment_nothing(model, prompts[0]) for _ in range(int(turns) - len(lengths))]
         if idle:
             output.loss = output.loss + 0.0 * sum(idle)
         return output
@@ -354,12 +359,27 @@ def _seeing_nothing(model: Sa2VAChatModel, device: torch.device) -> Iterator[lis
         handle.remove()
 
 
-def _segment_nothing(model: Sa2VAChatModel, device: torch.device) -> Tensor:
+@contextmanager
+def _prompts_of(model: Sa2VAChatModel) -> Iterator[list[Tensor]]:
+    """Collects what `text_hidden_fcs` gives, [objects, D]; it must run once in every process, objects or none."""
+    prompts: list[Tensor] = []
+    handle = model.text_hidden_fcs.register_forward_hook(lambda module, args, output: prompts.append(output))
+    try:
+        yield prompts
+    finally:
+        handle.remove()
+
+
+def _no_state(model: Sa2VAChatModel, device: torch.device) -> Tensor:
+    dtype = next(model.text_hidden_fcs.parameters()).dtype
+    return torch.zeros(0, model.config.get_text_config().hidden_size, dtype=dtype, device=device)
+
+
+def _segment_nothing(model: Sa2VAChatModel, prompts: Tensor) -> Tensor:
     side = model.config.grounding_config.image_size
-    like = {"dtype": next(model.text_hidden_fcs.parameters()).dtype, "device": device}
-    prompts = model.text_hidden_fcs(torch.zeros(1, model.config.get_text_config().hidden_size, **like))
-    clip, where = prompts.new_zeros(1, 1, 3, side, side), torch.zeros(1, dtype=torch.long, device=device)
-    (seen,) = model.grounding_encoder.segment_clips(clip, prompts, where, 1)
+    prompt = prompts.sum(dim=0, keepdim=True).to(prompts.dtype)  # zeros if there is none
+    clip, where = prompt.new_zeros(1, 1, 3, side, side), torch.zeros(1, dtype=torch.long, device=prompt.device)
+    (seen,) = model.grounding_encoder.segment_clips(clip, prompt, where, 1)
     return seen.multimask_logits.mean() + seen.multimask_iou_scores.mean() + seen.object_scores.mean()
 
 
@@ -371,7 +391,8 @@ def _see_nothing(model: Sa2VAChatModel, device: torch.device) -> Tensor:
     grid = torch.tensor([[1, vision.spatial_merge_size, vision.spatial_merge_size]], device=device)
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     seen = model.causal_model.model.visual(torch.zeros(int(grid.prod()), width, device=device), grid_thw=grid)
-    return (seen if isinstance(seen, Tensor) else seen[0]).mean()
+    used = (getattr(seen, "pooler_output", seen), getattr(seen, "deepstack_features", None))
+    return sum(part.mean() for part in tree_leaves(used) if part is not None)
 
 
 # ---------- training
@@ -401,7 +422,7 @@ class RecipeTrainer(Trainer):
         count = self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
         for batch in batches:
             batch["num_masks_in_batch"] = max(1, int(count))
-        return batches, num_items
+        return batches, num_items and int(num_items)  # a tensor would be rounded by FSDP
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in `Trainer`, which undoes that gradients are averaged over processes; notes the parts for the log."""
@@ -438,7 +459,20 @@ class RecipeTrainer(Trainer):
             if self.args.should_save:
                 self.processing_class.save_pretrained(output_dir)
         else:
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir, self._with_frozen_heads(state_dict))
+
+    def _with_frozen_heads(self, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """Adds what ZeRO-3 leaves out of an adapter: heads that don't learn, of modules that do, belong to it, too."""
+        if not self.is_deepspeed_enabled or isinstance(self.model, Sa2VAChatModel):
+            return state_dict
+        from peft.utils.integrations import gather_params_ctx
+
+        named = self.model.named_parameters()
+        frozen = {name: p for name, p in named if ".modules_to_save." in name and not p.requires_grad}
+        with gather_params_ctx(list(frozen.values()), modifier_rank=None):  # in which all processes take part
+            if state_dict is None:
+                return None
+            return {**{name: p.detach().cpu().clone() for name, p in frozen.items()}, **state_dict}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -501,6 +535,17 @@ def _find_start(training: TrainingArguments, recipe: RecipeArguments) -> str | N
     return str(checkpoint)
 
 
+@contextmanager
+def _unsharded() -> Iterator[None]:
+    """Lets one process make models of its own, which transformers would spread over all of them by ZeRO-3."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
 def save_result(trainer: RecipeTrainer, base: str, output: Path) -> Path:
     """Writes what was learned: the whole model in the released layout, and the adapter if there is one.
 
@@ -521,8 +566,9 @@ def save_result(trainer: RecipeTrainer, base: str, output: Path) -> Path:
     if trainer.is_world_process_zero():
         (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no use to others
         if has_adapter:
-            release_adapter(saved, base)
-            merge_adapter(saved, final, base)
+            with _unsharded():
+                release_adapter(saved, base)
+                merge_adapter(saved, final, base)
     trainer.accelerator.wait_for_everyone()
     return final
 

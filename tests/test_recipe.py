@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+import transformers
+from conftest import GOLDEN, training_batch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from torch.utils._pytree import tree_map
+from transformers import AutoModel, TrainingArguments
 
 from sa2va import Sa2VAProcessor
 from sa2va.data.export_scenes import export_scenes
@@ -314,6 +318,93 @@ def test_sharded_processes_with_and_without_pictures_wait_for_each_other(family,
         [*launcher, "sharded.py", family], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+class Noted(torch.autograd.Function):
+    """The tensor itself, and a note when its gradient comes."""
+
+    @staticmethod
+    def forward(ctx, tensor, order, name):
+        ctx.order, ctx.name = order, name
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.order.append(f"back {ctx.name}")
+        return gradient, None, None
+
+
+def trace(model, batch) -> list[str]:
+    """Which parts run, and which get gradients of what they gave, in order: ZeRO-3 wants it alike in all processes."""
+    order: list[str] = []
+    handles = []
+
+    def watch(name, module):
+        def noted(value):
+            return Noted.apply(value, order, name) if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+        handles.append(module.register_forward_pre_hook(lambda *_: order.append(f"run {name}")))
+        handles.append(module.register_forward_hook(lambda module, args, output: tree_map(noted, output)))
+
+    for name, module in model.named_modules():
+        if ".grounding_encoder." not in name:  # one piece, see finetune/accelerate/zero3.yaml
+            watch(name, module)
+    model.zero_grad()
+    model(**batch).loss.backward()
+    for handle in handles:
+        handle.remove()
+    return order
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_parts_run_in_one_order_whatever_a_batch_holds(family, picture, alone):
+    model = AutoModel.from_pretrained(GOLDEN / family, dtype=torch.float32)
+    processor = model.load_processor()
+    recipe.run_idle_parts(model)
+    modules = [*recipe.RecipeArguments("M").train_modules, *(["merger"] if family == "qwen3vl" else [])]
+    model = recipe.prepare_model(model, recipe.RecipeArguments("M", lora_rank=2, train_modules=modules)).train()
+    seen = training_batch(processor, picture)
+    clip = seen | {"grounding_pixel_values": [seen["grounding_pixel_values"][0].expand(3, -1, -1, -1)]}
+    clip["mask_labels"] = [torch.ones(1, 3, 61, 97)]
+    ids = processor.prepare(text="Hi?").input_ids
+    words = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    nothing = {"grounding_pixel_values": [None], "mask_labels": [None]}
+    hidden = seen | {"labels": seen["labels"].masked_fill(seen["labels"] == model.special_token_ids().seg, -100)}
+    wanted = trace(model, seen)
+    for batch in (clip, words, words | nothing, hidden | nothing):
+        assert trace(model, batch) == wanted
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_an_adapter_is_whole_though_zero3_leaves_out_what_is_frozen(tmp_path):
+    base = str(GOLDEN / "ivl_qwen2")
+    model = recipe.prepare_model(AutoModel.from_pretrained(base), recipe.RecipeArguments(base, lora_rank=2))
+    trainer = recipe.RecipeTrainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    trainer.is_deepspeed_enabled = True
+    trainer._save(str(tmp_path / "adapter"), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    merge.merge_adapter(tmp_path / "adapter", tmp_path / "merged", base)
+    assert check_checkpoint(tmp_path / "merged").ok
+
+
+def test_one_process_writes_the_result_alone_with_zero3(whole, tmp_path, monkeypatch):
+    config = SimpleNamespace(is_zero3=lambda: True)  # so transformers would make models in all processes together
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model, wait_for_everyone=lambda: None)
+    trainer = SimpleNamespace(accelerator=accelerator, model=None, is_fsdp_enabled=False)
+    trainer.is_world_process_zero = lambda: True
+    trainer.save_model = partial(shutil.copytree, whole / f"checkpoint-{STEPS}")
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.integrations.deepspeed, "_hf_deepspeed_config_weak_ref", lambda: config)
+        final = recipe.save_result(trainer, TINY, tmp_path)
+        assert transformers.integrations.deepspeed.is_deepspeed_zero3_enabled()
+    assert check_checkpoint(final).ok
 
 
 @pytest.mark.slow
