@@ -99,7 +99,9 @@ class RecipeArguments:
     )
     frames: int = field(default=5, metadata={"help": "frames of a clip"})
     objects: int = field(default=5, metadata={"help": "objects of a sample, of those that can be left out"})
-    max_length: int = field(default=8192, metadata={"help": "tokens of a conversation"})
+    max_length: int | None = field(
+        default=None, metadata={"help": "tokens of a conversation (default: 8192, around Qwen2.5-VL 12288)"}
+    )
     preview_steps: int = field(default=500, metadata={"help": "steps between previews; 0: none"})
     previews: int = field(default=4, metadata={"help": "samples that previews show"})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -131,14 +133,19 @@ def parse_arguments(
 
 def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
     for name in ("frames", "objects", "max_length"):
-        if getattr(recipe, name) < 1:
-            raise ValueError(f"--{name} {getattr(recipe, name)} must be at least 1.")
+        if (value := getattr(recipe, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1.")
     if recipe.lora_rank < 0:
         raise ValueError(f"--lora_rank {recipe.lora_rank} must be at least 0 (0 trains the language model in full).")
     if training.label_smoothing_factor:
         raise ValueError(
             "--label_smoothing_factor would have Trainer take the loss of words alone, and no mask would be learned. "
             "Leave it out."
+        )
+    if (strategy := getattr(training, "train_sampling_strategy", "random")) not in ("random", "sequential"):
+        raise ValueError(
+            f"--train_sampling_strategy {strategy} can't be followed: samples come in the order that the mixture draws "
+            "them in. Leave it out."
         )
     if training.eval_strategy != "no" and recipe.eval_split is None:
         raise ValueError(f"--eval_strategy {training.eval_strategy} needs --eval_split, such as val, too.")
@@ -422,7 +429,7 @@ class RecipeTrainer(Trainer):
         count = self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
         for batch in batches:
             batch["num_masks_in_batch"] = max(1, int(count))
-        return batches, num_items and int(num_items)  # a tensor would be rounded by FSDP
+        return batches, None if num_items is None else int(num_items)  # FSDP would round a tensor
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in `Trainer`, which undoes that gradients are averaged over processes; notes the parts for the log."""
@@ -459,20 +466,25 @@ class RecipeTrainer(Trainer):
             if self.args.should_save:
                 self.processing_class.save_pretrained(output_dir)
         else:
-            super()._save(output_dir, self._with_frozen_heads(state_dict))
+            frozen = {name: parameter.detach().cpu() for name, parameter in self._frozen_heads().items()}
+            super()._save(output_dir, None if state_dict is None else {**frozen, **state_dict})
 
-    def _with_frozen_heads(self, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        """Adds what ZeRO-3 leaves out of an adapter: heads that don't learn, of modules that do, belong to it, too."""
-        if not self.is_deepspeed_enabled or isinstance(self.model, Sa2VAChatModel):
-            return state_dict
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As in `Trainer`; under ZeRO-3 all processes gather frozen heads meanwhile, see `_frozen_heads`."""
+        if not (frozen := list(self._frozen_heads().values())):
+            super().save_model(output_dir, _internal_call)
+            return
         from peft.utils.integrations import gather_params_ctx
 
+        with gather_params_ctx(frozen, modifier_rank=None):
+            super().save_model(output_dir, _internal_call)
+
+    def _frozen_heads(self) -> dict[str, nn.Parameter]:
+        """What does not learn of modules that do. ZeRO-3 leaves it out of an adapter, to which it belongs, too."""
+        if not self.is_deepspeed_enabled or isinstance(self.model, Sa2VAChatModel):
+            return {}
         named = self.model.named_parameters()
-        frozen = {name: p for name, p in named if ".modules_to_save." in name and not p.requires_grad}
-        with gather_params_ctx(list(frozen.values()), modifier_rank=None):  # in which all processes take part
-            if state_dict is None:
-                return None
-            return {**{name: p.detach().cpu().clone() for name, p in frozen.items()}, **state_dict}
+        return {name: p for name, p in named if ".modules_to_save." in name and not p.requires_grad}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -581,6 +593,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     set_seed(training.seed)
     model, processor = load_model(recipe, training)
     mixture = plan_mixture(*open_datasets(data, recipe.split), training)
+    # Five frames of full HD are 10,250 tokens of Qwen2.5-VL.
+    max_length = recipe.max_length or (12288 if getattr(model.config, "qwen_vl_type", "") == "qwen2_5_vl" else 8192)
     held_out = None
     if recipe.eval_split:
         held_out = Numbered(ConcatDataset(open_datasets(data, recipe.eval_split, held_out=True)[0].values()))
@@ -589,7 +603,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         args=training,
         train_dataset=Numbered(mixture),
         eval_dataset=held_out,
-        data_collator=SampleCollator(processor, training.seed, recipe.frames, recipe.objects, recipe.max_length),
+        data_collator=SampleCollator(processor, training.seed, recipe.frames, recipe.objects, max_length),
         processing_class=processor,
     )
     if recipe.preview_steps and not _is_sharded(training):
