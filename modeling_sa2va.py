@@ -661,7 +661,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             nn.init.constant_(module.gamma, 1e-6)
         if hasattr(module, "positional_encoding_gaussian_matrix"):
             nn.init.normal_(module.positional_encoding_gaussian_matrix)
-        if type(module).__name__ == "LayerNorm2d":
+        if type(module).__name__ == "WideLayerNorm2d":
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif hasattr(module, "reset_parameters"):

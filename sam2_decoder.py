@@ -33,6 +33,7 @@ from sam2.modeling.position_encoding import PositionEmbeddingRandom, PositionEmb
 from sam2.modeling.sam.mask_decoder import MaskDecoder
 from sam2.modeling.sam.transformer import Attention, RoPEAttention, TwoWayTransformer
 from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
+from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -200,6 +201,14 @@ class WidePositionEmbedding(PositionEmbeddingRandom):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+class WideLayerNorm2d(LayerNorm2d):
+    """`sam2`'s norm of channels, in float32 where the model is in float16, which can't hold the squares."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises x [N, C, h, w] over its channels."""
+        return super().forward(x.float()).to(x.dtype) if x.dtype == torch.float16 else super().forward(x)
+
+
 class _LinspaceOnCpu(TorchFunctionMode):
     """Hiera reads its drop path rates out of a `torch.linspace`, which on the meta device holds nothing to read.
 
@@ -317,6 +326,9 @@ class Sam2Model(SAM2Base):
         self.sam_mask_decoder = _build_mask_decoder(config)
         if config.separate_prompt_decoder:
             self.sam_mask_decoder_modified = _build_mask_decoder(config)
+        for module in self.modules():
+            if type(module) is LayerNorm2d:
+                module.__class__ = WideLayerNorm2d
 
     @property
     def prompt_decoder(self) -> MaskDecoder:

@@ -12,6 +12,7 @@ import torch
 from conftest import GOLDEN, Prescribed
 from PIL import Image
 from sam2.modeling.position_encoding import PositionEmbeddingRandom
+from sam2.modeling.sam2_utils import LayerNorm2d
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -586,6 +587,16 @@ def test_threads_share_a_model_that_was_cast_after_loading(golden_model):
     with ThreadPoolExecutor(4) as pool:
         positions = list(pool.map(cast._dense_position, [like] * 2000))
     assert all(torch.equal(position, positions[0]) for position in positions)
+
+
+def test_norms_of_maps_take_values_whose_squares_float16_can_not_hold(golden_model):
+    norms = [m for m in golden_model.grounding_encoder.sam2_model.modules() if isinstance(m, LayerNorm2d)]
+    assert len(norms) > 3
+    for norm in norms:
+        far = 1000 * torch.randn(1, len(norm.weight), 2, 2)
+        found = copy.deepcopy(norm).half()(far.half())
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found.float(), norm(far), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
