@@ -88,10 +88,10 @@ def run(arguments: argparse.Namespace, state: PartialState) -> list[dict[str, An
     names = _file_names(arguments.folder, arguments.output)
     done = {name for name, record in _results(arguments).items() if "error" not in record}
     state.wait_for_everyone()  # all have read the same results before anyone adds to them
-    todo = [name for name in names if name not in done][state.process_index :: state.num_processes]
-    if todo:
-        _answer_all(todo, arguments, state)
-    elif state.is_main_process:  # whose share is empty only if nothing is to be done
+    todo = [name for name in names if name not in done]
+    if todo:  # also those whose share is empty: all have to wait equally often
+        _answer_all(todo[state.process_index :: state.num_processes], arguments, state)
+    elif state.is_main_process:
         told = "which may be of another model or other options; remove it to ask again"
         print(f"{str(arguments.output)!r} has an answer for every file, {told}.", file=sys.stderr)
     state.wait_for_everyone()
@@ -150,7 +150,7 @@ def _answer_all(names: list[str], arguments: argparse.Namespace, state: PartialS
     """Appends a record for each file to this process's part, as soon as it is known."""
     device = str(state.device) if arguments.device == "auto" else arguments.device
     with state.main_process_first():  # which downloads the checkpoint for all
-        model = load_model(arguments.model, device, arguments.dtype)
+        model = load_model(arguments.model, device, arguments.dtype) if names else None
     with append_lines(arguments.output.with_name(f".{arguments.output.name}.{state.process_index}.part")) as file:
         for name in names:
             print(json.dumps(_answer(name, model, arguments)), file=file, flush=True)

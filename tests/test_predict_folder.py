@@ -5,9 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from PIL import Image
 
 from sa2va.demo import predict_folder
@@ -51,6 +55,38 @@ def test_two_processes_write_what_one_does(folder, tmp_path):
     assert "neither an image" in records[2]["error"]
     assert len(records[1]["objects"][0]["rle"]) == 1 and records[0]["fps"]
     assert not list(tmp_path.glob(".*"))
+
+
+class OneOfTwo:
+    """What a command asks of `PartialState` in one of two threads, which stand for processes."""
+
+    num_processes, device = 2, "cpu"
+
+    def __init__(self, index, barrier):
+        self.process_index, self.is_main_process, self.barrier = index, index == 0, barrier
+
+    def wait_for_everyone(self):
+        self.barrier.wait(timeout=10)  # then it is broken
+
+    @contextmanager
+    def main_process_first(self):
+        yield from PartialState._goes_first(self, self.is_main_process)
+
+
+@pytest.mark.parametrize("done", [0, 2, 3, 4])
+def test_a_process_without_files_waits_as_often_as_the_others(folder, tmp_path, monkeypatch, done):
+    names, loaded = ["a.gif", "b.png", "c.mp4", "d.jpg"], []
+    record = {"question": QUESTION, "prediction": "known"}
+    output, barrier = tmp_path / "out.jsonl", threading.Barrier(2)
+    output.write_text("".join(json.dumps({"file": name, **record}) + "\n" for name in names[:done]))
+    monkeypatch.setattr(predict_folder, "load_model", lambda *_: loaded.append(1))
+    monkeypatch.setattr(predict_folder, "_answer", lambda name, *_: {"file": name, **record})
+    parsed = predict_folder._parser().parse_args([str(folder), QUESTION, "--output", str(output)])
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(predict_folder.run, parsed, OneOfTwo(index, barrier)) for index in (0, 1)]
+    assert [run.result() for run in runs] == [[], []]
+    assert len(loaded) == min(4 - done, 2)  # nobody loads a model for nothing
+    assert [line["file"] for line in lines_of(output)] == names and not list(tmp_path.glob(".*"))
 
 
 def test_files_with_an_answer_are_not_asked_again_and_failures_are(folder, tmp_path):
