@@ -202,13 +202,14 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Sa2VACha
     place = _device(device)
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
-    return AutoModel.from_pretrained(name, dtype=dtype).to(place).eval()
+    onto = None if place.type == "cpu" else place  # straight onto a GPU: weights never stand in this computer's memory
+    return AutoModel.from_pretrained(name, dtype=dtype, device_map=onto).to(place).eval()
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:  # a number is added to cuda alone: other threads, such as those that load, take that for the first GPU
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all of them
         reason = str(error).partition("\n")[0]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -277,3 +278,37 @@ def test_output_never_replaces_the_file_asked_about(ask, tmp_path):
     _, output = ask(given)
     assert (output / "shapes.png").read_bytes() == before
     assert (output / "shapes-image.png").exists()
+
+
+def test_weights_go_straight_onto_a_gpu_and_onto_the_one_that_is_current(monkeypatch):
+    """Else all stand in the computer's memory first; and a `cuda` without number is the first GPU to threads."""
+    asked, empty = [], torch.empty
+
+    class Loaded:
+        def from_pretrained(self, name, **options):
+            asked.append(options)
+            return self
+
+        def to(self, place):
+            assert place == (asked[-1]["device_map"] or torch.device("cpu"))
+            return self
+
+        def eval(self):
+            return self
+
+    def as_on_the_second_of_two_gpus(size, device):
+        number = {"cuda": 1, "cuda:0": 0}.get(device)
+        return empty(size, device=device) if number is None else SimpleNamespace(device=torch.device("cuda", number))
+
+    monkeypatch.setattr(predict, "AutoModel", Loaded())
+    monkeypatch.setattr(torch, "empty", as_on_the_second_of_two_gpus)
+    predict.load_model("me/model", "cpu")
+    for found in (True, False):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda found=found: found)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        predict.load_model("me/model")
+    predict.load_model("me/model", "cuda", "float16")
+    predict.load_model("me/model", "cuda:0")
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert [options["device_map"] for options in asked] == [None, second, None, second, first]
+    assert [options["dtype"] for options in asked] == ["float32", "auto", "float32", "float16", "auto"]
