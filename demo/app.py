@@ -3,11 +3,13 @@
     python demo/app.py
     python demo/app.py --model ByteDance/Sa2VA-4B --device cuda --port 7861
 
-It can be reached from this computer only, unless --share makes a public link through gradio's servers. The same
-address answers programs: see docs/app.md.
+It can be reached from this computer only, unless --share makes a public link through gradio's servers, or
+GRADIO_SERVER_NAME names another address to answer at, as in a container or a Space: 0.0.0.0 is all. The same address
+answers programs: see docs/app.md.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -81,7 +83,7 @@ def launch(arguments: argparse.Namespace, wait: bool = True) -> str:
         generate_kwargs=options,
     )
     _, address, _ = page.blocks.launch(
-        server_name=LOCALHOST,
+        server_name=os.environ.get("GRADIO_SERVER_NAME", LOCALHOST),
         server_port=arguments.port,
         share=arguments.share,
         max_file_size=arguments.max_file_size,

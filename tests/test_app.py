@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -180,6 +181,21 @@ def address():
     arguments = app.parse(["--max-frames", "100", "--max-file-size", "1mb", "--concurrency", "2"])
     yield app.launch(arguments, wait=False).rstrip("/")
     gradio.close_all()
+
+
+@pytest.mark.parametrize(("named", "wanted"), [(None, "127.0.0.1"), ("0.0.0.0", "0.0.0.0")])
+def test_a_space_says_where_to_answer(monkeypatch, named, wanted):
+    """Spaces and containers reach no page that answers at 127.0.0.1 alone."""
+    page = pytest.importorskip("sa2va.demo.page")
+    launched = {}
+    blocks = SimpleNamespace(launch=lambda **options: launched.update(options) or (None, "address", None))
+    processor = SimpleNamespace(num_key_frames=5, frame_sampling="first")
+    monkeypatch.setattr(page, "Page", lambda *_, **__: SimpleNamespace(blocks=blocks))
+    monkeypatch.setattr(app, "load_model", lambda *_: SimpleNamespace(load_processor=lambda: processor))
+    monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
+    if named:
+        monkeypatch.setenv("GRADIO_SERVER_NAME", named)
+    assert app.launch(app.parse([])) == "address" and launched["server_name"] == wanted
 
 
 @pytest.fixture(scope="module")
