@@ -1,6 +1,9 @@
 """The notebook: clean in git, true to docs/checkpoints.md, and every cell runs on a CPU."""
 
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -41,6 +44,20 @@ def test_memory_is_computed_from_the_numbers_of_parameters(notebook):
         assert parameters == known[name]
         billions = float(re.sub("[~ B]", "", parameters))
         assert (half, full) == (f"{2 * billions:.1f} GB", f"{4 * billions:.1f} GB"), name
+
+
+@pytest.mark.parametrize("is_colab", [True, False])
+def test_colabs_torchao_goes(notebook, monkeypatch, is_colab):
+    """peft raises ImportError for every adapter where a torchao older than 0.16 is installed, as it is there."""
+    (install,) = [cell.source for cell in notebook.cells if '"install"' in cell.source and cell.cell_type == "code"]
+    ran = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda words, check: ran.append(words))
+    if is_colab:
+        monkeypatch.setitem(sys.modules, "google.colab", None)
+    exec(install, {})
+    assert [words[-1] for words in ran] == ["sa2va", "./sa2va[demo,train]", *["torchao"] * is_colab]
+    assert not is_colab or "uninstall" in ran[-1]
 
 
 @pytest.mark.slow
