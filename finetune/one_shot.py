@@ -7,10 +7,11 @@ It is one-shot instruction tuning as the paper has it: new pictures in the offic
 (`annotations.json`: image, polygons, text; beside them what the answer calls each object, in English), mixed with
 samples of what the model knows, and `finetune/train.py` with the recipe. Printed is a table of scores before and after:
 of Dutch expressions on held-out pictures, where neither colour nor shape alone tells which object is meant, and of the
-old tasks on scenes of another seed. Everything follows from the seeds.
+old tasks on scenes of another seed. Everything follows from the seeds. It is one process, on one GPU or none.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count as numbers
@@ -26,6 +27,7 @@ from sa2va.data.shapes import COLORS, SHAPES, SceneObject, draw_clip, place_obje
 from sa2va.demo.media import picture_writer, write_json
 from sa2va.demo.predict import DEFAULT_MODEL
 from sa2va.evaluation.scenes import converse, evaluate, load, measure_overlap, summarize_overlaps
+from sa2va.finetune.recipe import parse_arguments as parse_recipe
 from sa2va.finetune.train import main as train
 
 DUTCH_COLORS = {
@@ -113,16 +115,15 @@ def write_new_pictures(folder: Path, seed: int, count: int) -> None:
     write_json(folder / "annotations.json", items, indent=1)
 
 
-def write_mixture(folder: Path, seed: int, pictures: int, old_scenes: int, new_share: float) -> Path:
-    """Writes the data and the file that `--data` reads: new pictures and scenes of every old task, by weight."""
+def write_mixture(file: Path, seed: int, pictures: int, old_scenes: int, new_share: float) -> None:
+    """Writes the file that `--data` reads, and beside it new pictures and scenes of every old task."""
+    folder = file.parent
     write_new_pictures(folder / "new", seed, pictures)
     export_scenes(seed, old_scenes, folder / "old", split="train", tasks=TASKS, num_frames=6)
     new = {"name": "finetune", "root": str(folder / "new"), "weight": new_share}
     new |= {"template": IMAGE_REQUESTS[0], "answer": ANSWER}
     old = {"name": "jsonl", "root": str(folder / "old"), "weight": 1 - new_share}
-    file = folder / "mixture.json"
     write_json(file, {"datasets": [new, old]})
-    return file
 
 
 def measure(checkpoint: str | Path, seed: int, count: int, split: str) -> dict[str, float]:
@@ -159,12 +160,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Teaches, measures, prints the table, and writes it with the settings to OUTPUT_DIR/one_shot.json."""
+    """Teaches, measures, prints the table, and writes it with the settings to OUTPUT_DIR/one_shot.json.
+
+    Raises:
+        ValueError: several processes or GPUs, or an option that `finetune/train.py` refuses; before any work is done.
+    """
     options, more = parse_arguments(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("Several processes would write each other's data. Leave the launcher out.")
     output = options.output_dir
-    mixture = write_mixture(output / "data", options.seed, options.pictures, options.old_scenes, options.new_share)
+    mixture = output / "data" / "mixture.json"
     settings = {**RECIPE, "model": options.model, "data": mixture, "output_dir": output, "max_steps": options.steps}
     words = [word for name, value in (settings | {"seed": options.seed}).items() for word in (f"--{name}", str(value))]
+    parse_recipe([*words, "--resume", *more])
+    write_mixture(mixture, options.seed, options.pictures, options.old_scenes, options.new_share)
     before = measure(options.model, options.test_seed, options.count, options.split)
     final = train([*words, "--resume", *more])
     after = measure(final, options.test_seed, options.count, options.split)

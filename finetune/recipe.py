@@ -149,6 +149,15 @@ def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
         )
     if training.eval_strategy != "no" and recipe.eval_split is None:
         raise ValueError(f"--eval_strategy {training.eval_strategy} needs --eval_split, such as val, too.")
+    check_gpus(training)
+
+
+def check_gpus(training: TrainingArguments) -> None:
+    """Refuses what `DataParallel` would make of a batch.
+
+    Raises:
+        ValueError: several GPUs, but one process.
+    """
     if training.n_gpu > 1:
         raise ValueError(
             f"There are {training.n_gpu} GPUs, but one process. Use a launcher, such as accelerate launch "

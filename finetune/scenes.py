@@ -26,7 +26,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.demo.media import replacing, write_json
 from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, WORDS_TASKS, SceneCollator, ScheduledScenes, Stage
-from sa2va.finetune.recipe import named_checkpoint, newest_checkpoint
+from sa2va.finetune.recipe import check_gpus, named_checkpoint, newest_checkpoint
 from sa2va.finetune.tiny import build_model
 from sa2va.finetune.trainee import HEAD_WEIGHTS, LOSS_NAMES, SceneTrainee, load_heads, save_heads
 
@@ -154,7 +154,11 @@ def _series(logs: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, TrainingArguments]:
-    """Our few options, and everything else as `TrainingArguments` on top of the preset."""
+    """Our few options, and everything else as `TrainingArguments` on top of the preset.
+
+    Raises:
+        ValueError: several GPUs without a launcher.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="ten-minutes", help="how long to learn")
     parser.add_argument("--clips_per_batch", type=int, help="clips in a step that trains on clips")
@@ -191,6 +195,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     given = {word[2:].split("=")[0] for word in rest if word.startswith("--")}
     words = [word for k, v in defaults.items() if k not in given for word in (f"--{k}", str(v))]
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words + rest)
+    check_gpus(arguments)
     return options, arguments
 
 

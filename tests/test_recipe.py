@@ -597,3 +597,18 @@ def test_pictures_with_dutch_expressions_are_annotated_as_they_are_drawn(tmp_pat
             assert sum(getattr(thing, kind) == getattr(first, kind) for thing in scene.objects) == 2
     assert not np.array_equal(one_shot.new_scene(3, 0, "test").frames, one_shot.new_scene(3, 0).frames)
     assert "| b | 1.0 | 2.0 |" in one_shot.format_scores({"b": 1}, {"b": 2})
+
+
+@pytest.mark.parametrize("main", [one_shot.main, train.main], ids=["one_shot", "scenes"])
+def test_one_process_takes_one_gpu(tmp_path, monkeypatch, main):
+    """Trainer would wrap the model into DataParallel; one_shot would find out only after it has measured."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="There are 2 GPUs, but one process"):
+        main(["--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_shot_takes_no_launcher(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="Leave the launcher out"):
+        one_shot.main(["--output_dir", str(tmp_path / "out")])
