@@ -1383,6 +1383,11 @@ def _try_out(folder: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-c", TRIAL, str(folder)], cwd=empty, env=environment, capture_output=True, text=True
         )
+    if done.returncode < 0:
+        raise CheckpointError(
+            f"The process that tried what was packed was stopped by signal {-done.returncode}, probably for want of "
+            "memory. --skip-test leaves the trial out."
+        )
     if done.returncode != 0:
         raise CheckpointError(f"What was packed does not load with trust_remote_code:\n{done.stderr[-3000:]}")
 

@@ -54,6 +54,7 @@ TRAINING_DEFAULTS = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 2,
     "per_device_eval_batch_size": 2,
+    "ddp_timeout": 7200,  # seconds that processes wait for the one which merges and writes the result
     "learning_rate": 4e-5,
     "warmup_steps": 0.05,  # of all steps
     "lr_scheduler_type": "cosine",

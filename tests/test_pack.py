@@ -213,9 +213,16 @@ def test_nothing_is_left_of_a_pack_that_fails(source, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
-def test_a_trial_that_fails_leaves_nothing_and_says_why(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_upload, "TRIAL", "import sys; sys.exit('no such class')")
-    with pytest.raises(CheckpointError, match="does not load with trust_remote_code:\nno such class"):
+@pytest.mark.parametrize(
+    ("trial", "told"),
+    [
+        ("import sys; sys.exit('no such class')", "does not load with trust_remote_code:\nno such class"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "stopped by signal 9"),
+    ],
+)
+def test_a_trial_that_fails_leaves_nothing_and_says_why(source, tmp_path, monkeypatch, trial, told):
+    monkeypatch.setattr(hub_upload, "TRIAL", trial)
+    with pytest.raises(CheckpointError, match=told):
         pack(source, tmp_path / "out", skip_test=False)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
