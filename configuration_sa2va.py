@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -282,21 +282,26 @@ class Sa2VAInternLM2Config(LlamaConfig):
 
 
 @contextmanager
-def blaming_config() -> Iterator[None]:
-    """Whatever goes wrong in the block is the fault of a config, which may hold any value where any other belongs.
+def blaming(kind: type[Exception], fault: str, advice: str, passes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever goes wrong in the block is the fault of a file, which may hold any value where any other belongs.
 
-    Raises:
-        ValueError: in place of what another wrong value raises. A missing package stays ImportError.
+    Args:
+        kind: what is raised in place of what another wrong value raises. A missing package stays ImportError.
+        fault, advice: what its message says before and after the reason.
+        passes: what else stays as it is.
     """
     try:
         yield
-    except (ValueError, ImportError, OSError, MemoryError):
+    except (ValueError, ImportError, OSError, MemoryError, *passes):
         raise
     except Exception as error:
-        raise ValueError(
-            f"The config describes no model that can be built: {type(error).__name__}: {error}. Compare it with that "
-            "of the released checkpoint it comes from."
-        ) from error
+        raise kind(f"{fault}: {type(error).__name__}: {error}. {advice}") from error
+
+
+def blaming_config() -> AbstractContextManager[None]:
+    """`blaming` of a config; raises ValueError."""
+    advice = "Compare it with that of the released checkpoint it comes from."
+    return blaming(ValueError, "The config describes no model that can be built", advice)
 
 
 def _plausible(name: str, value: Any, depth: int = 0) -> Any:

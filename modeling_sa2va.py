@@ -97,7 +97,7 @@ from .processing_sa2va import (
     prepare_samples,
     replacing_files,
 )
-from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState
+from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState, WideLayerNorm2d
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
@@ -661,7 +661,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             nn.init.constant_(module.gamma, 1e-6)
         if hasattr(module, "positional_encoding_gaussian_matrix"):
             nn.init.normal_(module.positional_encoding_gaussian_matrix)
-        if type(module).__name__ == "WideLayerNorm2d":
+        if isinstance(module, WideLayerNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif hasattr(module, "reset_parameters"):

@@ -26,7 +26,7 @@ import tempfile
 import zlib
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config, copy_code
+from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config, blaming, copy_code
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
@@ -1174,26 +1174,6 @@ AutoTokenizer.register(Sa2VAInternLM2Config, InternLM2Tokenizer, exist_ok=True)
 # ------------------------------------------------------------------------------------------------------- processor
 
 
-@contextmanager
-def _blaming_files(name_or_path: str | os.PathLike, settings: Collection[str]) -> Iterator[None]:
-    """Whatever goes wrong in the block is the fault of a processor's files, which may hold anything.
-
-    Raises:
-        OSError: in place of what transformers and tokenizers raise; but a TypeError may be about `settings` of a call.
-    """
-    try:
-        yield
-    except (ValueError, ImportError, OSError, MemoryError):
-        raise
-    except Exception as error:
-        if settings and isinstance(error, TypeError):
-            raise
-        raise OSError(
-            f"The processor of {name_or_path} can't be read: {type(error).__name__}: {error}. Are "
-            "processor_config.json and the files of the tokenizer whole? Download them again."
-        ) from error
-
-
 def _check_tokenizer_is_there(folder: Path) -> None:
     """What transformers says of a folder without a tokenizer speaks of packages that are missing."""
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
@@ -1320,7 +1300,10 @@ class Sa2VAProcessor(ProcessorMixin):
         stored = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
         if (config := kwargs.get("config")) is None:
             config = kwargs["config"] = stored
-        with _blaming_files(pretrained_model_name_or_path, settings):
+        fault = f"The processor of {pretrained_model_name_or_path} can't be read"
+        advice = "Are processor_config.json and the files of the tokenizer whole? Download them again."
+        passes = (TypeError,) if settings else ()  # it may be about those
+        with blaming(OSError, fault, advice, passes):
             if cls is Sa2VAProcessor and cls._is_of_qwen(pretrained_model_name_or_path, config, hub_kwargs):
                 return Sa2VAProcessorQwen.from_pretrained(pretrained_model_name_or_path, **kwargs)
             if stored is not None:
