@@ -16,15 +16,17 @@ timed, in turn and several times over:
             8 frames and 1 object, 39 for 3 objects)
 
 Rounds go on until there were `--repeats` of them and `--seconds` have passed. Printed are medians; a ratio is the
-median over rounds, as neighbours in time share what else the machine does. "memory" is the peak of a `predict_stream`
-over the video, before anything else has run; with `--repeats 1` it is left out. For long videos, `--floor-calls`
-runs only so many of the floor's calls that do the same work, and counts the others as these, and `--no-official`
-leaves that way out.
+median over rounds, as neighbours in time share what else the machine does. glibc is told to keep what is freed: else it
+gives buffers of megabytes back to the system and takes new ones, which costs now one side more and now the other.
+"memory" is the peak of a `predict_stream` over the video, before anything else has run; with `--repeats 1` it is left
+out. For long videos, `--floor-calls` runs only so many of the floor's calls that do the same work, and counts the
+others as these, and `--no-official` leaves that way out.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -65,6 +67,7 @@ STAGES = (  # in the order of work; reading is done in another thread
     "other",
 )
 QUESTION = "Please segment the disk."
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32)}  # read by glibc
 
 
 def build_model(sam2: str, device: str, dtype: str) -> Sa2VAChatModel:
@@ -217,7 +220,8 @@ def run_case(options: argparse.Namespace, *case: Any) -> dict[str, Any]:
         RuntimeError: that process failed; the message holds what it wrote.
     """
     settings = json.dumps({"case": case, "options": vars(options)}, default=str)
-    done = subprocess.run([sys.executable, __file__, "--case", settings], capture_output=True, text=True, check=False)
+    command = [sys.executable, __file__, "--case", settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**KEEP_FREED, **os.environ})
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -55,6 +55,7 @@ _ALL_IMAGE_TASKS = {
     "interview": 4.0,
 }  # fmt: skip
 WORDS_TASKS = {"interview": 8.0, "caption": 1.0, "region": 1.0, "followup": 2.0}
+TRACKING_TASKS = {"video_refer": 1.0, "video_motion": 1.0, "video_multi": 2.0}
 CURRICULUM = (
     Stage(0.22, {}),
     Stage(0.35, {"refer": 2, "multi": 1, "caption": 2, "region": 1}),

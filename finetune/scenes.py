@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.demo.media import replacing, write_json
-from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, WORDS_TASKS, SceneCollator, ScheduledScenes, Stage
+from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, TRACKING_TASKS, WORDS_TASKS, SceneCollator, ScheduledScenes, Stage
 from sa2va.finetune.recipe import check_gpus, named_checkpoint, newest_checkpoint
 from sa2va.finetune.tiny import build_model
 from sa2va.finetune.trainee import HEAD_WEIGHTS, LOSS_NAMES, SceneTrainee, load_heads, save_heads
@@ -63,6 +63,7 @@ LEARNERS = {  # what learns
     "words": re.compile("(?!grounding_encoder)"),
     "sam2": re.compile("text_hidden_fcs|grounding_encoder"),
     "mask_decoder": PARTS["mask_decoder"],
+    "tracking": re.compile(r"grounding_encoder\.sam2_model\.(?!image_encoder)"),
 }
 
 
@@ -205,6 +206,8 @@ def curriculum_of(options: argparse.Namespace) -> Sequence[Stage]:
         return (Stage(1.0, {"refer": 3, "multi": 1, "caption": 1}),)
     if options.learn == "words":
         return (Stage(1.0, WORDS_TASKS, video_share=0.3),)
+    if options.learn == "tracking":
+        return (Stage(1.0, {"refer": 3, "multi": 1}, video_share=0.8, video_tasks=TRACKING_TASKS),)
     return CURRICULUM[-1:] if options.init else CURRICULUM
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ HEAD_WEIGHTS = {
     "box_loss": 2.0,
     "point_loss": 2.0,
     "target_loss": 1.0,
+    "memory_loss": 1.0,
     "cell_loss": 0.5,
     "cell_box_loss": 2.0,
     "standing_loss": 0.5,
@@ -42,9 +44,9 @@ class SceneTrainee(nn.Module):
     model without any pretraining to find out what its words are about; the text loss alone takes many times longer.
     For the same reason half the heads of two attention layers are told where to look (at the object that is named; in
     clips, at the same object in earlier frames), the vector that prompts SAM 2 is drawn to SAM 2's own encoding of the
-    object's centre, and a head reads off the mask decoder's image tokens which of them show the prompted object:
-    without it the decoder draws every object at once for hundreds of steps, since it must find out who is meant and how
-    to draw at the same time.
+    object's centre, and heads read off the mask decoder's image tokens, and off what memory attention makes of a tracked
+    frame, which places show the prompted object: without them the decoder draws every object at once for hundreds of
+    steps, since it must find out who is meant and how to draw at the same time.
     """
 
     def __init__(self, model: Sa2VAChatModel):
@@ -54,6 +56,7 @@ class SceneTrainee(nn.Module):
         self.seg_heads = nn.ModuleList(nn.Linear(hidden_size, n) for n in (len(COLORS), len(SHAPES)))
         self.box_head = nn.Linear(hidden_size, 4)
         self.target_head = nn.Linear(model.config.grounding_config.d_model, 1)
+        self.memory_head = nn.Linear(model.config.grounding_config.d_model, 1)
         self.cell_heads = nn.ModuleList(nn.Linear(hidden_size, n + 1) for n in (len(COLORS), len(SHAPES)))
         self.cell_box_head = nn.Linear(hidden_size, 4)
         self.standing_head = nn.Linear(hidden_size, NUM_GROUPS * (MAX_COUNT + NUM_FLAGS))
@@ -83,7 +86,12 @@ class SceneTrainee(nn.Module):
             states = self.model.get_image_features(inputs["pixel_values"])
             losses = self._cell_losses(states, cell_classes, cell_boxes, cell_standings)
             return {"loss": _weighted(losses), **losses}
-        with _image_tokens(self.model) as image_tokens, _attention_inputs(self.model) as (first, second):
+        sam2_model = self.model.grounding_encoder.sam2_model
+        with (
+            _outputs(sam2_model.prompt_decoder.transformer) as drawn,
+            _outputs(sam2_model.memory_attention) as remembered,
+            _attention_inputs(self.model) as (first, second),
+        ):
             output = self.model(**inputs)
         token_ids = self.model.special_token_ids()
         is_image = inputs["input_ids"] == token_ids.image
@@ -95,8 +103,12 @@ class SceneTrainee(nn.Module):
             losses["point_loss"] = self._point_loss(self.model.text_hidden_fcs(states), seg_boxes, seg_classes)
             is_seg = (inputs["input_ids"] == token_ids.seg) & (inputs["labels"] != IGNORE_INDEX)
             losses["naming_loss"] = _naming_loss(*second, is_image, is_seg, seg_cells)
-            if image_tokens:
-                losses["target_loss"] = self._target_loss(image_tokens, inputs["mask_labels"])
+            if drawn:
+                image_tokens = [tokens for _, tokens in drawn]
+                losses["target_loss"] = _shown_loss(self.target_head, image_tokens, inputs["mask_labels"])
+            if remembered:
+                tracked = [tokens.transpose(0, 1) for tokens in remembered]
+                losses["memory_loss"] = _shown_loss(self.memory_head, tracked, inputs["mask_labels"])
         losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes, cell_standings)
         if cell_motions is not None:
             losses["tracking_loss"] = _tracking_loss(*first, is_image, cell_objects)
@@ -115,14 +127,6 @@ class SceneTrainee(nn.Module):
         distance = (prompts - centres[:, 0] - shared).square().mean(dim=1)
         visible = boxes[:, 2] > 0
         return (distance * visible).sum() / visible.sum().clamp(min=1)
-
-    def _target_loss(self, image_tokens: list[Tensor], mask_labels: Sequence[Tensor]) -> Tensor:
-        """Cross entropy of "this token shows the object", for tokens [objects, h * w, D] of every frame."""
-        logits = torch.stack([self.target_head(tokens)[..., 0] for tokens in image_tokens], dim=1)
-        side = round(logits.shape[-1] ** 0.5)
-        masks = [F.interpolate(m.float(), size=(side, side), mode="area") for m in mask_labels if len(m)]
-        targets = torch.cat(masks).flatten(2)
-        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=logits.new_tensor(OBJECT_WEIGHT))
 
     def _cell_losses(self, states: Tensor, classes: Tensor, boxes: Tensor, standings: Tensor) -> dict[str, Tensor]:
         shows_object = classes[..., 0] > 0
@@ -156,11 +160,10 @@ class SceneTrainee(nn.Module):
 
 
 @contextmanager
-def _image_tokens(model: Sa2VAChatModel) -> Iterator[list[Tensor]]:
-    """Collects what the mask decoder's transformer makes of the image, frame by frame, while the block runs."""
-    collected: list[Tensor] = []
-    transformer = model.grounding_encoder.sam2_model.prompt_decoder.transformer
-    handle = transformer.register_forward_hook(lambda module, args, output: collected.append(output[1]))
+def _outputs(module: nn.Module) -> Iterator[list[Any]]:
+    """Collects what a module gives, call by call, while the block runs."""
+    collected: list[Any] = []
+    handle = module.register_forward_hook(lambda module, args, output: collected.append(output))
     try:
         yield collected
     finally:
@@ -184,6 +187,15 @@ def _attention_inputs(model: Sa2VAChatModel) -> Iterator[list[tuple[nn.Module, d
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shown_loss(head: nn.Module, tokens: Sequence[Tensor], mask_labels: Sequence[Tensor]) -> Tensor:
+    """Cross entropy of "this place shows the object", for tokens [objects, h * w, D] of each of the last frames."""
+    logits = torch.stack([head(frame)[..., 0] for frame in tokens], dim=1)
+    side = round(logits.shape[-1] ** 0.5)
+    masks = [m[:, -len(tokens) :].float() for m in mask_labels if len(m)]
+    targets = torch.cat([F.interpolate(m, size=(side, side), mode="area") for m in masks]).flatten(2)
+    return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=logits.new_tensor(OBJECT_WEIGHT))
 
 
 def _attention_loss(layer: nn.Module, inputs: dict, rows: Tensor, columns: Tensor, wanted: Tensor) -> Tensor:

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import training_batch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel
+from sa2va.benchmarks.stages import prescribed
 from sa2va.processing_sa2va import Sa2VAProcessor, replacing_files
 
 TESTS = Path(__file__).parent
@@ -225,6 +228,24 @@ def test_five_hundred_calls_leave_nothing_behind():
         call()
     more_objects, more_tensors = reachable()
     assert more_tensors == tensors and more_objects - objects < 500
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl"])
+def test_inference_mode_changes_no_mask_and_leaves_a_model_that_can_learn(family, picture, clip):
+    model = AutoModel.from_pretrained(GOLDEN / family, dtype=torch.float32).eval()
+    processor = model.load_processor()
+    words = processor.tokenizer("[SEG]<|im_end|>", add_special_tokens=False).input_ids
+    question = {"video": clip[:7], "text": ASK, "num_frames": 2, "max_new_tokens": len(words)}
+    with torch.inference_mode(), prescribed(model, words):  # first, so that whatever is kept is made in it
+        first = next(stream := model.predict_stream(**question))
+        state = stream.state()
+    (mask,) = first.masks
+    with prescribed(model, words):
+        (wanted,) = model.predict_forward(**question).prediction_masks
+    rest = list(model.predict_stream(video=clip[:7], resume=state))
+    assert (np.stack([mask, *(frame.masks[0] for frame in rest)]) == wanted).all()
+    model(**training_batch(processor, picture)).loss.backward()
+    assert model.text_hidden_fcs[0].weight.grad is not None
 
 
 def test_calls_print_nothing(golden, golden_model, golden_processor, tmp_path, capfd):

@@ -292,7 +292,7 @@ def test_ten_minutes_learn_to_draw_what_the_small_checkpoint_means():
     assert (options.learn, arguments.max_steps) == ("all", 7)
 
 
-@pytest.mark.parametrize(("learners", "learn"), [("all", 5), ("sam2", 2), ("mask_decoder", 2), ("words", 4)])
+@pytest.mark.parametrize(("learners", "learn"), [("all", 5), ("sam2", 2), ("mask_decoder", 2), ("words", 4), ("tracking", 1)])
 def test_only_what_is_named_learns(tiny, learners, learn):
     model, _ = tiny
     names = [name for name, _ in model.named_parameters() if train.LEARNERS[learners].match(name)]
@@ -341,6 +341,31 @@ def test_a_clips_prompt_names_the_middle_of_its_key_frames(tiny):
     masks[0, 6, 8:10, 8:10] = True  # tracked, so no prompt reaches it
     box = SceneCollator(processor)._mean_boxes(masks)[0]
     torch.testing.assert_close(box, torch.tensor([0.3, 0.3, 0.2, 0.2]))
+
+
+def test_places_are_compared_with_the_masks_of_the_last_frames():
+    masks = torch.zeros(1, 3, 8, 8, dtype=torch.bool)
+    for frame in range(3):
+        masks[0, frame, :4, 2 * frame : 2 * frame + 2] = True  # of the 4 x 4 places two show it, elsewhere each time
+    head = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(head.weight, 20.0)
+    torch.nn.init.constant_(head.bias, -10.0)
+    places = [masks[:, frame, ::2, ::2].flatten(1)[..., None].float() for frame in range(3)]
+    assert trainee._shown_loss(head, places[1:], [masks]) < 1e-3
+    assert trainee._shown_loss(head, places[:2], [masks]) > 1
+
+
+@pytest.mark.parametrize(("num_frames", "guided"), [(5, False), (7, True)])
+def test_what_memory_attention_says_of_tracked_frames_teaches_the_memory(tiny, num_frames, guided):
+    model, processor = tiny
+    batch = SceneCollator(processor)([make_sample(0, 3, task="video_refer", num_frames=num_frames)])
+    losses = trainee.SceneTrainee(model)(**batch)
+    assert ("memory_loss" in losses) == guided
+    if guided:
+        sam2_model = model.grounding_encoder.sam2_model
+        learners = [*sam2_model.memory_encoder.parameters(), *sam2_model.memory_attention.layers[0].parameters()]
+        gradients = torch.autograd.grad(losses["memory_loss"], learners)
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_words_are_learned_without_what_sam2_would_see(tiny):
