@@ -816,10 +816,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """Folds s x s neighbouring patches into channels: [n, p * p, C] -> [n, (p / s)^2, s * s * C]."""
         side, fold = round(states.shape[1] ** 0.5), round(1 / self.config.downsample_ratio)
         grid = states.reshape(len(states), side // fold, fold, side // fold, fold, states.shape[-1])
+        grid = grid.transpose(2, 3)
         if self.config.ps_version == "v1":  # the first InternVL kept the folded map transposed
-            grid = grid.permute(0, 3, 2, 1, 4, 5)
-            return grid.permute(0, 1, 3, 2, 4, 5).reshape(len(states), (side // fold) ** 2, -1)
-        return grid.transpose(2, 3).reshape(len(states), (side // fold) ** 2, -1)
+            grid = grid.transpose(1, 2)
+        return grid.reshape(len(states), (side // fold) ** 2, -1)
 
     def get_inputs_embeds(
         self,
