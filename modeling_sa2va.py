@@ -985,11 +985,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         prompts = list(self.text_hidden_fcs(output.seg_hidden_states).split(objects_per_sample))
         output.pred_masks = [prompt.new_zeros(len(prompt), 0, 0, 0) for prompt in prompts]
         losses = []
-        lengths = {len(c) for c, n in zip(clips, objects_per_sample, strict=True) if c is not None and n}
-        for length in sorted(lengths):
-            samples = [
-                i for i, clip in enumerate(clips) if clip is not None and prompts[i].numel() and len(clip) == length
-            ]
+        of_length: dict[int, list[int]] = {}
+        for i, (clip, count) in enumerate(zip(clips, objects_per_sample, strict=True)):
+            if clip is not None and count:
+                of_length.setdefault(len(clip), []).append(i)
+        for length, samples in sorted(of_length.items()):
             predictions = self._segment_samples(torch.stack([clips[i] for i in samples]), [prompts[i] for i in samples])
             low_res = torch.cat([p.logits for p in predictions], dim=1)
             for i, masks in zip(samples, low_res.split([len(prompts[i]) for i in samples]), strict=True):
