@@ -1012,8 +1012,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         target = torch.cat([_resized_target(t, predictions[0].logits.shape[-2:]) for t in targets])
         sums: dict[str, Tensor] = {}
         for t, prediction in enumerate(predictions):
-            # FSDP rounds what a part gives back
-            prediction = MaskPrediction(*(None if value is None else value.float() for value in prediction))
+            prediction = MaskPrediction(*(value.float() for value in prediction))  # FSDP rounds what a part gives back
             masks = prediction.multimask_logits if all_masks else prediction.logits
             wanted = target[:, t : t + 1].to(masks)
             parts = _point_losses(masks, wanted, self.config)
