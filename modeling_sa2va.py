@@ -2889,7 +2889,7 @@ class ModuleNames:
         rules = [(rule.reverse_transform(), rule) for rule in _released_layout(model)[::-1]]
         self.released: dict[str, str] = {}
         self.splits: dict[str, ConversionOps] = {}
-        for name in [name for name, _ in (*model.named_modules(), *model.named_parameters())]:
+        for name, _ in (*model.named_modules(), *model.named_parameters()):
             released, split = name, None
             for reverse, rule in rules:
                 released, matched = reverse.rename_source_key(released)
