@@ -682,8 +682,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         if peft_config is None and peft_model_id is not None:
             hub = {**getattr(kwargs.get("load_config"), "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {})}
-            hub |= {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            hub = {name: value for name, value in hub.items() if name in _HUB_ARGUMENTS}
+            hub = {name: value for name, value in {**hub, **kwargs}.items() if name in _HUB_ARGUMENTS}
             config = _peft().PeftConfig.from_pretrained(peft_model_id, **hub)
             if self.adapter_config(config) is not config:
                 weights = _peft().utils.load_peft_weights(peft_model_id, device="cpu", **hub)
