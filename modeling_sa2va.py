@@ -1576,10 +1576,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if config.pad_token_id is None:
             config.pad_token_id = processor.pad_token_id
         # An end mark that is several tokens (phi3_chat over a Qwen tokenizer) can only be seen in the text.
-        spelled = [word for word, i in words.items() if i is None]
-        if spelled:
-            own = config.stop_strings
-            config.stop_strings = [*([own] if isinstance(own, str) else own or ()), *spelled]
+        if spelled := [word for word, i in words.items() if i is None]:
+            asked = config.stop_strings
+            config.stop_strings = [*([asked] if isinstance(asked, str) else asked or ()), *spelled]
         if config.stop_strings is not None:
             arguments.setdefault("tokenizer", tokenizer)
         return {"generation_config": config, **arguments}
