@@ -312,7 +312,6 @@ def _plausible(name: str, value: Any, depth: int = 0) -> Any:
     """
     if depth > _MAX_DEPTH:
         raise ValueError(f"{name} is nested more than {_MAX_DEPTH} levels deep, which no config of a model is.")
-    field = name.rpartition(".")[2]
     if isinstance(value, dict | list | tuple) and len(value) > _MAX_ITEMS:
         raise ValueError(f"{name} has {len(value)} items, more than the {_MAX_ITEMS} that any model has.")
     if isinstance(value, dict):
@@ -326,12 +325,13 @@ def _plausible(name: str, value: Any, depth: int = 0) -> Any:
         return checked
     if isinstance(value, list | tuple):
         return [_plausible(name, item, depth + 1) for item in value]
-    _check_value(name, field, value)
+    _check_value(name, value)
     return value
 
 
-def _check_value(name: str, field: str, value: Any) -> None:
-    """Refuses a number, dtype or count that no Sa2VA has."""
+def _check_value(name: str, value: Any) -> None:
+    """Refuses a number, dtype or count that no Sa2VA has; a name as "config.llm_config.vocab_size" says what it is."""
+    field = name.rpartition(".")[2]
     if field in ("dtype", "torch_dtype") and str(value).removeprefix("torch.") not in (*_DTYPES, "None"):
         raise ValueError(f"{name}={value!r} is no dtype of weights. Use one of {_DTYPES}.")
     is_integer = isinstance(value, int) and not isinstance(value, bool)
@@ -548,7 +548,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
             raise ValueError(f"The config's model_type is {model_type!r}; that of Sa2VA is {cls.model_type!r}.")
         for name in ("dtype", "torch_dtype"):  # an argument of `from_pretrained`
             if kwargs.get(name) != "auto":
-                _check_value(name, name, kwargs.get(name))
+                _check_value(name, kwargs.get(name))
         with blaming_config():
             config_dict = _plausible("config", config_dict)
             grounding = dict(config_dict.get("grounding_config") or {})
