@@ -8,7 +8,6 @@
 * `auto_map`, `copy_code` what makes a saved checkpoint load with `trust_remote_code` where this package is not
 """
 
-import copy
 import json
 import math
 import re
@@ -576,7 +575,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As stored in config.json: readable by this package and, key by key, by the official code."""
         output = super().to_dict()
-        output["llm_config"] = _with_legacy_rope(copy.deepcopy(output["llm_config"]))
+        output["llm_config"] = _with_legacy_rope(output["llm_config"])
         return output
 
 
@@ -656,7 +655,7 @@ class Sa2VAChatConfigQwen(Sa2VAChatConfig):
     def to_dict(self) -> dict[str, Any]:
         """As stored in config.json: readable by this package and, key by key, by the official code."""
         output = PreTrainedConfig.to_dict(self)
-        output["text_config"] = _with_legacy_rope(copy.deepcopy(output["text_config"]))
+        output["text_config"] = _with_legacy_rope(output["text_config"])
         output["vision_config"] = {**output["vision_config"], "model_type": self.qwen_vl_type}
         return output
 
