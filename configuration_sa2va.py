@@ -754,13 +754,7 @@ def _hub_has_prompt_decoder(name: str, revision: str | None) -> bool:
         OSError: their index is damaged, or names files elsewhere.
     """
     from huggingface_hub import file_exists, hf_hub_download, parse_safetensors_file_metadata, snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        SafetensorsParsingError,
-    )
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError
 
     try:
         cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
@@ -773,7 +767,7 @@ def _hub_has_prompt_decoder(name: str, revision: str | None) -> bool:
             header = parse_safetensors_file_metadata(name, _WEIGHTS, revision=revision)
             return _PROMPT_DECODER_KEY in header.tensors
         index = hf_hub_download(name, _INDEX, revision=revision)
-    except (HTTPError, HFValidationError, EntryNotFoundError, SafetensorsParsingError, OSError):
+    except (HTTPError, HFValidationError, SafetensorsParsingError, OSError):
         return False
     return _PROMPT_DECODER_KEY in read_index(Path(index))["weight_map"]
 
