@@ -365,10 +365,11 @@ class FrameFeatures(NamedTuple):
         """Joins the features of frames that were encoded apart."""
         if len(parts) == 1:
             return parts[0]
-        features, positions, *of_decoders = zip(*parts, strict=True)
-        high_res, prompt = (tuple(map(torch.cat, zip(*levels, strict=True))) for levels in of_decoders)
-        is_one = parts[0].prompt_high_res_features is parts[0].high_res_features
-        return cls(torch.cat(features), positions[0], high_res, high_res if is_one else prompt)
+        features, positions, high_res, prompt = zip(*parts, strict=True)
+        is_one = prompt[0] is high_res[0]
+        high_res = tuple(map(torch.cat, zip(*high_res, strict=True)))
+        prompt = high_res if is_one else tuple(map(torch.cat, zip(*prompt, strict=True)))
+        return cls(torch.cat(features), positions[0], high_res, prompt)
 
 
 class MaskPrediction(NamedTuple):  # a tuple, so that FSDP and DeepSpeed see the tensors that backward comes from
