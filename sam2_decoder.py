@@ -831,15 +831,15 @@ class Sam2Decoder(nn.Module):
         predictions = []
         for t in range(length):
             rows = features.rows(clip_index * length + t)
+            is_looked_at = max(t + 1, num_key_frames) < length  # by a tracked frame after it
             if t < num_key_frames:
                 predictions.append(self._decode(rows, prompts, output_all_masks=True))
+                if is_looked_at:
+                    bank.conditioning[t] = self._remember(rows, self._to_track(rows, predictions[-1]), bank)
             else:
                 conditioned = self._attend(rows, bank, t, reverse=False)
                 predictions.append(self._predict_masks(rows, conditioned, output_all_masks=True))
-            if num_key_frames < length and t < length - 1:
-                if t < num_key_frames:
-                    bank.conditioning[t] = self._remember(rows, self._to_track(rows, predictions[-1]), bank)
-                else:
+                if is_looked_at:
                     bank.add(t, self._remember(rows, predictions[-1], bank))
         return _packed(predictions)
 
