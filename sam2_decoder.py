@@ -44,13 +44,13 @@ BLOCK_SIZE = 1024  # queries, and keys, of which `_attend_in_blocks` holds all s
 
 
 @lru_cache(maxsize=16)
-def _axial_rope_table(head_dim: int, side: int, theta: float, device: torch.device) -> Tensor:
+def _axial_rope_table(head_dim: int, side: int, device: torch.device) -> Tensor:
     """Rotary table of a square map, complex64 [side * side, head_dim / 2]; made once per size and device.
 
     It comes from the host, as in `sam2`: complete for threads on other streams, and without complex kernels of MPS.
     """
     with torch.inference_mode(False), torch.device("cpu"):
-        return compute_axial_cis(dim=head_dim, end_x=side, end_y=side, theta=theta).to(device)
+        return compute_axial_cis(dim=head_dim, end_x=side, end_y=side).to(device)
 
 
 class RotaryAttention(RoPEAttention):
@@ -60,9 +60,8 @@ class RotaryAttention(RoPEAttention):
     there is one. It also writes it to `self` in every call, which two threads on two devices can't share.
     """
 
-    def __init__(self, *args, rope_theta: float = 10000.0, **kwargs):
+    def __init__(self, *args, **kwargs):
         Attention.__init__(self, *args, num_heads=1, **kwargs)
-        self.rope_theta = rope_theta
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
         """Attends from a map q [B or 1, side * side, C] to k, v [B, L, C_kv]: [B, side * side, C].
@@ -70,7 +69,7 @@ class RotaryAttention(RoPEAttention):
         Keys are maps of the same size, one behind another, and `num_k_exclude_rope` tokens that have no place. A single
         row of q is everybody's.
         """
-        table = _axial_rope_table(self.internal_dim, round(q.shape[1] ** 0.5), self.rope_theta, q.device)
+        table = _axial_rope_table(self.internal_dim, round(q.shape[1] ** 0.5), q.device)
         q = _rotate(self.q_proj(q), table).expand(len(k), -1, -1)
         if self._averages_first(q, k, v):
             rows = zip(q, k, v, strict=True)
