@@ -357,13 +357,13 @@ def _check_parameters(name: str, config: dict[str, Any]) -> None:
         raise ValueError(f"{name} describes about {count:.0e} parameters; more than {_MAX_PARAMETERS:.0e} are refused.")
 
 
-def _sub_config(config_class: type[PreTrainedConfig], value: Any, name: str) -> PreTrainedConfig:
+def _sub_config(config_class: type[PreTrainedConfig], value: Any) -> PreTrainedConfig:
     """Builds `config_class` from None (defaults), a dict or an instance."""
     if isinstance(value, PreTrainedConfig):
         return value
     if value is None or isinstance(value, dict):
         return config_class(**(value or {}))
-    raise TypeError(f"{name} must be a dict, a config or None, got {type(value).__name__}.")
+    raise TypeError(f"{config_class.base_config_key} must be a dict, a config or None, got {type(value).__name__}.")
 
 
 def _language_config(value: Any) -> PreTrainedConfig:
@@ -471,9 +471,9 @@ class Sa2VAChatConfig(PreTrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
-        self.vision_config = _sub_config(Sa2VAVisionConfig, vision_config, "vision_config")
+        self.vision_config = _sub_config(Sa2VAVisionConfig, vision_config)
         self.llm_config = _language_config(llm_config)
-        self.grounding_config = _sub_config(Sa2VAGroundingConfig, grounding_config, "grounding_config")
+        self.grounding_config = _sub_config(Sa2VAGroundingConfig, grounding_config)
         self.template = template
         self.select_layer = select_layer
         self.force_image_size = force_image_size
@@ -624,7 +624,7 @@ class Sa2VAChatConfigQwen(Sa2VAChatConfig):
         self.tie_word_embeddings = tie_word_embeddings
         library = _qwen_config(text_config, vision_config)
         self.text_config, self.vision_config = library.text_config, library.vision_config
-        self.grounding_config = _sub_config(Sa2VAGroundingConfig, grounding_config, "grounding_config")
+        self.grounding_config = _sub_config(Sa2VAGroundingConfig, grounding_config)
         self.template = template
         self.mask_loss_weight = mask_loss_weight
         self.dice_loss_weight = dice_loss_weight
