@@ -2775,7 +2775,7 @@ def _mask_target(masks: Tensor, num_objects: int, num_frames: int) -> Tensor:
 
 
 def _resized_target(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """[objects, T, h, w] -> float32 of one size for all samples, at least that of the logits."""
+    """[objects, T, h, w] -> float32 at SAM 2's input size, four times that of the logits."""
     return F.interpolate(masks.float(), size=[4 * side for side in size], mode="area")
 
 
