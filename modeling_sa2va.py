@@ -2138,9 +2138,8 @@ def _with_native_names(names: "ModuleNames", arguments: dict[str, Any]) -> dict[
         config = _language_model_only(config, arguments.get("dtype"))
         for field in _SKIP_LISTS:
             if given := getattr(config, field, None):
-                setattr(
-                    config, field, list(dict.fromkeys([*given, *names.native(given, partial(_is_target, ends=given))]))
-                )
+                native = names.native(given, partial(_is_target, ends=given))
+                setattr(config, field, list(dict.fromkeys([*given, *native])))
         changed["quantization_config"] = config
     return changed
 
