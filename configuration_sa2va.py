@@ -119,45 +119,27 @@ class Sa2VAVisionConfig(PreTrainedConfig):
     model_type = "intern_vit_6b"
     base_config_key = "vision_config"
 
-    def __init__(
-        self,
-        hidden_size: int = 1024,
-        intermediate_size: int = 4096,
-        num_hidden_layers: int = 24,
-        num_attention_heads: int = 16,
-        num_channels: int = 3,
-        patch_size: int = 14,
-        image_size: int = 448,
-        qkv_bias: bool = True,
-        qk_normalization: bool = False,
-        norm_type: str = "layer_norm",
-        hidden_act: str = "gelu",
-        layer_norm_eps: float = 1e-6,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        drop_path_rate: float = 0.0,
-        initializer_range: float = 0.02,
-        initializer_factor: float = 1.0,
-        **kwargs,
-    ):
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_channels = num_channels
-        self.patch_size = patch_size
-        self.image_size = image_size
-        self.qkv_bias = qkv_bias
-        self.qk_normalization = qk_normalization
-        self.norm_type = norm_type
-        self.hidden_act = hidden_act
-        self.layer_norm_eps = layer_norm_eps
-        self.dropout = dropout
-        self.attention_dropout = attention_dropout
-        self.drop_path_rate = drop_path_rate
-        self.initializer_range = initializer_range
-        self.initializer_factor = initializer_factor
-        super().__init__(**kwargs)
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    patch_size: int = 14
+    image_size: int = 448
+    qkv_bias: bool = True
+    qk_normalization: bool = False
+    norm_type: str = "layer_norm"
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.validate()  # transformers checks by itself only what its decorator `strict` has seen
 
 
 def _check_sam2_sizes(image_size: int, stages: list[int], window_spec: list[int]) -> None:
@@ -199,70 +181,49 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
     model_type = "sa2va_grounding"
     base_config_key = "grounding_config"
 
-    def __init__(
-        self,
-        image_size: int = 1024,
-        embed_dim: int = 144,
-        num_heads: int = 2,
-        stages: list[int] | None = None,
-        global_att_blocks: list[int] | None = None,
-        window_spec: list[int] | None = None,
-        window_pos_embed_bkg_spatial_size: list[int] | None = None,
-        backbone_channel_list: list[int] | None = None,
-        d_model: int = 256,
-        mem_dim: int = 64,
-        memory_attention_layers: int = 4,
-        memory_attention_dim_feedforward: int = 2048,
-        memory_attention_dropout: float = 0.1,
-        mask_decoder_mlp_dim: int = 2048,
-        mask_decoder_num_heads: int = 8,
-        mask_decoder_attention_downsample_rate: int = 2,
-        iou_head_hidden_dim: int = 256,
-        num_maskmem: int = 7,
-        max_object_pointers: int = 16,
-        max_cond_frames_in_attn: int = -1,
-        num_key_frames: int = 5,
-        frame_sampling: str | None = None,
-        separate_prompt_decoder: bool | None = None,
-        memory_dtype: str | None = "bfloat16",
-        max_objects_per_batch: int = 16,
-        **kwargs,
-    ):
-        if frame_sampling not in (None, *FRAME_SAMPLINGS):
-            raise ValueError(f"frame_sampling={frame_sampling!r} is unknown. Use one of {FRAME_SAMPLINGS}.")
-        if memory_dtype not in (None, *_DTYPES):
-            raise ValueError(f"memory_dtype={memory_dtype!r} is unknown. Use one of {_DTYPES}, or None.")
-        if max_cond_frames_in_attn < 1 and max_cond_frames_in_attn != -1:
-            raise ValueError(
-                f"max_cond_frames_in_attn={max_cond_frames_in_attn} is no number of frames: use 1 or more, or -1 (all)."
-            )
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.stages = list(stages or (2, 6, 36, 4))
-        self.global_att_blocks = list((23, 33, 43) if global_att_blocks is None else global_att_blocks)
-        self.window_spec = list(window_spec or (8, 4, 16, 8))
-        _check_sam2_sizes(image_size, self.stages, self.window_spec)
-        self.image_size = image_size
-        self.window_pos_embed_bkg_spatial_size = list(window_pos_embed_bkg_spatial_size or (7, 7))
-        self.backbone_channel_list = list(backbone_channel_list or (embed_dim * 2**stage for stage in (3, 2, 1, 0)))
-        self.d_model = d_model
-        self.mem_dim = mem_dim
-        self.memory_attention_layers = memory_attention_layers
-        self.memory_attention_dim_feedforward = memory_attention_dim_feedforward
-        self.memory_attention_dropout = memory_attention_dropout
-        self.mask_decoder_mlp_dim = mask_decoder_mlp_dim
-        self.mask_decoder_num_heads = mask_decoder_num_heads
-        self.mask_decoder_attention_downsample_rate = mask_decoder_attention_downsample_rate
-        self.iou_head_hidden_dim = iou_head_hidden_dim
-        self.num_maskmem = num_maskmem
-        self.max_object_pointers = max_object_pointers
-        self.max_cond_frames_in_attn = max_cond_frames_in_attn
-        self.num_key_frames = num_key_frames
-        self.separate_prompt_decoder = separate_prompt_decoder
-        self.frame_sampling = frame_sampling or ("uniform" if separate_prompt_decoder else "first")
-        self.memory_dtype = memory_dtype
-        self.max_objects_per_batch = max_objects_per_batch
-        super().__init__(**kwargs)
+    image_size: int = 1024
+    embed_dim: int = 144
+    num_heads: int = 2
+    stages: list[int] | None = None
+    global_att_blocks: list[int] | None = None
+    window_spec: list[int] | None = None
+    window_pos_embed_bkg_spatial_size: list[int] | None = None
+    backbone_channel_list: list[int] | None = None
+    d_model: int = 256
+    mem_dim: int = 64
+    memory_attention_layers: int = 4
+    memory_attention_dim_feedforward: int = 2048
+    memory_attention_dropout: float = 0.1
+    mask_decoder_mlp_dim: int = 2048
+    mask_decoder_num_heads: int = 8
+    mask_decoder_attention_downsample_rate: int = 2
+    iou_head_hidden_dim: int = 256
+    num_maskmem: int = 7
+    max_object_pointers: int = 16
+    max_cond_frames_in_attn: int = -1
+    num_key_frames: int = 5
+    frame_sampling: str | None = None
+    separate_prompt_decoder: bool | None = None
+    memory_dtype: str | None = "bfloat16"
+    max_objects_per_batch: int = 16
+
+    def __post_init__(self, **kwargs):
+        if self.frame_sampling not in (None, *FRAME_SAMPLINGS):
+            raise ValueError(f"frame_sampling={self.frame_sampling!r} is unknown. Use one of {FRAME_SAMPLINGS}.")
+        if self.memory_dtype not in (None, *_DTYPES):
+            raise ValueError(f"memory_dtype={self.memory_dtype!r} is unknown. Use one of {_DTYPES}, or None.")
+        if (most := self.max_cond_frames_in_attn) < 1 and most != -1:
+            raise ValueError(f"max_cond_frames_in_attn={most} is no number of frames: use 1 or more, or -1 (all).")
+        self.stages = list(self.stages or (2, 6, 36, 4))
+        self.global_att_blocks = list((23, 33, 43) if self.global_att_blocks is None else self.global_att_blocks)
+        self.window_spec = list(self.window_spec or (8, 4, 16, 8))
+        _check_sam2_sizes(self.image_size, self.stages, self.window_spec)
+        self.window_pos_embed_bkg_spatial_size = list(self.window_pos_embed_bkg_spatial_size or (7, 7))
+        widths = (self.embed_dim * 2**stage for stage in (3, 2, 1, 0))
+        self.backbone_channel_list = list(self.backbone_channel_list or widths)
+        self.frame_sampling = self.frame_sampling or ("uniform" if self.separate_prompt_decoder else "first")
+        super().__post_init__(**kwargs)
+        self.validate()  # transformers checks by itself only what its decorator `strict` has seen
 
 
 class Sa2VAInternLM2Config(LlamaConfig):
