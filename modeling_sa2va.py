@@ -1527,7 +1527,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _fixed_rope_length(self) -> int | None:
         """Longest text whose rotary positions don't depend on its length; None if there is no such limit."""
         config = self.config.get_text_config()
-        rope = config.rope_parameters or {}
+        rope = _rope(config)
         if rope.get("rope_type") == "longrope":  # short factors up to there, long ones beyond
             return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
         return config.max_position_embeddings if rope.get("rope_type") == "dynamic" else None
@@ -1659,8 +1659,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _base_grows(self, length: int) -> bool:
         """Whether in a text so long every token was rotated by a base of its own, so that it must be read alone."""
         config = self.config.get_text_config()
-        rope_type = (config.rope_parameters or {}).get("rope_type")
-        return rope_type == "dynamic" and length > config.max_position_embeddings
+        return _rope(config).get("rope_type") == "dynamic" and length > config.max_position_embeddings
 
     def _segment(
         self,
@@ -2542,9 +2541,14 @@ def _check_against_prompt(
         raise ValueError("prefill_chunk_size can't cut prompts that are embeddings, as in this family. Leave it out.")
 
 
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """A language model's settings of rotary positions; none where it has others, as OPT does."""
+    return getattr(config, "rope_parameters", None) or {}
+
+
 def _most_tokens(config: PreTrainedConfig) -> float:
     """How many tokens a language model can tell the places of."""
-    stretched = (getattr(config, "rope_parameters", None) or {}).get("factor") or 1
+    stretched = _rope(config).get("factor") or 1
     return getattr(config, "max_position_embeddings", math.inf) * max(1, stretched)
 
 
