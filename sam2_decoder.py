@@ -116,18 +116,18 @@ def _attend_in_rows(q: Tensor, k: Tensor, v: Tensor, dropout: float, step: int) 
     return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
-def _attend_in_blocks(q: Tensor, keys: Iterable[Tensor], v: Tensor, size: int = BLOCK_SIZE) -> Tensor:
+def _attend_in_blocks(q: Tensor, keys: Iterable[Tensor], v: Tensor) -> Tensor:
     """Softmax attention of q [L, C] to keys, which come in parts [S, C], with values v [sum of S, C_v]: [L, C_v].
 
-    Scores live in blocks of `size` x `size`, which fit into a cache; each is weighted against the highest score so far
+    Scores live in blocks of 1024 x 1024, which fit into a cache; each is weighted against the highest score so far
     (FlashAttention, arXiv 2205.14135).
     """
     queries = q * q.shape[-1] ** -0.5
     attended, total = q.new_zeros(len(q), v.shape[-1]), q.new_zeros(len(q), 1)
     highest = torch.full_like(total, -torch.inf)
-    rows = list(zip(*(x.split(size) for x in (queries, highest, total, attended)), strict=True))
+    rows = list(zip(*(x.split(BLOCK_SIZE) for x in (queries, highest, total, attended)), strict=True))
     seen = 0
-    for key in itertools.chain.from_iterable(part.split(size) for part in keys):
+    for key in itertools.chain.from_iterable(part.split(BLOCK_SIZE) for part in keys):
         value = v[seen : (seen := seen + len(key))]
         for query, highest_so_far, sum_so_far, result in rows:
             scores = query @ key.mT
