@@ -8,7 +8,6 @@
 * `auto_map`, `copy_code` what makes a saved checkpoint load with `trust_remote_code` where this package is not
 """
 
-import copy
 import json
 import math
 import re
@@ -120,45 +119,27 @@ class Sa2VAVisionConfig(PreTrainedConfig):
     model_type = "intern_vit_6b"
     base_config_key = "vision_config"
 
-    def __init__(
-        self,
-        hidden_size: int = 1024,
-        intermediate_size: int = 4096,
-        num_hidden_layers: int = 24,
-        num_attention_heads: int = 16,
-        num_channels: int = 3,
-        patch_size: int = 14,
-        image_size: int = 448,
-        qkv_bias: bool = True,
-        qk_normalization: bool = False,
-        norm_type: str = "layer_norm",
-        hidden_act: str = "gelu",
-        layer_norm_eps: float = 1e-6,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        drop_path_rate: float = 0.0,
-        initializer_range: float = 0.02,
-        initializer_factor: float = 1.0,
-        **kwargs,
-    ):
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_channels = num_channels
-        self.patch_size = patch_size
-        self.image_size = image_size
-        self.qkv_bias = qkv_bias
-        self.qk_normalization = qk_normalization
-        self.norm_type = norm_type
-        self.hidden_act = hidden_act
-        self.layer_norm_eps = layer_norm_eps
-        self.dropout = dropout
-        self.attention_dropout = attention_dropout
-        self.drop_path_rate = drop_path_rate
-        self.initializer_range = initializer_range
-        self.initializer_factor = initializer_factor
-        super().__init__(**kwargs)
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    patch_size: int = 14
+    image_size: int = 448
+    qkv_bias: bool = True
+    qk_normalization: bool = False
+    norm_type: str = "layer_norm"
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.validate()  # transformers checks by itself only what its decorator `strict` has seen
 
 
 def _check_sam2_sizes(image_size: int, stages: list[int], window_spec: list[int]) -> None:
@@ -200,70 +181,49 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
     model_type = "sa2va_grounding"
     base_config_key = "grounding_config"
 
-    def __init__(
-        self,
-        image_size: int = 1024,
-        embed_dim: int = 144,
-        num_heads: int = 2,
-        stages: list[int] | None = None,
-        global_att_blocks: list[int] | None = None,
-        window_spec: list[int] | None = None,
-        window_pos_embed_bkg_spatial_size: list[int] | None = None,
-        backbone_channel_list: list[int] | None = None,
-        d_model: int = 256,
-        mem_dim: int = 64,
-        memory_attention_layers: int = 4,
-        memory_attention_dim_feedforward: int = 2048,
-        memory_attention_dropout: float = 0.1,
-        mask_decoder_mlp_dim: int = 2048,
-        mask_decoder_num_heads: int = 8,
-        mask_decoder_attention_downsample_rate: int = 2,
-        iou_head_hidden_dim: int = 256,
-        num_maskmem: int = 7,
-        max_object_pointers: int = 16,
-        max_cond_frames_in_attn: int = -1,
-        num_key_frames: int = 5,
-        frame_sampling: str | None = None,
-        separate_prompt_decoder: bool | None = None,
-        memory_dtype: str | None = "bfloat16",
-        max_objects_per_batch: int = 16,
-        **kwargs,
-    ):
-        if frame_sampling not in (None, *FRAME_SAMPLINGS):
-            raise ValueError(f"frame_sampling={frame_sampling!r} is unknown. Use one of {FRAME_SAMPLINGS}.")
-        if memory_dtype not in (None, *_DTYPES):
-            raise ValueError(f"memory_dtype={memory_dtype!r} is unknown. Use one of {_DTYPES}, or None.")
-        if max_cond_frames_in_attn < 1 and max_cond_frames_in_attn != -1:
-            raise ValueError(
-                f"max_cond_frames_in_attn={max_cond_frames_in_attn} is no number of frames: use 1 or more, or -1 (all)."
-            )
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.stages = list(stages or (2, 6, 36, 4))
-        self.global_att_blocks = list((23, 33, 43) if global_att_blocks is None else global_att_blocks)
-        self.window_spec = list(window_spec or (8, 4, 16, 8))
-        _check_sam2_sizes(image_size, self.stages, self.window_spec)
-        self.image_size = image_size
-        self.window_pos_embed_bkg_spatial_size = list(window_pos_embed_bkg_spatial_size or (7, 7))
-        self.backbone_channel_list = list(backbone_channel_list or (embed_dim * 2**stage for stage in (3, 2, 1, 0)))
-        self.d_model = d_model
-        self.mem_dim = mem_dim
-        self.memory_attention_layers = memory_attention_layers
-        self.memory_attention_dim_feedforward = memory_attention_dim_feedforward
-        self.memory_attention_dropout = memory_attention_dropout
-        self.mask_decoder_mlp_dim = mask_decoder_mlp_dim
-        self.mask_decoder_num_heads = mask_decoder_num_heads
-        self.mask_decoder_attention_downsample_rate = mask_decoder_attention_downsample_rate
-        self.iou_head_hidden_dim = iou_head_hidden_dim
-        self.num_maskmem = num_maskmem
-        self.max_object_pointers = max_object_pointers
-        self.max_cond_frames_in_attn = max_cond_frames_in_attn
-        self.num_key_frames = num_key_frames
-        self.separate_prompt_decoder = separate_prompt_decoder
-        self.frame_sampling = frame_sampling or ("uniform" if separate_prompt_decoder else "first")
-        self.memory_dtype = memory_dtype
-        self.max_objects_per_batch = max_objects_per_batch
-        super().__init__(**kwargs)
+    image_size: int = 1024
+    embed_dim: int = 144
+    num_heads: int = 2
+    stages: list[int] | None = None
+    global_att_blocks: list[int] | None = None
+    window_spec: list[int] | None = None
+    window_pos_embed_bkg_spatial_size: list[int] | None = None
+    backbone_channel_list: list[int] | None = None
+    d_model: int = 256
+    mem_dim: int = 64
+    memory_attention_layers: int = 4
+    memory_attention_dim_feedforward: int = 2048
+    memory_attention_dropout: float = 0.1
+    mask_decoder_mlp_dim: int = 2048
+    mask_decoder_num_heads: int = 8
+    mask_decoder_attention_downsample_rate: int = 2
+    iou_head_hidden_dim: int = 256
+    num_maskmem: int = 7
+    max_object_pointers: int = 16
+    max_cond_frames_in_attn: int = -1
+    num_key_frames: int = 5
+    frame_sampling: str | None = None
+    separate_prompt_decoder: bool | None = None
+    memory_dtype: str | None = "bfloat16"
+    max_objects_per_batch: int = 16
+
+    def __post_init__(self, **kwargs):
+        if self.frame_sampling not in (None, *FRAME_SAMPLINGS):
+            raise ValueError(f"frame_sampling={self.frame_sampling!r} is unknown. Use one of {FRAME_SAMPLINGS}.")
+        if self.memory_dtype not in (None, *_DTYPES):
+            raise ValueError(f"memory_dtype={self.memory_dtype!r} is unknown. Use one of {_DTYPES}, or None.")
+        if (most := self.max_cond_frames_in_attn) < 1 and most != -1:
+            raise ValueError(f"max_cond_frames_in_attn={most} is no number of frames: use 1 or more, or -1 (all).")
+        self.stages = list(self.stages or (2, 6, 36, 4))
+        self.global_att_blocks = list((23, 33, 43) if self.global_att_blocks is None else self.global_att_blocks)
+        self.window_spec = list(self.window_spec or (8, 4, 16, 8))
+        _check_sam2_sizes(self.image_size, self.stages, self.window_spec)
+        self.window_pos_embed_bkg_spatial_size = list(self.window_pos_embed_bkg_spatial_size or (7, 7))
+        widths = (self.embed_dim * 2**stage for stage in (3, 2, 1, 0))
+        self.backbone_channel_list = list(self.backbone_channel_list or widths)
+        self.frame_sampling = self.frame_sampling or ("uniform" if self.separate_prompt_decoder else "first")
+        super().__post_init__(**kwargs)
+        self.validate()  # transformers checks by itself only what its decorator `strict` has seen
 
 
 class Sa2VAInternLM2Config(LlamaConfig):
@@ -312,7 +272,6 @@ def _plausible(name: str, value: Any, depth: int = 0) -> Any:
     """
     if depth > _MAX_DEPTH:
         raise ValueError(f"{name} is nested more than {_MAX_DEPTH} levels deep, which no config of a model is.")
-    field = name.rpartition(".")[2]
     if isinstance(value, dict | list | tuple) and len(value) > _MAX_ITEMS:
         raise ValueError(f"{name} has {len(value)} items, more than the {_MAX_ITEMS} that any model has.")
     if isinstance(value, dict):
@@ -326,12 +285,13 @@ def _plausible(name: str, value: Any, depth: int = 0) -> Any:
         return checked
     if isinstance(value, list | tuple):
         return [_plausible(name, item, depth + 1) for item in value]
-    _check_value(name, field, value)
+    _check_value(name, value)
     return value
 
 
-def _check_value(name: str, field: str, value: Any) -> None:
-    """Refuses a number, dtype or count that no Sa2VA has."""
+def _check_value(name: str, value: Any) -> None:
+    """Refuses a number, dtype or count that no Sa2VA has; a name as "config.llm_config.vocab_size" says what it is."""
+    field = name.rpartition(".")[2]
     if field in ("dtype", "torch_dtype") and str(value).removeprefix("torch.") not in (*_DTYPES, "None"):
         raise ValueError(f"{name}={value!r} is no dtype of weights. Use one of {_DTYPES}.")
     is_integer = isinstance(value, int) and not isinstance(value, bool)
@@ -358,13 +318,13 @@ def _check_parameters(name: str, config: dict[str, Any]) -> None:
         raise ValueError(f"{name} describes about {count:.0e} parameters; more than {_MAX_PARAMETERS:.0e} are refused.")
 
 
-def _sub_config(config_class: type[PreTrainedConfig], value: Any, name: str) -> PreTrainedConfig:
+def _sub_config(config_class: type[PreTrainedConfig], value: Any) -> PreTrainedConfig:
     """Builds `config_class` from None (defaults), a dict or an instance."""
     if isinstance(value, PreTrainedConfig):
         return value
     if value is None or isinstance(value, dict):
         return config_class(**(value or {}))
-    raise TypeError(f"{name} must be a dict, a config or None, got {type(value).__name__}.")
+    raise TypeError(f"{config_class.base_config_key} must be a dict, a config or None, got {type(value).__name__}.")
 
 
 def _language_config(value: Any) -> PreTrainedConfig:
@@ -472,9 +432,9 @@ class Sa2VAChatConfig(PreTrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs,
     ):
-        self.vision_config = _sub_config(Sa2VAVisionConfig, vision_config, "vision_config")
+        self.vision_config = _sub_config(Sa2VAVisionConfig, vision_config)
         self.llm_config = _language_config(llm_config)
-        self.grounding_config = _sub_config(Sa2VAGroundingConfig, grounding_config, "grounding_config")
+        self.grounding_config = _sub_config(Sa2VAGroundingConfig, grounding_config)
         self.template = template
         self.select_layer = select_layer
         self.force_image_size = force_image_size
@@ -548,7 +508,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
             raise ValueError(f"The config's model_type is {model_type!r}; that of Sa2VA is {cls.model_type!r}.")
         for name in ("dtype", "torch_dtype"):  # an argument of `from_pretrained`
             if kwargs.get(name) != "auto":
-                _check_value(name, name, kwargs.get(name))
+                _check_value(name, kwargs.get(name))
         with blaming_config():
             config_dict = _plausible("config", config_dict)
             grounding = dict(config_dict.get("grounding_config") or {})
@@ -576,7 +536,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As stored in config.json: readable by this package and, key by key, by the official code."""
         output = super().to_dict()
-        output["llm_config"] = _with_legacy_rope(copy.deepcopy(output["llm_config"]))
+        output["llm_config"] = _with_legacy_rope(output["llm_config"])
         return output
 
 
@@ -625,7 +585,7 @@ class Sa2VAChatConfigQwen(Sa2VAChatConfig):
         self.tie_word_embeddings = tie_word_embeddings
         library = _qwen_config(text_config, vision_config)
         self.text_config, self.vision_config = library.text_config, library.vision_config
-        self.grounding_config = _sub_config(Sa2VAGroundingConfig, grounding_config, "grounding_config")
+        self.grounding_config = _sub_config(Sa2VAGroundingConfig, grounding_config)
         self.template = template
         self.mask_loss_weight = mask_loss_weight
         self.dice_loss_weight = dice_loss_weight
@@ -656,7 +616,7 @@ class Sa2VAChatConfigQwen(Sa2VAChatConfig):
     def to_dict(self) -> dict[str, Any]:
         """As stored in config.json: readable by this package and, key by key, by the official code."""
         output = PreTrainedConfig.to_dict(self)
-        output["text_config"] = _with_legacy_rope(copy.deepcopy(output["text_config"]))
+        output["text_config"] = _with_legacy_rope(output["text_config"])
         output["vision_config"] = {**output["vision_config"], "model_type": self.qwen_vl_type}
         return output
 
@@ -755,13 +715,7 @@ def _hub_has_prompt_decoder(name: str, revision: str | None) -> bool:
         OSError: their index is damaged, or names files elsewhere.
     """
     from huggingface_hub import file_exists, hf_hub_download, parse_safetensors_file_metadata, snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        SafetensorsParsingError,
-    )
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError
 
     try:
         cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
@@ -774,7 +728,7 @@ def _hub_has_prompt_decoder(name: str, revision: str | None) -> bool:
             header = parse_safetensors_file_metadata(name, _WEIGHTS, revision=revision)
             return _PROMPT_DECODER_KEY in header.tensors
         index = hf_hub_download(name, _INDEX, revision=revision)
-    except (HTTPError, HFValidationError, EntryNotFoundError, SafetensorsParsingError, OSError):
+    except (HTTPError, HFValidationError, SafetensorsParsingError, OSError):
         return False
     return _PROMPT_DECODER_KEY in read_index(Path(index))["weight_map"]
 

@@ -682,8 +682,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         if peft_config is None and peft_model_id is not None:
             hub = {**getattr(kwargs.get("load_config"), "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {})}
-            hub |= {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-            hub = {name: value for name, value in hub.items() if name in _HUB_ARGUMENTS}
+            hub = {name: value for name, value in {**hub, **kwargs}.items() if name in _HUB_ARGUMENTS}
             config = _peft().PeftConfig.from_pretrained(peft_model_id, **hub)
             if self.adapter_config(config) is not config:
                 weights = _peft().utils.load_peft_weights(peft_model_id, device="cpu", **hub)
@@ -816,10 +815,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """Folds s x s neighbouring patches into channels: [n, p * p, C] -> [n, (p / s)^2, s * s * C]."""
         side, fold = round(states.shape[1] ** 0.5), round(1 / self.config.downsample_ratio)
         grid = states.reshape(len(states), side // fold, fold, side // fold, fold, states.shape[-1])
+        grid = grid.transpose(2, 3)
         if self.config.ps_version == "v1":  # the first InternVL kept the folded map transposed
-            grid = grid.permute(0, 3, 2, 1, 4, 5)
-            return grid.permute(0, 1, 3, 2, 4, 5).reshape(len(states), (side // fold) ** 2, -1)
-        return grid.transpose(2, 3).reshape(len(states), (side // fold) ** 2, -1)
+            grid = grid.transpose(1, 2)
+        return grid.reshape(len(states), (side // fold) ** 2, -1)
 
     def get_inputs_embeds(
         self,
@@ -985,11 +984,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         prompts = list(self.text_hidden_fcs(output.seg_hidden_states).split(objects_per_sample))
         output.pred_masks = [prompt.new_zeros(len(prompt), 0, 0, 0) for prompt in prompts]
         losses = []
-        lengths = {len(c) for c, n in zip(clips, objects_per_sample, strict=True) if c is not None and n}
-        for length in sorted(lengths):
-            samples = [
-                i for i, clip in enumerate(clips) if clip is not None and prompts[i].numel() and len(clip) == length
-            ]
+        of_length: dict[int, list[int]] = {}
+        for i, (clip, count) in enumerate(zip(clips, objects_per_sample, strict=True)):
+            if clip is not None and count:
+                of_length.setdefault(len(clip), []).append(i)
+        for length, samples in sorted(of_length.items()):
             predictions = self._segment_samples(torch.stack([clips[i] for i in samples]), [prompts[i] for i in samples])
             low_res = torch.cat([p.logits for p in predictions], dim=1)
             for i, masks in zip(samples, low_res.split([len(prompts[i]) for i in samples]), strict=True):
@@ -1012,8 +1011,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         target = torch.cat([_resized_target(t, predictions[0].logits.shape[-2:]) for t in targets])
         sums: dict[str, Tensor] = {}
         for t, prediction in enumerate(predictions):
-            # FSDP rounds what a part gives back
-            prediction = MaskPrediction(*(None if value is None else value.float() for value in prediction))
+            prediction = MaskPrediction(*(value.float() for value in prediction))  # FSDP rounds what a part gives back
             masks = prediction.multimask_logits if all_masks else prediction.logits
             wanted = target[:, t : t + 1].to(masks)
             parts = _point_losses(masks, wanted, self.config)
@@ -1529,7 +1527,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _fixed_rope_length(self) -> int | None:
         """Longest text whose rotary positions don't depend on its length; None if there is no such limit."""
         config = self.config.get_text_config()
-        rope = config.rope_parameters or {}
+        rope = _rope(config)
         if rope.get("rope_type") == "longrope":  # short factors up to there, long ones beyond
             return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
         return config.max_position_embeddings if rope.get("rope_type") == "dynamic" else None
@@ -1578,10 +1576,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if config.pad_token_id is None:
             config.pad_token_id = processor.pad_token_id
         # An end mark that is several tokens (phi3_chat over a Qwen tokenizer) can only be seen in the text.
-        spelled = [word for word, i in words.items() if i is None]
-        if spelled:
-            own = config.stop_strings
-            config.stop_strings = [*([own] if isinstance(own, str) else own or ()), *spelled]
+        if spelled := [word for word, i in words.items() if i is None]:
+            asked = config.stop_strings
+            config.stop_strings = [*([asked] if isinstance(asked, str) else asked or ()), *spelled]
         if config.stop_strings is not None:
             arguments.setdefault("tokenizer", tokenizer)
         return {"generation_config": config, **arguments}
@@ -1662,8 +1659,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _base_grows(self, length: int) -> bool:
         """Whether in a text so long every token was rotated by a base of its own, so that it must be read alone."""
         config = self.config.get_text_config()
-        rope_type = (config.rope_parameters or {}).get("rope_type")
-        return rope_type == "dynamic" and length > config.max_position_embeddings
+        return _rope(config).get("rope_type") == "dynamic" and length > config.max_position_embeddings
 
     def _segment(
         self,
@@ -2141,9 +2137,8 @@ def _with_native_names(names: "ModuleNames", arguments: dict[str, Any]) -> dict[
         config = _language_model_only(config, arguments.get("dtype"))
         for field in _SKIP_LISTS:
             if given := getattr(config, field, None):
-                setattr(
-                    config, field, list(dict.fromkeys([*given, *names.native(given, partial(_is_target, ends=given))]))
-                )
+                native = names.native(given, partial(_is_target, ends=given))
+                setattr(config, field, list(dict.fromkeys([*given, *native])))
         changed["quantization_config"] = config
     return changed
 
@@ -2546,9 +2541,14 @@ def _check_against_prompt(
         raise ValueError("prefill_chunk_size can't cut prompts that are embeddings, as in this family. Leave it out.")
 
 
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """A language model's settings of rotary positions; none where it has others, as OPT does."""
+    return getattr(config, "rope_parameters", None) or {}
+
+
 def _most_tokens(config: PreTrainedConfig) -> float:
     """How many tokens a language model can tell the places of."""
-    stretched = (getattr(config, "rope_parameters", None) or {}).get("factor") or 1
+    stretched = _rope(config).get("factor") or 1
     return getattr(config, "max_position_embeddings", math.inf) * max(1, stretched)
 
 
@@ -2778,7 +2778,7 @@ def _mask_target(masks: Tensor, num_objects: int, num_frames: int) -> Tensor:
 
 
 def _resized_target(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """[objects, T, h, w] -> float32 of one size for all samples, at least that of the logits."""
+    """[objects, T, h, w] -> float32 at SAM 2's input size, four times that of the logits."""
     return F.interpolate(masks.float(), size=[4 * side for side in size], mode="area")
 
 
@@ -2890,7 +2890,7 @@ class ModuleNames:
         rules = [(rule.reverse_transform(), rule) for rule in _released_layout(model)[::-1]]
         self.released: dict[str, str] = {}
         self.splits: dict[str, ConversionOps] = {}
-        for name in [name for name, _ in (*model.named_modules(), *model.named_parameters())]:
+        for name, _ in (*model.named_modules(), *model.named_parameters()):
             released, split = name, None
             for reverse, rule in rules:
                 released, matched = reverse.rename_source_key(released)

@@ -44,13 +44,13 @@ BLOCK_SIZE = 1024  # queries, and keys, of which `_attend_in_blocks` holds all s
 
 
 @lru_cache(maxsize=16)
-def _axial_rope_table(head_dim: int, side: int, theta: float, device: torch.device) -> Tensor:
+def _axial_rope_table(head_dim: int, side: int, device: torch.device) -> Tensor:
     """Rotary table of a square map, complex64 [side * side, head_dim / 2]; made once per size and device.
 
     It comes from the host, as in `sam2`: complete for threads on other streams, and without complex kernels of MPS.
     """
     with torch.inference_mode(False), torch.device("cpu"):
-        return compute_axial_cis(dim=head_dim, end_x=side, end_y=side, theta=theta).to(device)
+        return compute_axial_cis(dim=head_dim, end_x=side, end_y=side).to(device)
 
 
 class RotaryAttention(RoPEAttention):
@@ -60,9 +60,8 @@ class RotaryAttention(RoPEAttention):
     there is one. It also writes it to `self` in every call, which two threads on two devices can't share.
     """
 
-    def __init__(self, *args, rope_theta: float = 10000.0, **kwargs):
+    def __init__(self, *args, **kwargs):
         Attention.__init__(self, *args, num_heads=1, **kwargs)
-        self.rope_theta = rope_theta
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
         """Attends from a map q [B or 1, side * side, C] to k, v [B, L, C_kv]: [B, side * side, C].
@@ -70,7 +69,7 @@ class RotaryAttention(RoPEAttention):
         Keys are maps of the same size, one behind another, and `num_k_exclude_rope` tokens that have no place. A single
         row of q is everybody's.
         """
-        table = _axial_rope_table(self.internal_dim, round(q.shape[1] ** 0.5), self.rope_theta, q.device)
+        table = _axial_rope_table(self.internal_dim, round(q.shape[1] ** 0.5), q.device)
         q = _rotate(self.q_proj(q), table).expand(len(k), -1, -1)
         if self._averages_first(q, k, v):
             rows = zip(q, k, v, strict=True)
@@ -117,18 +116,18 @@ def _attend_in_rows(q: Tensor, k: Tensor, v: Tensor, dropout: float, step: int) 
     return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
-def _attend_in_blocks(q: Tensor, keys: Iterable[Tensor], v: Tensor, size: int = BLOCK_SIZE) -> Tensor:
+def _attend_in_blocks(q: Tensor, keys: Iterable[Tensor], v: Tensor) -> Tensor:
     """Softmax attention of q [L, C] to keys, which come in parts [S, C], with values v [sum of S, C_v]: [L, C_v].
 
-    Scores live in blocks of `size` x `size`, which fit into a cache; each is weighted against the highest score so far
+    Scores live in blocks of 1024 x 1024, which fit into a cache; each is weighted against the highest score so far
     (FlashAttention, arXiv 2205.14135).
     """
     queries = q * q.shape[-1] ** -0.5
     attended, total = q.new_zeros(len(q), v.shape[-1]), q.new_zeros(len(q), 1)
     highest = torch.full_like(total, -torch.inf)
-    rows = list(zip(*(x.split(size) for x in (queries, highest, total, attended)), strict=True))
+    rows = list(zip(*(x.split(BLOCK_SIZE) for x in (queries, highest, total, attended)), strict=True))
     seen = 0
-    for key in itertools.chain.from_iterable(part.split(size) for part in keys):
+    for key in itertools.chain.from_iterable(part.split(BLOCK_SIZE) for part in keys):
         value = v[seen : (seen := seen + len(key))]
         for query, highest_so_far, sum_so_far, result in rows:
             scores = query @ key.mT
@@ -365,10 +364,11 @@ class FrameFeatures(NamedTuple):
         """Joins the features of frames that were encoded apart."""
         if len(parts) == 1:
             return parts[0]
-        features, positions, *of_decoders = zip(*parts, strict=True)
-        high_res, prompt = (tuple(map(torch.cat, zip(*levels, strict=True))) for levels in of_decoders)
-        is_one = parts[0].prompt_high_res_features is parts[0].high_res_features
-        return cls(torch.cat(features), positions[0], high_res, high_res if is_one else prompt)
+        features, positions, high_res, prompt = zip(*parts, strict=True)
+        is_one = prompt[0] is high_res[0]
+        high_res = tuple(map(torch.cat, zip(*high_res, strict=True)))
+        prompt = high_res if is_one else tuple(map(torch.cat, zip(*prompt, strict=True)))
+        return cls(torch.cat(features), positions[0], high_res, prompt)
 
 
 class MaskPrediction(NamedTuple):  # a tuple, so that FSDP and DeepSpeed see the tensors that backward comes from
@@ -830,15 +830,15 @@ class Sam2Decoder(nn.Module):
         predictions = []
         for t in range(length):
             rows = features.rows(clip_index * length + t)
+            is_looked_at = max(t + 1, num_key_frames) < length  # by a tracked frame after it
             if t < num_key_frames:
                 predictions.append(self._decode(rows, prompts, output_all_masks=True))
+                if is_looked_at:
+                    bank.conditioning[t] = self._remember(rows, self._to_track(rows, predictions[-1]), bank)
             else:
                 conditioned = self._attend(rows, bank, t, reverse=False)
                 predictions.append(self._predict_masks(rows, conditioned, output_all_masks=True))
-            if num_key_frames < length and t < length - 1:
-                if t < num_key_frames:
-                    bank.conditioning[t] = self._remember(rows, self._to_track(rows, predictions[-1]), bank)
-                else:
+                if is_looked_at:
                     bank.add(t, self._remember(rows, predictions[-1], bank))
         return _packed(predictions)
 

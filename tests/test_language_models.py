@@ -228,6 +228,15 @@ def test_the_final_norm_may_have_any_name(golden_processor, picture):
     assert len(output.prediction_masks) == 2
 
 
+def test_a_language_model_without_rotary_positions_answers_several_at_once(golden_processor, picture):
+    model = Sa2VAChatModel(config_with({"model_type": "opt", "word_embed_proj_dim": 160, "ffn_dim": 64})).eval()
+    model.set_processor(golden_processor)
+    samples = [{"image": picture, "text": "Where is it?"}, {"text": "?"}]
+    alone = [model.predict_forward(**sample, max_new_tokens=4).prediction for sample in samples]
+    together = model.predict_batch(samples, max_new_tokens=4)
+    assert [output.prediction for output in together] == alone
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["seen while writing", "read again"])
 def test_seg_states_are_those_of_reading_the_whole_conversation(other, golden_processor, picture, monkeypatch, again):
     """Also with a sliding window, whose cache no longer holds the prompt when the answer is finished."""
