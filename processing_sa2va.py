@@ -1554,14 +1554,7 @@ class Sa2VAProcessor(ProcessorMixin):
         return self._tokenize(prompt, **(picture or {}))
 
     def _prepare_words(
-        self,
-        image: Any = None,
-        video: Any = None,
-        text: Any = None,
-        past_text: str | None = "",
-        mask_prompts: Any = None,
-        num_frames: int | None = None,
-        frame_sampling: str | Sequence[int] | None = None,
+        self, image: Any, video: Any, text: Any, past_text: Any, mask_prompts: Any, num_frames: Any, frame_sampling: Any
     ) -> Sa2VAInputs:
         """`prepare`, where `text` may also be a whole prompt, as `apply_chat_template` writes it."""
         head, tail = self.build_prompt("\0").split("\0")
