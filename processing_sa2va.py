@@ -2287,7 +2287,7 @@ def _write_label(
     x = min(int(columns.min()), canvas.width - width)
     lowest = canvas.height - height
     preferred = min(max(int(rows.min()) - height, 0), lowest)
-    boxes = [(x, y, x + width - 1, y + height - 1) for y in (preferred, *range(preferred + 1, lowest + 1))]
+    boxes = [(x, y, x + width - 1, y + height - 1) for y in range(preferred, lowest + 1)]
     box = next((box for box in boxes if not any(_overlap(box, other) for other in taken)), boxes[0])
     taken.append(box)
     draw.rectangle(box, fill=color)
