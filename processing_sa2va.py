@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -67,7 +67,6 @@ _TO_COME = object()  # in place of a picture, in messages that are written down 
 _EXAMPLE_PART = '{"type": "image", "image": "a.png"}'
 _TEMPLATE_ARGUMENTS = ("chat_template", "tools", "documents", "continue_final_message", "return_assistant_tokens_mask")
 _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
-_EXIF_ORIENTATION = 0x0112
 CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
     *(AssertionError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError),
@@ -193,7 +192,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _is_rotated(image: Image.Image) -> bool:
     try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     except CORRUPT_FILE_ERRORS:  # damaged metadata doesn't make the picture unreadable
         return False
 
