@@ -1233,7 +1233,7 @@ class Sa2VAProcessor(ProcessorMixin):
                 f"max_dynamic_patch={max_dynamic_patch} tiles of {image_size}x{image_size} have more pixels than the "
                 f"{MAX_IMAGE_PIXELS} that are accepted. Lower one of them."
             )
-        if not 1 <= min_dynamic_patch <= max_dynamic_patch:
+        if min_dynamic_patch > max_dynamic_patch:
             raise ValueError(f"Tiles from {min_dynamic_patch} to {max_dynamic_patch}: need 1 <= min <= max.")
         grid = image_size / patch_size * downsample_ratio
         if grid < 1 or grid % 1:
