@@ -1476,7 +1476,7 @@ class Sa2VAProcessor(ProcessorMixin):
         if not np.isfinite(masks).all():
             raise ValueError(f"mask_prompts hold NaN or infinite values. {wanted} 0 is outside.")
         inside = torch.from_numpy(np.ascontiguousarray(masks != 0)).to(torch.uint8)[:, None]
-        cells = F.interpolate(inside, size=(self.region_grid, self.region_grid), mode="nearest")[:, 0].bool()
+        cells = F.interpolate(inside, size=self.region_grid, mode="nearest")[:, 0].bool()
         if unseen := (1 + (~cells.flatten(1).any(dim=1)).nonzero()[:, 0]).tolist():
             logger.warning_once(
                 f"mask_prompts: regions {unseen} hold none of the {self.region_grid}x{self.region_grid} points at "
@@ -1807,8 +1807,7 @@ class Sa2VAProcessor(ProcessorMixin):
         """
         logits = logits.float()
         if two_steps:
-            side = (self.grounding_image_size, self.grounding_image_size)
-            logits = F.interpolate(logits, size=side, mode="bilinear", align_corners=False)
+            logits = F.interpolate(logits, size=self.grounding_image_size, mode="bilinear", align_corners=False)
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
     def binarize(self, logits: Tensor, mask_threshold: float = 0.5) -> Tensor:
