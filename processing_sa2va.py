@@ -1620,9 +1620,9 @@ class Sa2VAProcessor(ProcessorMixin):
     def _reserved_words(self) -> tuple[str, ...]:
         return (self.image_start, self.image_token, self.image_end, REGION_START, REGION_END)
 
-    def _check_past_picture(self, past_text: str, given: Sequence[int], given_regions: list[int] | None) -> None:
+    def _check_past_picture(self, past_text: str, given: list[int], given_regions: list[int] | None) -> None:
         """What earlier turns show must be what is given now: its features take the place of their tokens."""
-        shown, given = self._pictures_in(past_text), list(given)
+        shown = self._pictures_in(past_text)
         regions = _token_counts(past_text, REGION_START, self.image_token, REGION_END)
         if past_text.count(self.image_token) != sum(shown) + sum(regions):
             raise ValueError("past_text is cut inside a picture. Give it as the previous call returned it, unchanged.")
