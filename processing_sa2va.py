@@ -1569,9 +1569,8 @@ class Sa2VAProcessor(ProcessorMixin):
     def _sampling(self, num_frames: Any, frame_sampling: Any) -> tuple[int, str | list[int]]:
         """How a call chooses frames, else this processor."""
         num_frames = self.num_key_frames if num_frames is None else num_frames
-        return num_frames, _checked_sampling(
-            num_frames, self.frame_sampling if frame_sampling is None else frame_sampling
-        )
+        frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
+        return num_frames, _checked_sampling(num_frames, frame_sampling)
 
     def _prepare_picture(
         self,
