@@ -43,7 +43,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 MAX_JSON_BYTES = 100_000_000  # as the safetensors format has it for headers
 LFS_POINTER = b"version "  # how the text begins that git leaves in place of a large file
-WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
+WEIGHT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # torch's names for them
 # Never copied beside converted weights: other forms of them, or more pickles.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".index.json")
 QWEN_VL_NAMES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
@@ -68,7 +68,6 @@ UPLOADED = (
 LEFT_BY_TOOLS = (".cache", ".gitattributes", "__pycache__")  # by hf download, the Hub and Python
 MAX_HUB_FILE = 50_000_000_000  # bytes; the Hub takes no larger file
 CHUNK_BYTES = 2**25
-TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 PLACE_FIELDS = ("_name_or_path", "name_or_path", "is_local", "local_files_only", "tokenizer_file")
 
 # Model cards. What each released checkpoint was made from, by type and width of the language model: its name, and the
@@ -1090,7 +1089,7 @@ def _bytes_of(files: _Files, move: _Move, model) -> Iterator[bytes]:
     whole = {}
     for key, (file, start, tensor) in move.parts.items():
         data = bytearray(files.read(file, start + tensor.begin, tensor.end - tensor.begin))
-        whole[key] = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[tensor.dtype])).view(tensor.shape)
+        whole[key] = torch.frombuffer(data, dtype=getattr(torch, WEIGHT_DTYPES[tensor.dtype])).view(tensor.shape)
     (fused,) = revert_weight_conversion(model, whole).values()
     yield fused.contiguous().flatten().view(torch.uint8).numpy().data
 
@@ -1252,7 +1251,7 @@ def _render_card(config, report: CheckpointReport, origin: _Origin, old, facts: 
         name=name,
         family=report.family,
         parameters=_rounded(report.num_parameters),
-        dtypes=" and ".join(TORCH_DTYPES.get(dtype, dtype) for dtype in report.dtypes),
+        dtypes=" and ".join(WEIGHT_DTYPES[dtype] for dtype in report.dtypes),
         base_models=bases,
         relation=relation,
         is_qwen_vl=config.is_qwen_vl,
