@@ -485,7 +485,7 @@ def _read_config(files: _Files, tensors: dict[str, _Tensor]):
 
 def _family(config) -> str:
     """What the checkpoint is made of, in a few words."""
-    if hasattr(config, "qwen_vl_type"):
+    if config.is_qwen_vl:
         name = QWEN_VL_NAMES[config.qwen_vl_type]
     else:
         name = f"InternVL + {type(config.llm_config).__name__.removeprefix('Sa2VA').removesuffix('Config')}"
