@@ -1612,7 +1612,7 @@ class _Hub:
 
     def _refuse_other_models(self) -> None:
         """Never overwrites a repository that holds anything but a Sa2VA."""
-        names = {file.path for file in self.ask(self._files, "main")}
+        names = self.ask(self.api.list_repo_files, self.repo_id, revision="main")
         if CONFIG in names:
             try:
                 found = _parse_json(self._read(CONFIG, "main"), CONFIG).get("model_type")
@@ -1638,7 +1638,7 @@ class _Hub:
     def has_written_card(self) -> bool:
         """Whether the branch has a model card that somebody wrote or changed, perhaps on the Hub's own page."""
         head = self.head()
-        if CARD not in {file.path for file in self.ask(self._files, head)}:
+        if CARD not in self.ask(self.api.list_repo_files, self.repo_id, revision=head):
             return False
         return not _is_made_by_machine(self._read(CARD, head).decode("utf-8", errors="replace"))
 
