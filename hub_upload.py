@@ -1723,7 +1723,7 @@ class _Hub:
         from huggingface_hub import CommitOperationDelete
 
         weights = [[addition] for addition in additions if addition.path_in_repo.endswith(".safetensors")]
-        others = [addition for addition in additions if [addition] not in weights]
+        others = [addition for addition in additions if not addition.path_in_repo.endswith(".safetensors")]
         with ExitStack() as files:
             sent = [addition for group in (*weights, others) for addition in self._send_large(group, files)]
             commit = self.api.create_commit(
