@@ -919,10 +919,8 @@ def _find_origin(source: str, revision: str | None, token: str | None, merged: P
 
 def _learned_in(folder: Path) -> Path:
     """What training left in its folder: the adapter, or if there is none the whole model; other folders as they are."""
-    if any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
-        return folder
-    learned = (folder / place for place in ("adapter", "final"))
-    return next((place for place in learned if any((place / name).is_file() for name in (CONFIG, ADAPTER))), folder)
+    places = (folder, folder / "adapter", folder / "final")
+    return next((place for place in places if any((place / name).is_file() for name in (CONFIG, ADAPTER))), folder)
 
 
 def _download(name: str, revision: str | None, token: str | None) -> Path:
