@@ -976,8 +976,8 @@ def _find_base(folder: Path, named: str | None) -> str:
     """What an adapter belongs to: the model in its own folder, a folder by its name, else that name on the Hub."""
     if any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         return str(folder)
-    for place in (Path(named or ""), folder / (named or "")):
-        if named and place.is_dir():
+    for place in (Path(named), folder / named) if named else ():
+        if place.is_dir():
             return str(place)
     if not named or LOCAL_PATH.match(named) or named.count("/") != 1:
         raise FileNotFoundError(
