@@ -828,7 +828,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
     if not out.is_dir():
         return
-    if out.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
+    if out in (Path.cwd(), *Path.cwd().parents, Path.home()):
         raise FileExistsError(
             f"{out} is, or holds, the current or home folder, which is never replaced. Name a folder inside."
         )
@@ -854,7 +854,7 @@ def _temporary_sibling(path: Path, purpose: str) -> Iterator[Path]:
 
 def _replaced(out: Path) -> Path:
     """Where the old `out` is while a new one takes its place."""
-    return out.resolve().with_name(f".{out.name}.old")
+    return out.with_name(f".{out.name}.old")
 
 
 def _put_back(out: Path) -> None:
