@@ -1206,6 +1206,7 @@ class Sa2VAProcessor(ProcessorMixin):
     """
 
     image_start, image_token, image_end = IMAGE_START, IMAGE_TOKEN, IMAGE_END
+    _reserved_words = (image_start, image_token, image_end, REGION_START, REGION_END)
     _drops_tags = False  # whether `<image>` in a question says nothing, as the picture stands first anyway
 
     def __init__(
@@ -1615,10 +1616,6 @@ class Sa2VAProcessor(ProcessorMixin):
     def _pictures_in(self, text: str) -> list[int]:
         return _token_counts(text, self.image_start, self.image_token, self.image_end)
 
-    @property
-    def _reserved_words(self) -> tuple[str, ...]:
-        return (self.image_start, self.image_token, self.image_end, REGION_START, REGION_END)
-
     def _check_past_picture(self, past_text: str, given: list[int], given_regions: list[int] | None) -> None:
         """What earlier turns show must be what is given now: its features take the place of their tokens."""
         shown = self._pictures_in(past_text)
@@ -1865,6 +1862,7 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
     """
 
     image_start, image_token, image_end = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+    _reserved_words = (image_start, image_token, image_end)
     stop_words = ("<|im_end|>",)
     _drops_tags = True
 
@@ -1900,10 +1898,6 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
             "num_key_frames": grounding.num_key_frames,
             "frame_sampling": grounding.frame_sampling,
         }
-
-    @property
-    def _reserved_words(self) -> tuple[str, ...]:
-        return (self.image_start, self.image_token, self.image_end)
 
     @property
     def model_input_names(self) -> list[str]:
