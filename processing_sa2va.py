@@ -1207,6 +1207,7 @@ class Sa2VAProcessor(ProcessorMixin):
 
     image_start, image_token, image_end = IMAGE_START, IMAGE_TOKEN, IMAGE_END
     _reserved_words = (image_start, image_token, image_end, REGION_START, REGION_END)
+    _between_blocks = "\n"  # of a picture's tokens
     _drops_tags = False  # whether `<image>` in a question says nothing, as the picture stands first anyway
 
     def __init__(
@@ -1396,8 +1397,9 @@ class Sa2VAProcessor(ProcessorMixin):
         return [tiles * self.num_image_token] * blocks
 
     def picture_tokens(self, image_tokens: Sequence[int]) -> str:
-        """What the tag stands for: a line for each block."""
-        return "\n".join(self.image_start + self.image_token * count + self.image_end for count in image_tokens)
+        """What stands for a picture in a prompt."""
+        blocks = (self.image_start + self.image_token * count + self.image_end for count in image_tokens)
+        return self._between_blocks.join(blocks)
 
     def build_prompt(
         self,
@@ -1864,6 +1866,7 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
     image_start, image_token, image_end = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
     _reserved_words = (image_start, image_token, image_end)
     stop_words = ("<|im_end|>",)
+    _between_blocks = ""
     _drops_tags = True
 
     def __init__(
@@ -1903,10 +1906,6 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
     def model_input_names(self) -> list[str]:
         """Keys of what a call returns."""
         return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw"]
-
-    def picture_tokens(self, image_tokens: Sequence[int]) -> str:
-        """What the template's `<|image_pad|>` stand for: a block for each picture, without separators."""
-        return "".join(self.image_start + self.image_token * count + self.image_end for count in image_tokens)
 
     def preprocess_picture(self, pictures: Sequence[Image.Image], is_video: bool) -> dict[str, Tensor]:
         """RGB pictures -> `pixel_values` float32 [patches, values] and `image_grid_thw` int64 [pictures, 3].
