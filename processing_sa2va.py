@@ -2105,7 +2105,7 @@ def masks_to_rle(masks: np.ndarray | Tensor) -> list[dict[str, Any]]:
     coco = coco_masks()
     pixels = _as_bool_masks(masks).transpose(1, 2, 0).astype(np.uint8, order="F")
     encoded = coco.encode(pixels) if pixels.shape[2] else []
-    return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")} for rle in encoded]
+    return [{**rle, "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
 
 def rle_to_masks(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:
