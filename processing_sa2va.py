@@ -772,9 +772,8 @@ def prepare_samples(
     if not isinstance(samples, Iterable):
         raise TypeError(f"{name} can't be a {type(samples).__name__}. Give dictionaries with some of {accepted}.")
     for number, sample in enumerate(samples):
-        if not isinstance(sample, Mapping) or sample.keys() - {*accepted}:
-            given = [*sample.keys() - {*accepted}] if isinstance(sample, Mapping) else type(sample).__name__
-            raise TypeError(f"{name}[{number}] can't hold {given}. Give dictionaries with some of {accepted}.")
+        if wrong := [*sample.keys() - {*accepted}] if isinstance(sample, Mapping) else type(sample).__name__:
+            raise TypeError(f"{name}[{number}] can't hold {wrong}. Give dictionaries with some of {accepted}.")
         try:
             inputs = prepare(**{**defaults, **sample})
         except (TypeError, ValueError, OSError) as error:
