@@ -794,6 +794,7 @@ def pack_checkpoint(
     Raises:
         OSError: `source` is not there, `out` is and may not be replaced, or the Hub can't be asked.
         CheckpointError: `source` is no checkpoint that loads, or what would be written names secrets or local paths.
+        ValueError: a revision of a folder, an impossible `max_shard_size` or result.
     """
     model_id = model_id or Path(out).absolute().name
     out = Path(out).resolve()  # of a link, what it leads to
@@ -892,8 +893,9 @@ def _size(size: int | str | None) -> int:
 class _Origin(NamedTuple):
     """Where a checkpoint comes from.
 
-    `folder` holds it whole; `name` is its name on the Hub or None; `base` names what an adapter was trained on, "" if
-    only this machine knows it, None if there is no adapter; `training` are facts found beside it.
+    `folder` holds it whole, `documents` its card and licenses; `name` is its name on the Hub or None; `base` names what
+    an adapter was trained on, "" if only this machine knows it, None if there is no adapter; `training` are facts found
+    beside it.
     """
 
     folder: Path
@@ -950,7 +952,7 @@ def _training_facts(folder: Path) -> dict[str, Any]:
 
 
 def _merge_adapter(folder: Path, merged: Path, token: str | None) -> tuple[str, dict[str, Any]]:
-    """Writes base model and adapter as one checkpoint; returns the base model's public name ("" if it has none)."""
+    """Writes base model and adapter as one checkpoint; returns the base's public name or "", and facts for the card."""
     from .modeling_sa2va import Sa2VAChatModel, merged_with_adapter
     from .processing_sa2va import Sa2VAProcessor
 
@@ -1789,7 +1791,7 @@ def _asking_for(name: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise HubError("HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it and run again.") from error
     except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
-        is_builtin = type(error).__module__ == "builtins"  # Xet's client has its own kinds, but for the first of these
+        is_builtin = type(error).__module__ == "builtins"  # Xet's client raises kinds of its own, and ConnectionError
         if isinstance(error, OSError) and is_builtin and not isinstance(error, ConnectionError):
             raise  # of a file here
         raise HubError(f"{_advice(name, _http_fault(error) or error)}\n({str(error).strip()})") from error
