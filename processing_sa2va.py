@@ -564,7 +564,7 @@ def _retrieve(capture: Any, path: Path) -> Image.Image:
     return Image.fromarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
 
 
-def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str | Sequence[int] = "first") -> list[int]:
+def select_key_frames(video: Any, num_frames: int, frame_sampling: str | Sequence[int] = "first") -> list[int]:
     """Chooses the frames that the language model sees.
 
     Args:
