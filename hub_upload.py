@@ -281,7 +281,7 @@ class _Files(NamedTuple):
     read: Callable[[str, int, int], bytes]
 
 
-def _find_files(name: str, revision: str | None) -> _Files:
+def _find_files(name: str, revision: str | None = None) -> _Files:
     """The files of a folder or, if there is none, of a Hub repository."""
     folder = Path(name)
     if not folder.is_dir():
@@ -628,7 +628,7 @@ def _find_pickles(folder: Path) -> list[Path]:
         )
     names = {path.name for path in folder.glob("pytorch_model*.bin")}
     if (folder / PICKLE_INDEX).is_file():
-        weight_map = _read_weight_map(_find_files(str(folder), None), PICKLE_INDEX)
+        weight_map = _read_weight_map(_find_files(str(folder)), PICKLE_INDEX)
         if absent := sorted(set(weight_map.values()) - names):
             raise FileNotFoundError(f"{PICKLE_INDEX} names files that are not in {folder}: {', '.join(absent)}.")
         names = set(weight_map.values())
@@ -805,7 +805,7 @@ def pack_checkpoint(
         old_card = (out if (out / CARD).is_file() else origin.documents) / CARD
         old_text = _read_card(old_card) if old_card.is_file() else ""
         _card(old_text)  # if it can't be read, say so before anything that takes long
-        files = _find_files(str(origin.folder), None)
+        files = _find_files(str(origin.folder))
         report, config = _inspect(files)
         if not report.ok:
             raise CheckpointError(f"Not packed, since it would not load.\n{report}")
@@ -1538,7 +1538,7 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
         return False
     if any((folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes() for name in CODE_FILES):
         return False
-    files = _find_files(str(folder), None)
+    files = _find_files(str(folder))
     if any(size > max_bytes for name, size in files.sizes.items() if name.endswith(".safetensors")):
         return False
     mapped, processor = (_read_json(files, name).get("auto_map") or {} for name in (CONFIG, "processor_config.json"))
