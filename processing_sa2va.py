@@ -2158,7 +2158,9 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
     A character holds five bits, least first, and whether more follow; behind the third, numbers are differences to the
     one two before.
     """
-    codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8).astype(np.int64) - 48
+    # Half a character becomes bytes, too, which are refused like all others that COCO's code never writes.
+    data = counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts
+    codes = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         raise ValueError(f"The run lengths {counts[:40]!r}... are cut off, or were never compressed by COCO's code.")
     ends = np.flatnonzero(codes & 32 == 0)

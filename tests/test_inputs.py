@@ -1366,6 +1366,11 @@ BAD_STATES = {
         ValueError,
         "cut off",
     ),
+    "decode half a character": (
+        lambda have: rle_to_masks([{"size": [2, 2], "counts": "\ud800"}]),
+        ValueError,
+        "never compressed",
+    ),
     "decode no run": (lambda have: rle_to_masks([{"size": [40, 40], "counts": ""}]), ValueError, "cut off"),
     "decode too few runs": (
         lambda have: rle_to_masks([{"size": [40, 40], "counts": "0"}]),
