@@ -64,7 +64,7 @@ _ACCEPTED_VIDEOS = (
     "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
 )
 _TO_COME = object()  # in place of a picture, in messages that are written down before it is given
-_EXAMPLE_PART = '{"type": "image", "image": "a.png"}'
+_EXAMPLE_PARTS = '{"type": "text", "text": "Hi"} or {"type": "image", "image": "a.png"}'
 _TEMPLATE_ARGUMENTS = ("chat_template", "tools", "documents", "continue_final_message", "return_assistant_tokens_mask")
 _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
 CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
@@ -860,12 +860,13 @@ def _parts_of(content: Any, may_come: bool) -> dict[str, Any]:
     found, text = {}, ""
     for part in parts:
         kind = part.get("type")
-        keys = (kind, "path", "url") if kind in ("text", "image", "video") else ()
+        is_picture = kind in ("image", "video")
+        keys = (kind, "path", "url") if is_picture else ("text",) if kind == "text" else ()
         is_bare = all(value is None for name, value in part.items() if name != "type")
-        later = _TO_COME if may_come and kind in ("image", "video") and is_bare else None
+        later = _TO_COME if may_come and is_picture and is_bare else None
         given = next((part[key] for key in keys if part.get(key) is not None), later)
         if given is None or (kind == "text" and not isinstance(given, str)):
-            raise ValueError(f"{dict(part)!r:.200} is no text, image or video with what it shows: {_EXAMPLE_PART}.")
+            raise ValueError(f"{dict(part)!r:.200} is no text, image or video with what it shows: {_EXAMPLE_PARTS}.")
         if kind in found and kind != "text":
             raise ValueError(f"A message holds more than one {kind}; a conversation is about one.")
         if kind == "text":

@@ -1009,6 +1009,13 @@ BAD_STATES = {
         ValueError,
         "what it shows",
     ),
+    "words in a file": (
+        lambda have: have.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "path": "words.txt"}]}]
+        ),
+        ValueError,
+        r"'words\.txt'} is no text",
+    ),
     "a prompt without an end": (
         lambda have: have.processor.apply_chat_template(SPOKEN[:1], add_generation_prompt=False),
         ValueError,
