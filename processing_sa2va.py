@@ -1727,7 +1727,10 @@ class Sa2VAProcessor(ProcessorMixin):
         Raises:
             TypeError, ValueError, OSError: no such conversation; see also `prepare`.
         """
-        if not isinstance(conversation, list | tuple):
+        is_list = isinstance(conversation, list | tuple)
+        is_one = is_list and (not conversation or isinstance(conversation[0], Mapping))
+        conversations = [conversation] if is_one else conversation
+        if not is_list or not all(isinstance(turns, list | tuple) for turns in conversations):
             raise TypeError(
                 f"A conversation is a list of messages, or a list of such lists; got {conversation!r:.100}."
             )
@@ -1740,8 +1743,6 @@ class Sa2VAProcessor(ProcessorMixin):
         if unknown := sorted(kwargs.keys() - {"return_tensors", "padding", "padding_side"}):
             accepted = "return_tensors, padding, padding_side, num_frames and frame_sampling"
             raise TypeError(f"A call has no {unknown}: it takes {accepted}.")
-        is_one = not conversation or isinstance(conversation[0], Mapping)
-        conversations = [conversation] if is_one else conversation
         asked = [self._last_question(turns, not tokenize, **sampling) for turns in conversations]
         if not tokenize:
             prompts = [self._prompt_of(question, **sampling) for question in asked]

@@ -765,6 +765,12 @@ BAD_STATES = {
     "a prompt in chunks": (lambda have: have.ask(prefill_chunk_size=8), ValueError, "embeddings"),
     "guided away from no words": (lambda have: have.ask(guidance_scale=2.0), ValueError, "guidance_scale"),
     "one message": (lambda have: have.processor.apply_chat_template(SPOKEN[0]), TypeError, "list of messages"),
+    "a batch of numbers": (lambda have: have.processor.apply_chat_template([5]), TypeError, "list of messages"),
+    "a batch with a gap": (
+        lambda have: have.processor.apply_chat_template([SPOKEN[:1], None]),
+        TypeError,
+        "list of messages",
+    ),
     "a picture of the assistant's": (
         lambda have: have.processor.apply_chat_template(
             [SPOKEN[0], {"role": "assistant", "content": SPOKEN[0]["content"]}, {"role": "user", "content": "Hi"}]
