@@ -2222,8 +2222,9 @@ def draw_overlay(
     picture, masks = load_image(image), _as_bool_masks(masks)
     if masks.shape[1:] != (picture.height, picture.width):
         raise ValueError(f"Masks are {masks.shape[1:]}, the picture is {(picture.height, picture.width)} (h, w).")
-    labels = () if phrases is None or isinstance(phrases, str) else phrases
-    if phrases is not None and (len(labels) != len(masks) or not all(isinstance(label, str) for label in labels)):
+    labels = [""] * len(masks) if phrases is None else phrases
+    is_list = not isinstance(labels, str)
+    if not (is_list and len(labels) == len(masks) and all(isinstance(label, str) for label in labels)):
         raise ValueError(f"Phrases {phrases!r:.200} for {len(masks)} masks. Give a list with a string for each.")
     canvas = Image.fromarray(_paint(np.array(picture), masks, alpha))
     taken: list[tuple[int, int, int, int]] = []
