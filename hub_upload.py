@@ -599,11 +599,14 @@ def convert_pickles(folder: str | Path, out: str | Path) -> list[Path]:
         The weight files written.
 
     Raises:
-        OSError: there are no pickles, the index names one that is not there, or `out` already has weights.
+        OSError: there are no pickles, the index names one that is not there, or `out` is a file or already has
+            weights.
         CheckpointError: a file holds anything but tensors by name. (A `ValueError`.)
     """
     folder, out = Path(folder), Path(out)
     pickles = _find_pickles(folder)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file. Name a new folder.")
     if any((out / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)):
         raise FileExistsError(f"{out} already has weights. Name a new folder.")
     names = _weight_names(len(pickles))

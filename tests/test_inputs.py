@@ -1423,6 +1423,11 @@ BAD_STATES = {
         FileExistsError,
         "already has weights",
     ),
+    "convert into a file": (
+        lambda have: convert_pickles(pickle_of(have, {}), a_file(have)),
+        NotADirectoryError,
+        "a file",
+    ),
     "convert more than tensors": (
         lambda have: convert_pickles(pickle_of(have, {"step": 3}), have.folder / "out"),
         CheckpointError,
