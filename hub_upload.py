@@ -1182,7 +1182,7 @@ def _card(text: str):
     from huggingface_hub import ModelCard
 
     try:
-        return ModelCard(text or "---\n---\n")
+        return ModelCard(text or "---\n\n---\n")  # without the empty line, it warns that there is no metadata
     except Exception as error:  # of PyYAML or of the values' meaning: whatever is wrong, it is the card's fault
         raise CheckpointError(f"{CARD} has metadata that can't be read: {error}") from error
 

@@ -483,11 +483,12 @@ def test_facts_the_hub_does_not_know_are_told():
         CardFacts(base_model_relation="copy")
 
 
-def test_the_command_packs_and_reports(source, tmp_path, capsys):
+def test_the_command_packs_and_reports(source, tmp_path, capsys, caplog):
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     arguments = ["--skip-test", "--license", "mit", "--results", str(tmp_path / "results.json"), "--json"]
     assert main(["pack", str(source), str(tmp_path / "out"), *arguments]) == 0
-    report = json.loads(capsys.readouterr().out)
+    report, warnings = json.loads(capsys.readouterr().out), [record.message for record in caplog.records]
+    assert not [warning for warning in warnings if "metadata" in warning]  # that there is no card is nothing to tell
     assert report["card"] == "generated" and report["files"]["model.safetensors"] > 7e6 and not report["tested"]
     assert main(["pack", str(source), str(tmp_path / "out"), *arguments]) == 2
     assert "--overwrite" in capsys.readouterr().err
