@@ -977,14 +977,15 @@ def _merge_adapter(folder: Path, merged: Path, token: str | None) -> tuple[str, 
     return "" if Path(base).is_dir() else base, {name: value for name, value in facts.items() if value is not None}
 
 
-def _find_base(folder: Path, named: str | None) -> str:
+def _find_base(folder: Path, named: Any) -> str:
     """What an adapter belongs to: the model in its own folder, a folder by its name, else that name on the Hub."""
     if any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         return str(folder)
-    for place in (Path(named), folder / named) if named else ():
+    is_name = isinstance(named, str) and named != ""
+    for place in (Path(named), folder / named) if is_name else ():
         if place.is_dir():
             return str(place)
-    if not named or LOCAL_PATH.match(named) or named.count("/") != 1:
+    if not is_name or LOCAL_PATH.match(named) or named.count("/") != 1:
         raise FileNotFoundError(
             f"{folder / ADAPTER} names the base model {named!r}, which is not here. Put the folder or the name on the "
             "Hub of what the adapter was trained on into base_model_name_or_path."

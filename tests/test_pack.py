@@ -315,9 +315,11 @@ def test_an_adapter_is_merged(tmp_path, released, picture):
         assert output.prediction == wanted.prediction
 
 
-def test_an_adapter_whose_base_is_not_here_is_told(tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone/base", "peft_type": "LORA"}')
-    with pytest.raises(FileNotFoundError, match="'/gone/base'"):
+@pytest.mark.parametrize("base", ["/gone/base", "", None, 5, ["me/base"], {"name": "me/base"}])
+def test_an_adapter_whose_base_is_not_here_is_told(tmp_path, base):
+    values = {"base_model_name_or_path": base, "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(FileNotFoundError, match=re.escape(f"the base model {base!r}, which is not here")):
         pack(tmp_path, tmp_path / "out")
 
 
