@@ -160,6 +160,20 @@ def test_any_other_source_is_packed_first(hub):
     assert not list(ROOT.glob(".sa2va-tiny*"))
 
 
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda own: ["x"], lambda own: own | {"AutoTokenizer": ["a", None]}, lambda own: own | {"AutoTokenizer": None}],
+    ids=["a list", "a list of classes", "null"],
+)
+def test_a_folder_that_maps_to_other_code_is_packed_first(hub, folder, file, change):
+    values = json.loads((folder / file).read_text())
+    own = values["auto_map"]
+    (folder / file).write_text(json.dumps(values | {"auto_map": change(own)}))
+    push(folder, hub)
+    assert json.loads(content(hub, file))["auto_map"] == own
+
+
 def test_a_branch_is_made_if_need_be(hub, packed):
     hub.add_repo("me/tiny")
     report = push(packed, hub, revision="experiment")
