@@ -812,9 +812,10 @@ def pack_checkpoint(
         report, config = _inspect(files)
         if not report.ok:
             raise CheckpointError(f"Not packed, since it would not load.\n{report}")
-        weights = _pack_weights(files, target, config, report.layout, _size(max_shard_size))
         _pack_settings(files, target, config)
         card, notes = _pack_card(target, config, report, origin, old_text, facts, model_id)
+        # The weights last: they may take long, and what is before may be refused.
+        weights = _pack_weights(files, target, config, report.layout, _size(max_shard_size))
         _pack_documents((origin.documents, old_card.parent), target)
         packed = {name: target / name for name in _uploaded_names(target)}
         sizes = {name: path.stat().st_size for name, path in packed.items()}
@@ -1280,7 +1281,13 @@ def _lineage(config, origin: _Origin, old, facts: CardFacts, known) -> tuple[lis
         return [origin.base], facts.base_model_relation or "finetune"
     if named := getattr(old, "base_model", None):
         relation = facts.base_model_relation or getattr(old, "base_model_relation", None)
-        return [named] if isinstance(named, str) else list(named), relation
+        bases = [named] if isinstance(named, str) else named
+        if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+            raise CheckpointError(
+                f"{CARD} has the base_model {named!r}, which is neither a name on the Hub nor a list of names. Correct "
+                "it there, or say --base-model."
+            )
+        return bases, relation
     if known is None:
         return [], None
     if config.grounding_config.separate_prompt_decoder or origin.base is not None:  # trained on from a released one

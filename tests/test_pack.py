@@ -454,6 +454,15 @@ def test_a_card_that_somebody_wrote_goes_along_with_its_picture_or_into_a_new_on
     assert data.language == ["de"] and not (tmp_path / "new" / "LICENSE").exists()
 
 
+@pytest.mark.parametrize("base", ["5", "{name: me/base}", "[me/base, 5]"])
+def test_a_card_whose_base_model_is_no_name_is_told(source, tmp_path, base):
+    (source / "README.md").write_text(f"---\nbase_model: {base}\n---\n# Mine\n")
+    with pytest.raises(CheckpointError, match=r"README\.md has the base_model .* --base-model"):
+        pack(source, tmp_path / "out", facts=CardFacts(new_card=True))
+    pack(source, tmp_path / "out", facts=CardFacts(new_card=True, base_model=("me/base",)))
+    assert card_of(tmp_path / "out").data.base_model == ["me/base"]
+
+
 def test_a_form_that_a_library_filled_in_is_no_card(source, tmp_path):
     (source / "README.md").write_text("---\nlibrary_name: peft\n---\n# Model\n[More Information Needed]\n")
     assert pack(source, tmp_path / "out").card == "generated"
