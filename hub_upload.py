@@ -50,6 +50,7 @@ QWEN_VL_NAMES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 WRONG_CHECKPOINT, CANNOT_RUN = 1, 2
 
 CARD, GENERATION, ADAPTER, TRAINING = "README.md", "generation_config.json", "adapter_config.json", "training.json"
+SETTINGS = (GENERATION, "tokenizer_config.json", "processor_config.json")
 REQUIREMENTS_FILE = "requirements.txt"
 REQUIREMENTS = (  # those of pyproject.toml
     *("torch>=2.7", "torchvision>=0.22", "transformers>=5.10.1", "accelerate>=1.10", "sam2>=1.1", "pillow>=10.3"),
@@ -917,6 +918,7 @@ def _find_origin(source: str, revision: str | None, token: str | None, merged: P
     name = None if folder.is_dir() else source
     folder = _learned_in(folder) if name is None else _download(source, revision, token)
     training = _training_facts(folder)
+    _check_settings(folder)
     if not (folder / ADAPTER).is_file():
         return _Origin(folder, folder, name, None, training)
     base, more = _merge_adapter(folder, merged, token)
@@ -942,6 +944,14 @@ def _download(name: str, revision: str | None, token: str | None) -> Path:
     options = {"allow_patterns": wanted, "ignore_patterns": ["*/*"]}
     with _asking_for(name):
         return Path(snapshot_download(name, revision=revision, token=token, **options))
+
+
+def _check_settings(folder: Path) -> None:
+    """Raises CheckpointError for a file of JSON that holds no object: transformers does not say which one it is."""
+    files = _find_files(str(folder))
+    for name in (*SETTINGS, "tokenizer.json"):
+        if name in files.sizes:
+            _read_json(files, name)
 
 
 def _training_facts(folder: Path) -> dict[str, Any]:
@@ -1119,7 +1129,7 @@ def _pack_settings(files: _Files, out: Path, config) -> None:
     values |= {"auto_map": mapping, "architectures": [mapping["AutoModel"].rpartition(".")[2]]}
     values["grounding_config"] = grounding
     _write_json(out / CONFIG, values)
-    for name in (CONFIG, GENERATION, "tokenizer_config.json", "processor_config.json"):
+    for name in (CONFIG, *SETTINGS):
         _write_json(out / name, _without_places(json.loads((out / name).read_text(encoding="utf-8"))))
     copy_code(out)
     (out / REQUIREMENTS_FILE).write_text("\n".join(REQUIREMENTS) + "\n")
@@ -1544,9 +1554,9 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
     """Whether packing a folder would change nothing but its card; weights are looked at by their headers."""
     from .configuration_sa2va import CODE_FILES, auto_map
 
-    settings = (CONFIG, GENERATION, "processor_config.json", "tokenizer_config.json", CARD, REQUIREMENTS_FILE)
-    if not all((folder / name).is_file() for name in (*settings, *CODE_FILES)):
+    if not all((folder / name).is_file() for name in (CONFIG, *SETTINGS, CARD, REQUIREMENTS_FILE, *CODE_FILES)):
         return False
+    _check_settings(folder)
     if any((folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes() for name in CODE_FILES):
         return False
     files = _find_files(str(folder))

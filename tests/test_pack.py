@@ -507,6 +507,16 @@ def test_the_command_packs_and_reports(source, tmp_path, capsys, caplog):
     assert main(["pack", str(tmp_path / "nothing"), str(tmp_path / "new")]) == 2
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]"])
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer_config.json", "processor_config.json", "tokenizer.json"]
+)
+def test_a_damaged_file_of_settings_is_named(source, tmp_path, capsys, name, content):
+    (source / name).write_bytes(content)
+    assert main(["pack", str(source), str(tmp_path / "out"), "--skip-test"]) == 1
+    assert f"error: {name} is not" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_requirements_are_those_of_the_package():
     project = (ROOT / "pyproject.toml").read_text()
     listed = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)[1]

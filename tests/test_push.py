@@ -143,6 +143,14 @@ def test_a_card_that_somebody_changed_on_the_hub_stays(hub, packed):
     assert "note: The card on the Hub was written or changed there, and stays" in str(report)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_settings_is_not_sent(hub, folder, name):
+    (folder / name).write_text("[]")
+    with pytest.raises(CheckpointError, match=f"{name} is not a JSON object"):
+        push(folder, hub)
+    assert hub.repos == {}
+
+
 def test_secrets_stay_at_home(hub, folder):
     with (folder / "README.md").open("a") as card:
         card.write("hf_" + "x" * 34)
