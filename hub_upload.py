@@ -43,13 +43,14 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 MAX_JSON_BYTES = 100_000_000  # as the safetensors format has it for headers
 LFS_POINTER = b"version "  # how the text begins that git leaves in place of a large file
-WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
+WEIGHT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # torch's names for them
 # Never copied beside converted weights: other forms of them, or more pickles.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".index.json")
 QWEN_VL_NAMES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 WRONG_CHECKPOINT, CANNOT_RUN = 1, 2
 
 CARD, GENERATION, ADAPTER, TRAINING = "README.md", "generation_config.json", "adapter_config.json", "training.json"
+SETTINGS = (GENERATION, "tokenizer_config.json", "processor_config.json")
 REQUIREMENTS_FILE = "requirements.txt"
 REQUIREMENTS = (  # those of pyproject.toml
     *("torch>=2.7", "torchvision>=0.22", "transformers>=5.10.1", "accelerate>=1.10", "sam2>=1.1", "pillow>=10.3"),
@@ -68,7 +69,6 @@ UPLOADED = (
 LEFT_BY_TOOLS = (".cache", ".gitattributes", "__pycache__")  # by hf download, the Hub and Python
 MAX_HUB_FILE = 50_000_000_000  # bytes; the Hub takes no larger file
 CHUNK_BYTES = 2**25
-TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 PLACE_FIELDS = ("_name_or_path", "name_or_path", "is_local", "local_files_only", "tokenizer_file")
 
 # Model cards. What each released checkpoint was made from, by type and width of the language model: its name, and the
@@ -282,7 +282,7 @@ class _Files(NamedTuple):
     read: Callable[[str, int, int], bytes]
 
 
-def _find_files(name: str, revision: str | None) -> _Files:
+def _find_files(name: str, revision: str | None = None) -> _Files:
     """The files of a folder or, if there is none, of a Hub repository."""
     folder = Path(name)
     if not folder.is_dir():
@@ -486,7 +486,7 @@ def _read_config(files: _Files, tensors: dict[str, _Tensor]):
 
 def _family(config) -> str:
     """What the checkpoint is made of, in a few words."""
-    if hasattr(config, "qwen_vl_type"):
+    if config.is_qwen_vl:
         name = QWEN_VL_NAMES[config.qwen_vl_type]
     else:
         name = f"InternVL + {type(config.llm_config).__name__.removeprefix('Sa2VA').removesuffix('Config')}"
@@ -600,11 +600,14 @@ def convert_pickles(folder: str | Path, out: str | Path) -> list[Path]:
         The weight files written.
 
     Raises:
-        OSError: there are no pickles, the index names one that is not there, or `out` already has weights.
+        OSError: there are no pickles, the index names one that is not there, or `out` is a file or already has
+            weights.
         CheckpointError: a file holds anything but tensors by name. (A `ValueError`.)
     """
     folder, out = Path(folder), Path(out)
     pickles = _find_pickles(folder)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file. Name a new folder.")
     if any((out / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)):
         raise FileExistsError(f"{out} already has weights. Name a new folder.")
     names = _weight_names(len(pickles))
@@ -629,7 +632,7 @@ def _find_pickles(folder: Path) -> list[Path]:
         )
     names = {path.name for path in folder.glob("pytorch_model*.bin")}
     if (folder / PICKLE_INDEX).is_file():
-        weight_map = _read_weight_map(_find_files(str(folder), None), PICKLE_INDEX)
+        weight_map = _read_weight_map(_find_files(str(folder)), PICKLE_INDEX)
         if absent := sorted(set(weight_map.values()) - names):
             raise FileNotFoundError(f"{PICKLE_INDEX} names files that are not in {folder}: {', '.join(absent)}.")
         names = set(weight_map.values())
@@ -795,6 +798,7 @@ def pack_checkpoint(
     Raises:
         OSError: `source` is not there, `out` is and may not be replaced, or the Hub can't be asked.
         CheckpointError: `source` is no checkpoint that loads, or what would be written names secrets or local paths.
+        ValueError: a revision of a folder, an impossible `max_shard_size` or result.
     """
     model_id = model_id or Path(out).absolute().name
     out = Path(out).resolve()  # of a link, what it leads to
@@ -805,13 +809,14 @@ def pack_checkpoint(
         old_card = (out if (out / CARD).is_file() else origin.documents) / CARD
         old_text = _read_card(old_card) if old_card.is_file() else ""
         _card(old_text)  # if it can't be read, say so before anything that takes long
-        files = _find_files(str(origin.folder), None)
+        files = _find_files(str(origin.folder))
         report, config = _inspect(files)
         if not report.ok:
             raise CheckpointError(f"Not packed, since it would not load.\n{report}")
-        weights = _pack_weights(files, target, config, report.layout, _size(max_shard_size))
         _pack_settings(files, target, config)
         card, notes = _pack_card(target, config, report, origin, old_text, facts, model_id)
+        # The weights last: they may take long, and what is before may be refused.
+        weights = _pack_weights(files, target, config, report.layout, _size(max_shard_size))
         _pack_documents((origin.documents, old_card.parent), target)
         packed = {name: target / name for name in _uploaded_names(target)}
         sizes = {name: path.stat().st_size for name, path in packed.items()}
@@ -829,7 +834,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} is there already. Name a new folder, or say --overwrite.")
     if not out.is_dir():
         return
-    if out.resolve() in (Path.cwd(), *Path.cwd().parents, Path.home()):
+    if out in (Path.cwd(), *Path.cwd().parents, Path.home()):
         raise FileExistsError(
             f"{out} is, or holds, the current or home folder, which is never replaced. Name a folder inside."
         )
@@ -855,7 +860,7 @@ def _temporary_sibling(path: Path, purpose: str) -> Iterator[Path]:
 
 def _replaced(out: Path) -> Path:
     """Where the old `out` is while a new one takes its place."""
-    return out.resolve().with_name(f".{out.name}.old")
+    return out.with_name(f".{out.name}.old")
 
 
 def _put_back(out: Path) -> None:
@@ -893,8 +898,9 @@ def _size(size: int | str | None) -> int:
 class _Origin(NamedTuple):
     """Where a checkpoint comes from.
 
-    `folder` holds it whole; `name` is its name on the Hub or None; `base` names what an adapter was trained on, "" if
-    only this machine knows it, None if there is no adapter; `training` are facts found beside it.
+    `folder` holds it whole, `documents` its card and licenses; `name` is its name on the Hub or None; `base` names what
+    an adapter was trained on, "" if only this machine knows it, None if there is no adapter; `training` are facts found
+    beside it.
     """
 
     folder: Path
@@ -912,6 +918,7 @@ def _find_origin(source: str, revision: str | None, token: str | None, merged: P
     name = None if folder.is_dir() else source
     folder = _learned_in(folder) if name is None else _download(source, revision, token)
     training = _training_facts(folder)
+    _check_settings(folder)
     if not (folder / ADAPTER).is_file():
         return _Origin(folder, folder, name, None, training)
     base, more = _merge_adapter(folder, merged, token)
@@ -920,10 +927,8 @@ def _find_origin(source: str, revision: str | None, token: str | None, merged: P
 
 def _learned_in(folder: Path) -> Path:
     """What training left in its folder: the adapter, or if there is none the whole model; other folders as they are."""
-    if any((folder / name).is_file() for name in (CONFIG, ADAPTER)):
-        return folder
-    learned = (folder / place for place in ("adapter", "final"))
-    return next((place for place in learned if any((place / name).is_file() for name in (CONFIG, ADAPTER))), folder)
+    places = (folder, folder / "adapter", folder / "final")
+    return next((place for place in places if any((place / name).is_file() for name in (CONFIG, ADAPTER))), folder)
 
 
 def _download(name: str, revision: str | None, token: str | None) -> Path:
@@ -941,6 +946,14 @@ def _download(name: str, revision: str | None, token: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, token=token, **options))
 
 
+def _check_settings(folder: Path) -> None:
+    """Raises CheckpointError for a file of JSON that holds no object: transformers does not say which one it is."""
+    files = _find_files(str(folder))
+    for name in (*SETTINGS, "tokenizer.json"):
+        if name in files.sizes:
+            _read_json(files, name)
+
+
 def _training_facts(folder: Path) -> dict[str, Any]:
     """What training.json says in plain words and numbers; no paths, which mean nothing elsewhere."""
     path = folder / TRAINING
@@ -953,7 +966,7 @@ def _training_facts(folder: Path) -> dict[str, Any]:
 
 
 def _merge_adapter(folder: Path, merged: Path, token: str | None) -> tuple[str, dict[str, Any]]:
-    """Writes base model and adapter as one checkpoint; returns the base model's public name ("" if it has none)."""
+    """Writes base model and adapter as one checkpoint; returns the base's public name or "", and facts for the card."""
     from .modeling_sa2va import Sa2VAChatModel, merged_with_adapter
     from .processing_sa2va import Sa2VAProcessor
 
@@ -975,14 +988,15 @@ def _merge_adapter(folder: Path, merged: Path, token: str | None) -> tuple[str, 
     return "" if Path(base).is_dir() else base, {name: value for name, value in facts.items() if value is not None}
 
 
-def _find_base(folder: Path, named: str | None) -> str:
+def _find_base(folder: Path, named: Any) -> str:
     """What an adapter belongs to: the model in its own folder, a folder by its name, else that name on the Hub."""
     if any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         return str(folder)
-    for place in (Path(named or ""), folder / (named or "")):
-        if named and place.is_dir():
+    is_name = isinstance(named, str) and named != ""
+    for place in (Path(named), folder / named) if is_name else ():
+        if place.is_dir():
             return str(place)
-    if not named or LOCAL_PATH.match(named) or named.count("/") != 1:
+    if not is_name or LOCAL_PATH.match(named) or named.count("/") != 1:
         raise FileNotFoundError(
             f"{folder / ADAPTER} names the base model {named!r}, which is not here. Put the folder or the name on the "
             "Hub of what the adapter was trained on into base_model_name_or_path."
@@ -1090,7 +1104,7 @@ def _bytes_of(files: _Files, move: _Move, model) -> Iterator[bytes]:
     whole = {}
     for key, (file, start, tensor) in move.parts.items():
         data = bytearray(files.read(file, start + tensor.begin, tensor.end - tensor.begin))
-        whole[key] = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[tensor.dtype])).view(tensor.shape)
+        whole[key] = torch.frombuffer(data, dtype=getattr(torch, WEIGHT_DTYPES[tensor.dtype])).view(tensor.shape)
     (fused,) = revert_weight_conversion(model, whole).values()
     yield fused.contiguous().flatten().view(torch.uint8).numpy().data
 
@@ -1115,7 +1129,7 @@ def _pack_settings(files: _Files, out: Path, config) -> None:
     values |= {"auto_map": mapping, "architectures": [mapping["AutoModel"].rpartition(".")[2]]}
     values["grounding_config"] = grounding
     _write_json(out / CONFIG, values)
-    for name in (CONFIG, GENERATION, "tokenizer_config.json", "processor_config.json"):
+    for name in (CONFIG, *SETTINGS):
         _write_json(out / name, _without_places(json.loads((out / name).read_text(encoding="utf-8"))))
     copy_code(out)
     (out / REQUIREMENTS_FILE).write_text("\n".join(REQUIREMENTS) + "\n")
@@ -1180,7 +1194,7 @@ def _card(text: str):
     from huggingface_hub import ModelCard
 
     try:
-        return ModelCard(text or "---\n---\n")
+        return ModelCard(text or "---\n\n---\n")  # without the empty line, it warns that there is no metadata
     except Exception as error:  # of PyYAML or of the values' meaning: whatever is wrong, it is the card's fault
         raise CheckpointError(f"{CARD} has metadata that can't be read: {error}") from error
 
@@ -1252,7 +1266,7 @@ def _render_card(config, report: CheckpointReport, origin: _Origin, old, facts: 
         name=name,
         family=report.family,
         parameters=_rounded(report.num_parameters),
-        dtypes=" and ".join(TORCH_DTYPES.get(dtype, dtype) for dtype in report.dtypes),
+        dtypes=" and ".join(WEIGHT_DTYPES[dtype] for dtype in report.dtypes),
         base_models=bases,
         relation=relation,
         is_qwen_vl=config.is_qwen_vl,
@@ -1277,7 +1291,13 @@ def _lineage(config, origin: _Origin, old, facts: CardFacts, known) -> tuple[lis
         return [origin.base], facts.base_model_relation or "finetune"
     if named := getattr(old, "base_model", None):
         relation = facts.base_model_relation or getattr(old, "base_model_relation", None)
-        return [named] if isinstance(named, str) else list(named), relation
+        bases = [named] if isinstance(named, str) else named
+        if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+            raise CheckpointError(
+                f"{CARD} has the base_model {named!r}, which is neither a name on the Hub nor a list of names. Correct "
+                "it there, or say --base-model."
+            )
+        return bases, relation
     if known is None:
         return [], None
     if config.grounding_config.separate_prompt_decoder or origin.base is not None:  # trained on from a released one
@@ -1534,16 +1554,20 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
     """Whether packing a folder would change nothing but its card; weights are looked at by their headers."""
     from .configuration_sa2va import CODE_FILES, auto_map
 
-    settings = (CONFIG, GENERATION, "processor_config.json", "tokenizer_config.json", CARD, REQUIREMENTS_FILE)
-    if not all((folder / name).is_file() for name in (*settings, *CODE_FILES)):
+    if not all((folder / name).is_file() for name in (CONFIG, *SETTINGS, CARD, REQUIREMENTS_FILE, *CODE_FILES)):
         return False
+    _check_settings(folder)
     if any((folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes() for name in CODE_FILES):
         return False
-    files = _find_files(str(folder), None)
+    files = _find_files(str(folder))
     if any(size > max_bytes for name, size in files.sizes.items() if name.endswith(".safetensors")):
         return False
-    mapped, processor = (_read_json(files, name).get("auto_map") or {} for name in (CONFIG, "processor_config.json"))
-    modules = {f"{reference.partition('.')[0]}.py" for reference in (mapped | processor).values()}
+    maps = [_read_json(files, name).get("auto_map") for name in (CONFIG, "processor_config.json")]
+    if not all(isinstance(mapping, dict) for mapping in maps):
+        return False
+    mapped, processor = maps
+    # A list, as of a slow and a fast tokenizer, names none of the files.
+    modules = {f"{str(reference).partition('.')[0]}.py" for reference in (mapped | processor).values()}
     is_mapped = auto_map(is_qwen_vl=False).keys() <= mapped.keys() and bool(processor)
     return is_mapped and modules <= {*CODE_FILES} and not _read_weights(files)[1]
 
@@ -1613,7 +1637,7 @@ class _Hub:
 
     def _refuse_other_models(self) -> None:
         """Never overwrites a repository that holds anything but a Sa2VA."""
-        names = {file.path for file in self.ask(self._files, "main")}
+        names = self.ask(self.api.list_repo_files, self.repo_id, revision="main")
         if CONFIG in names:
             try:
                 found = _parse_json(self._read(CONFIG, "main"), CONFIG).get("model_type")
@@ -1639,7 +1663,7 @@ class _Hub:
     def has_written_card(self) -> bool:
         """Whether the branch has a model card that somebody wrote or changed, perhaps on the Hub's own page."""
         head = self.head()
-        if CARD not in {file.path for file in self.ask(self._files, head)}:
+        if CARD not in self.ask(self.api.list_repo_files, self.repo_id, revision=head):
             return False
         return not _is_made_by_machine(self._read(CARD, head).decode("utf-8", errors="replace"))
 
@@ -1724,7 +1748,7 @@ class _Hub:
         from huggingface_hub import CommitOperationDelete
 
         weights = [[addition] for addition in additions if addition.path_in_repo.endswith(".safetensors")]
-        others = [addition for addition in additions if [addition] not in weights]
+        others = [addition for addition in additions if not addition.path_in_repo.endswith(".safetensors")]
         with ExitStack() as files:
             sent = [addition for group in (*weights, others) for addition in self._send_large(group, files)]
             commit = self.api.create_commit(
@@ -1792,7 +1816,7 @@ def _asking_for(name: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise HubError("HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it and run again.") from error
     except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
-        is_builtin = type(error).__module__ == "builtins"  # Xet's client has its own kinds, but for the first of these
+        is_builtin = type(error).__module__ == "builtins"  # Xet's client raises kinds of its own, and ConnectionError
         if isinstance(error, OSError) and is_builtin and not isinstance(error, ConnectionError):
             raise  # of a file here
         raise HubError(f"{_advice(name, _http_fault(error) or error)}\n({str(error).strip()})") from error

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -64,10 +64,9 @@ _ACCEPTED_VIDEOS = (
     "images in a list or any iterable, a TxHxWxC or TxCxHxW array, or a path to a video or folder of frames"
 )
 _TO_COME = object()  # in place of a picture, in messages that are written down before it is given
-_EXAMPLE_PART = '{"type": "image", "image": "a.png"}'
+_EXAMPLE_PARTS = '{"type": "text", "text": "Hi"} or {"type": "image", "image": "a.png"}'
 _TEMPLATE_ARGUMENTS = ("chat_template", "tools", "documents", "continue_final_message", "return_assistant_tokens_mask")
 _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one frame."
-_EXIF_ORIENTATION = 0x0112
 CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
     *(AssertionError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError),
@@ -193,7 +192,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _is_rotated(image: Image.Image) -> bool:
     try:
-        return image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     except CORRUPT_FILE_ERRORS:  # damaged metadata doesn't make the picture unreadable
         return False
 
@@ -565,7 +564,7 @@ def _retrieve(capture: Any, path: Path) -> Image.Image:
     return Image.fromarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB))
 
 
-def select_key_frames(video: VideoFrames, num_frames: int, frame_sampling: str | Sequence[int] = "first") -> list[int]:
+def select_key_frames(video: Any, num_frames: int, frame_sampling: str | Sequence[int] = "first") -> list[int]:
     """Chooses the frames that the language model sees.
 
     Args:
@@ -773,9 +772,8 @@ def prepare_samples(
     if not isinstance(samples, Iterable):
         raise TypeError(f"{name} can't be a {type(samples).__name__}. Give dictionaries with some of {accepted}.")
     for number, sample in enumerate(samples):
-        if not isinstance(sample, Mapping) or sample.keys() - {*accepted}:
-            given = [*sample.keys() - {*accepted}] if isinstance(sample, Mapping) else type(sample).__name__
-            raise TypeError(f"{name}[{number}] can't hold {given}. Give dictionaries with some of {accepted}.")
+        if wrong := [*sample.keys() - {*accepted}] if isinstance(sample, Mapping) else type(sample).__name__:
+            raise TypeError(f"{name}[{number}] can't hold {wrong}. Give dictionaries with some of {accepted}.")
         try:
             inputs = prepare(**{**defaults, **sample})
         except (TypeError, ValueError, OSError) as error:
@@ -862,12 +860,13 @@ def _parts_of(content: Any, may_come: bool) -> dict[str, Any]:
     found, text = {}, ""
     for part in parts:
         kind = part.get("type")
-        keys = (kind, "path", "url") if kind in ("text", "image", "video") else ()
+        is_picture = kind in ("image", "video")
+        keys = (kind, "path", "url") if is_picture else ("text",) if kind == "text" else ()
         is_bare = all(value is None for name, value in part.items() if name != "type")
-        later = _TO_COME if may_come and kind in ("image", "video") and is_bare else None
+        later = _TO_COME if may_come and is_picture and is_bare else None
         given = next((part[key] for key in keys if part.get(key) is not None), later)
         if given is None or (kind == "text" and not isinstance(given, str)):
-            raise ValueError(f"{dict(part)!r:.200} is no text, image or video with what it shows: {_EXAMPLE_PART}.")
+            raise ValueError(f"{dict(part)!r:.200} is no text, image or video with what it shows: {_EXAMPLE_PARTS}.")
         if kind in found and kind != "text":
             raise ValueError(f"A message holds more than one {kind}; a conversation is about one.")
         if kind == "text":
@@ -1207,6 +1206,8 @@ class Sa2VAProcessor(ProcessorMixin):
     """
 
     image_start, image_token, image_end = IMAGE_START, IMAGE_TOKEN, IMAGE_END
+    _reserved_words = (image_start, image_token, image_end, REGION_START, REGION_END)
+    _between_blocks = "\n"  # of a picture's tokens
     _drops_tags = False  # whether `<image>` in a question says nothing, as the picture stands first anyway
 
     def __init__(
@@ -1234,7 +1235,7 @@ class Sa2VAProcessor(ProcessorMixin):
                 f"max_dynamic_patch={max_dynamic_patch} tiles of {image_size}x{image_size} have more pixels than the "
                 f"{MAX_IMAGE_PIXELS} that are accepted. Lower one of them."
             )
-        if not 1 <= min_dynamic_patch <= max_dynamic_patch:
+        if min_dynamic_patch > max_dynamic_patch:
             raise ValueError(f"Tiles from {min_dynamic_patch} to {max_dynamic_patch}: need 1 <= min <= max.")
         grid = image_size / patch_size * downsample_ratio
         if grid < 1 or grid % 1:
@@ -1396,8 +1397,9 @@ class Sa2VAProcessor(ProcessorMixin):
         return [tiles * self.num_image_token] * blocks
 
     def picture_tokens(self, image_tokens: Sequence[int]) -> str:
-        """What the tag stands for: a line for each block."""
-        return "\n".join(self.image_start + self.image_token * count + self.image_end for count in image_tokens)
+        """What stands for a picture in a prompt."""
+        blocks = (self.image_start + self.image_token * count + self.image_end for count in image_tokens)
+        return self._between_blocks.join(blocks)
 
     def build_prompt(
         self,
@@ -1477,7 +1479,7 @@ class Sa2VAProcessor(ProcessorMixin):
         if not np.isfinite(masks).all():
             raise ValueError(f"mask_prompts hold NaN or infinite values. {wanted} 0 is outside.")
         inside = torch.from_numpy(np.ascontiguousarray(masks != 0)).to(torch.uint8)[:, None]
-        cells = F.interpolate(inside, size=(self.region_grid, self.region_grid), mode="nearest")[:, 0].bool()
+        cells = F.interpolate(inside, size=self.region_grid, mode="nearest")[:, 0].bool()
         if unseen := (1 + (~cells.flatten(1).any(dim=1)).nonzero()[:, 0]).tolist():
             logger.warning_once(
                 f"mask_prompts: regions {unseen} hold none of the {self.region_grid}x{self.region_grid} points at "
@@ -1554,14 +1556,7 @@ class Sa2VAProcessor(ProcessorMixin):
         return self._tokenize(prompt, **(picture or {}))
 
     def _prepare_words(
-        self,
-        image: Any = None,
-        video: Any = None,
-        text: Any = None,
-        past_text: str | None = "",
-        mask_prompts: Any = None,
-        num_frames: int | None = None,
-        frame_sampling: str | Sequence[int] | None = None,
+        self, image: Any, video: Any, text: Any, past_text: Any, mask_prompts: Any, num_frames: Any, frame_sampling: Any
     ) -> Sa2VAInputs:
         """`prepare`, where `text` may also be a whole prompt, as `apply_chat_template` writes it."""
         head, tail = self.build_prompt("\0").split("\0")
@@ -1577,9 +1572,8 @@ class Sa2VAProcessor(ProcessorMixin):
     def _sampling(self, num_frames: Any, frame_sampling: Any) -> tuple[int, str | list[int]]:
         """How a call chooses frames, else this processor."""
         num_frames = self.num_key_frames if num_frames is None else num_frames
-        return num_frames, _checked_sampling(
-            num_frames, self.frame_sampling if frame_sampling is None else frame_sampling
-        )
+        frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
+        return num_frames, _checked_sampling(num_frames, frame_sampling)
 
     def _prepare_picture(
         self,
@@ -1624,13 +1618,9 @@ class Sa2VAProcessor(ProcessorMixin):
     def _pictures_in(self, text: str) -> list[int]:
         return _token_counts(text, self.image_start, self.image_token, self.image_end)
 
-    @property
-    def _reserved_words(self) -> tuple[str, ...]:
-        return (self.image_start, self.image_token, self.image_end, REGION_START, REGION_END)
-
-    def _check_past_picture(self, past_text: str, given: Sequence[int], given_regions: list[int] | None) -> None:
+    def _check_past_picture(self, past_text: str, given: list[int], given_regions: list[int] | None) -> None:
         """What earlier turns show must be what is given now: its features take the place of their tokens."""
-        shown, given = self._pictures_in(past_text), list(given)
+        shown = self._pictures_in(past_text)
         regions = _token_counts(past_text, REGION_START, self.image_token, REGION_END)
         if past_text.count(self.image_token) != sum(shown) + sum(regions):
             raise ValueError("past_text is cut inside a picture. Give it as the previous call returned it, unchanged.")
@@ -1737,7 +1727,10 @@ class Sa2VAProcessor(ProcessorMixin):
         Raises:
             TypeError, ValueError, OSError: no such conversation; see also `prepare`.
         """
-        if not isinstance(conversation, list | tuple):
+        is_list = isinstance(conversation, list | tuple)
+        is_one = is_list and (not conversation or isinstance(conversation[0], Mapping))
+        conversations = [conversation] if is_one else conversation
+        if not is_list or not all(isinstance(turns, list | tuple) for turns in conversations):
             raise TypeError(
                 f"A conversation is a list of messages, or a list of such lists; got {conversation!r:.100}."
             )
@@ -1750,8 +1743,6 @@ class Sa2VAProcessor(ProcessorMixin):
         if unknown := sorted(kwargs.keys() - {"return_tensors", "padding", "padding_side"}):
             accepted = "return_tensors, padding, padding_side, num_frames and frame_sampling"
             raise TypeError(f"A call has no {unknown}: it takes {accepted}.")
-        is_one = not conversation or isinstance(conversation[0], Mapping)
-        conversations = [conversation] if is_one else conversation
         asked = [self._last_question(turns, not tokenize, **sampling) for turns in conversations]
         if not tokenize:
             prompts = [self._prompt_of(question, **sampling) for question in asked]
@@ -1815,8 +1806,7 @@ class Sa2VAProcessor(ProcessorMixin):
         """
         logits = logits.float()
         if two_steps:
-            side = (self.grounding_image_size, self.grounding_image_size)
-            logits = F.interpolate(logits, size=side, mode="bilinear", align_corners=False)
+            logits = F.interpolate(logits, size=self.grounding_image_size, mode="bilinear", align_corners=False)
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
     def binarize(self, logits: Tensor, mask_threshold: float = 0.5) -> Tensor:
@@ -1875,7 +1865,9 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
     """
 
     image_start, image_token, image_end = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+    _reserved_words = (image_start, image_token, image_end)
     stop_words = ("<|im_end|>",)
+    _between_blocks = ""
     _drops_tags = True
 
     def __init__(
@@ -1912,17 +1904,9 @@ class Sa2VAProcessorQwen(Sa2VAProcessor):
         }
 
     @property
-    def _reserved_words(self) -> tuple[str, ...]:
-        return (self.image_start, self.image_token, self.image_end)
-
-    @property
     def model_input_names(self) -> list[str]:
         """Keys of what a call returns."""
         return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw"]
-
-    def picture_tokens(self, image_tokens: Sequence[int]) -> str:
-        """What the template's `<|image_pad|>` stand for: a block for each picture, without separators."""
-        return "".join(self.image_start + self.image_token * count + self.image_end for count in image_tokens)
 
     def preprocess_picture(self, pictures: Sequence[Image.Image], is_video: bool) -> dict[str, Tensor]:
         """RGB pictures -> `pixel_values` float32 [patches, values] and `image_grid_thw` int64 [pictures, 3].
@@ -2122,7 +2106,7 @@ def masks_to_rle(masks: np.ndarray | Tensor) -> list[dict[str, Any]]:
     coco = coco_masks()
     pixels = _as_bool_masks(masks).transpose(1, 2, 0).astype(np.uint8, order="F")
     encoded = coco.encode(pixels) if pixels.shape[2] else []
-    return [{"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")} for rle in encoded]
+    return [{**rle, "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
 
 def rle_to_masks(rles: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -2176,7 +2160,9 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
     A character holds five bits, least first, and whether more follow; behind the third, numbers are differences to the
     one two before.
     """
-    codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8).astype(np.int64) - 48
+    # Half a character becomes bytes, too, which are refused like all others that COCO's code never writes.
+    data = counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts
+    codes = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         raise ValueError(f"The run lengths {counts[:40]!r}... are cut off, or were never compressed by COCO's code.")
     ends = np.flatnonzero(codes & 32 == 0)
@@ -2236,8 +2222,9 @@ def draw_overlay(
     picture, masks = load_image(image), _as_bool_masks(masks)
     if masks.shape[1:] != (picture.height, picture.width):
         raise ValueError(f"Masks are {masks.shape[1:]}, the picture is {(picture.height, picture.width)} (h, w).")
-    labels = () if phrases is None or isinstance(phrases, str) else phrases
-    if phrases is not None and (len(labels) != len(masks) or not all(isinstance(label, str) for label in labels)):
+    labels = [""] * len(masks) if phrases is None else phrases
+    is_list = not isinstance(labels, str)
+    if not (is_list and len(labels) == len(masks) and all(isinstance(label, str) for label in labels)):
         raise ValueError(f"Phrases {phrases!r:.200} for {len(masks)} masks. Give a list with a string for each.")
     canvas = Image.fromarray(_paint(np.array(picture), masks, alpha))
     taken: list[tuple[int, int, int, int]] = []
@@ -2294,7 +2281,7 @@ def _write_label(
     x = min(int(columns.min()), canvas.width - width)
     lowest = canvas.height - height
     preferred = min(max(int(rows.min()) - height, 0), lowest)
-    boxes = [(x, y, x + width - 1, y + height - 1) for y in (preferred, *range(preferred + 1, lowest + 1))]
+    boxes = [(x, y, x + width - 1, y + height - 1) for y in range(preferred, lowest + 1)]
     box = next((box for box in boxes if not any(_overlap(box, other) for other in taken)), boxes[0])
     taken.append(box)
     draw.rectangle(box, fill=color)

@@ -765,6 +765,12 @@ BAD_STATES = {
     "a prompt in chunks": (lambda have: have.ask(prefill_chunk_size=8), ValueError, "embeddings"),
     "guided away from no words": (lambda have: have.ask(guidance_scale=2.0), ValueError, "guidance_scale"),
     "one message": (lambda have: have.processor.apply_chat_template(SPOKEN[0]), TypeError, "list of messages"),
+    "a batch of numbers": (lambda have: have.processor.apply_chat_template([5]), TypeError, "list of messages"),
+    "a batch with a gap": (
+        lambda have: have.processor.apply_chat_template([SPOKEN[:1], None]),
+        TypeError,
+        "list of messages",
+    ),
     "a picture of the assistant's": (
         lambda have: have.processor.apply_chat_template(
             [SPOKEN[0], {"role": "assistant", "content": SPOKEN[0]["content"]}, {"role": "user", "content": "Hi"}]
@@ -1008,6 +1014,13 @@ BAD_STATES = {
         lambda have: have.processor.apply_chat_template([{"role": "user", "content": [{"text": "Hi"}]}]),
         ValueError,
         "what it shows",
+    ),
+    "words in a file": (
+        lambda have: have.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "path": "words.txt"}]}]
+        ),
+        ValueError,
+        r"'words\.txt'} is no text",
     ),
     "a prompt without an end": (
         lambda have: have.processor.apply_chat_template(SPOKEN[:1], add_generation_prompt=False),
@@ -1366,6 +1379,11 @@ BAD_STATES = {
         ValueError,
         "cut off",
     ),
+    "decode half a character": (
+        lambda have: rle_to_masks([{"size": [2, 2], "counts": "\ud800"}]),
+        ValueError,
+        "never compressed",
+    ),
     "decode no run": (lambda have: rle_to_masks([{"size": [40, 40], "counts": ""}]), ValueError, "cut off"),
     "decode too few runs": (
         lambda have: rle_to_masks([{"size": [40, 40], "counts": "0"}]),
@@ -1404,6 +1422,11 @@ BAD_STATES = {
         lambda have: convert_pickles(pickle_of(have, {}), GOLDEN / "ivl_qwen2"),
         FileExistsError,
         "already has weights",
+    ),
+    "convert into a file": (
+        lambda have: convert_pickles(pickle_of(have, {}), a_file(have)),
+        NotADirectoryError,
+        "a file",
     ),
     "convert more than tensors": (
         lambda have: convert_pickles(pickle_of(have, {"step": 3}), have.folder / "out"),

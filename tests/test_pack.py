@@ -315,9 +315,11 @@ def test_an_adapter_is_merged(tmp_path, released, picture):
         assert output.prediction == wanted.prediction
 
 
-def test_an_adapter_whose_base_is_not_here_is_told(tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone/base", "peft_type": "LORA"}')
-    with pytest.raises(FileNotFoundError, match="'/gone/base'"):
+@pytest.mark.parametrize("base", ["/gone/base", "", None, 5, ["me/base"], {"name": "me/base"}])
+def test_an_adapter_whose_base_is_not_here_is_told(tmp_path, base):
+    values = {"base_model_name_or_path": base, "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(FileNotFoundError, match=re.escape(f"the base model {base!r}, which is not here")):
         pack(tmp_path, tmp_path / "out")
 
 
@@ -452,6 +454,15 @@ def test_a_card_that_somebody_wrote_goes_along_with_its_picture_or_into_a_new_on
     assert data.language == ["de"] and not (tmp_path / "new" / "LICENSE").exists()
 
 
+@pytest.mark.parametrize("base", ["5", "{name: me/base}", "[me/base, 5]"])
+def test_a_card_whose_base_model_is_no_name_is_told(source, tmp_path, base):
+    (source / "README.md").write_text(f"---\nbase_model: {base}\n---\n# Mine\n")
+    with pytest.raises(CheckpointError, match=r"README\.md has the base_model .* --base-model"):
+        pack(source, tmp_path / "out", facts=CardFacts(new_card=True))
+    pack(source, tmp_path / "out", facts=CardFacts(new_card=True, base_model=("me/base",)))
+    assert card_of(tmp_path / "out").data.base_model == ["me/base"]
+
+
 def test_a_form_that_a_library_filled_in_is_no_card(source, tmp_path):
     (source / "README.md").write_text("---\nlibrary_name: peft\n---\n# Model\n[More Information Needed]\n")
     assert pack(source, tmp_path / "out").card == "generated"
@@ -483,16 +494,27 @@ def test_facts_the_hub_does_not_know_are_told():
         CardFacts(base_model_relation="copy")
 
 
-def test_the_command_packs_and_reports(source, tmp_path, capsys):
+def test_the_command_packs_and_reports(source, tmp_path, capsys, caplog):
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     arguments = ["--skip-test", "--license", "mit", "--results", str(tmp_path / "results.json"), "--json"]
     assert main(["pack", str(source), str(tmp_path / "out"), *arguments]) == 0
-    report = json.loads(capsys.readouterr().out)
+    report, warnings = json.loads(capsys.readouterr().out), [record.message for record in caplog.records]
+    assert not [warning for warning in warnings if "metadata" in warning]  # that there is no card is nothing to tell
     assert report["card"] == "generated" and report["files"]["model.safetensors"] > 7e6 and not report["tested"]
     assert main(["pack", str(source), str(tmp_path / "out"), *arguments]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["pack", str(source), str(tmp_path / "new"), "--max-shard-size", "many"]) == 2
     assert main(["pack", str(tmp_path / "nothing"), str(tmp_path / "new")]) == 2
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]"])
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer_config.json", "processor_config.json", "tokenizer.json"]
+)
+def test_a_damaged_file_of_settings_is_named(source, tmp_path, capsys, name, content):
+    (source / name).write_bytes(content)
+    assert main(["pack", str(source), str(tmp_path / "out"), "--skip-test"]) == 1
+    assert f"error: {name} is not" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_requirements_are_those_of_the_package():

@@ -708,6 +708,7 @@ def test_words_that_no_font_can_write_are_labelled_by_number():
         (boxes((0, 0, 9, 9)), ["a", "b"]),
         (boxes((0, 0, 9, 9)), [5]),
         (boxes((0, 0, 9, 9)), "a"),
+        (boxes(), "a"),
         (boxes((0, 0, 9, 9), size=(9, 9)), None),
     ],
 )

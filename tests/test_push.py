@@ -143,6 +143,14 @@ def test_a_card_that_somebody_changed_on_the_hub_stays(hub, packed):
     assert "note: The card on the Hub was written or changed there, and stays" in str(report)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_settings_is_not_sent(hub, folder, name):
+    (folder / name).write_text("[]")
+    with pytest.raises(CheckpointError, match=f"{name} is not a JSON object"):
+        push(folder, hub)
+    assert hub.repos == {}
+
+
 def test_secrets_stay_at_home(hub, folder):
     with (folder / "README.md").open("a") as card:
         card.write("hf_" + "x" * 34)
@@ -158,6 +166,20 @@ def test_any_other_source_is_packed_first(hub):
     assert b'from_pretrained("me/tiny", trust_remote_code=True)' in content(hub, "README.md")
     assert content(hub, "model.safetensors") == (TINY / "model.safetensors").read_bytes()
     assert not list(ROOT.glob(".sa2va-tiny*"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda own: ["x"], lambda own: own | {"AutoTokenizer": ["a", None]}, lambda own: own | {"AutoTokenizer": None}],
+    ids=["a list", "a list of classes", "null"],
+)
+def test_a_folder_that_maps_to_other_code_is_packed_first(hub, folder, file, change):
+    values = json.loads((folder / file).read_text())
+    own = values["auto_map"]
+    (folder / file).write_text(json.dumps(values | {"auto_map": change(own)}))
+    push(folder, hub)
+    assert json.loads(content(hub, file))["auto_map"] == own
 
 
 def test_a_branch_is_made_if_need_be(hub, packed):
