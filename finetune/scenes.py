@@ -25,7 +25,15 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.demo.media import replacing, write_json
-from sa2va.finetune.batches import CURRICULUM, IGNORE_INDEX, TRACKING_TASKS, WORDS_TASKS, SceneCollator, ScheduledScenes, Stage
+from sa2va.finetune.batches import (
+    CURRICULUM,
+    IGNORE_INDEX,
+    TRACKING_TASKS,
+    WORDS_TASKS,
+    SceneCollator,
+    ScheduledScenes,
+    Stage,
+)
 from sa2va.finetune.recipe import check_gpus, named_checkpoint, newest_checkpoint
 from sa2va.finetune.tiny import build_model
 from sa2va.finetune.trainee import HEAD_WEIGHTS, LOSS_NAMES, SceneTrainee, load_heads, save_heads

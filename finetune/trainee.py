@@ -43,10 +43,10 @@ class SceneTrainee(nn.Module):
     They read colour, shape and box off each `[SEG]` state and off each image token. That is the shortest way for a
     model without any pretraining to find out what its words are about; the text loss alone takes many times longer.
     For the same reason half the heads of two attention layers are told where to look (at the object that is named; in
-    clips, at the same object in earlier frames), the vector that prompts SAM 2 is drawn to SAM 2's own encoding of the
-    object's centre, and heads read off the mask decoder's image tokens, and off what memory attention makes of a tracked
-    frame, which places show the prompted object: without them the decoder draws every object at once for hundreds of
-    steps, since it must find out who is meant and how to draw at the same time.
+    clips, at the same object in earlier frames), and the vector that prompts SAM 2 is drawn to SAM 2's own encoding of
+    the object's centre. Two heads read off the mask decoder's image tokens, and off what memory attention makes of a
+    tracked frame, which places show the object: without them every object is drawn at once for hundreds of steps or for
+    ever, since who is meant and how to draw must be found out at the same time.
     """
 
     def __init__(self, model: Sa2VAChatModel):

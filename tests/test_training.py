@@ -292,7 +292,9 @@ def test_ten_minutes_learn_to_draw_what_the_small_checkpoint_means():
     assert (options.learn, arguments.max_steps) == ("all", 7)
 
 
-@pytest.mark.parametrize(("learners", "learn"), [("all", 5), ("sam2", 2), ("mask_decoder", 2), ("words", 4), ("tracking", 1)])
+@pytest.mark.parametrize(
+    ("learners", "learn"), [("all", 5), ("sam2", 2), ("mask_decoder", 2), ("words", 4), ("tracking", 1)]
+)
 def test_only_what_is_named_learns(tiny, learners, learn):
     model, _ = tiny
     names = [name for name, _ in model.named_parameters() if train.LEARNERS[learners].match(name)]
