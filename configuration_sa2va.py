@@ -246,15 +246,17 @@ def blaming(kind: type[Exception], fault: str, advice: str, passes: tuple[type[E
     """Whatever goes wrong in the block is the fault of a file, which may hold any value where any other belongs.
 
     Args:
-        kind: what is raised in place of what another wrong value raises. A missing package stays ImportError.
+        kind: what is raised in place of what another wrong value raises, or no JSON. A missing package stays
+            ImportError.
         fault, advice: what its message says before and after the reason.
         passes: what else stays as it is.
     """
     try:
         yield
-    except (ValueError, ImportError, OSError, MemoryError, *passes):
-        raise
     except Exception as error:
+        tells_itself = isinstance(error, (ValueError, ImportError, OSError, MemoryError, *passes))
+        if tells_itself and not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            raise
         raise kind(f"{fault}: {type(error).__name__}: {error}. {advice}") from error
 
 
