@@ -350,7 +350,7 @@ def _language_config(value: Any) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"llm_config.model_type={model_type!r} is not a language model this version can build. Qwen2, InternLM2 "
-            "and every causal language model type that transformers knows are accepted."
+            "and the causal language models of transformers that keep their decoder as `model` are accepted."
         )
     config = CONFIG_MAPPING[model_type](**value)
     if (getattr(config, "pad_token_id", None) or 0) >= getattr(config, "vocab_size", float("inf")):
@@ -408,6 +408,8 @@ class Sa2VAChatConfig(PreTrainedConfig):
         "llm_config": AutoConfig,
         "grounding_config": Sa2VAGroundingConfig,
     }
+
+    __eq__ = PreTrainedConfig.__eq__  # transformers would put one here that compares the fields of its own class alone
 
     def __init__(
         self,
@@ -558,6 +560,8 @@ class Sa2VAChatConfigQwen(Sa2VAChatConfig):
     is_qwen_vl = True
     attribute_map = {"llm_config": "text_config"}
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "grounding_config": Sa2VAGroundingConfig}
+
+    __eq__ = PreTrainedConfig.__eq__  # transformers would put one here that compares the fields of its own class alone
 
     def __init__(
         self,

@@ -1586,7 +1586,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _check_room(self, config: GenerationConfig) -> None:
         """Refuses to set room aside for more tokens than the model has positions, or for endless beams."""
         kind = config.cache_implementation or self.causal_model.generation_config.cache_implementation or ""
-        most = max(self.config.get_text_config().max_position_embeddings, _MAX_NEW_TOKENS)
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None) or 0  # some have none
+        most = max(positions, _MAX_NEW_TOKENS)
         length = (config.max_length if config.max_new_tokens is None else config.max_new_tokens) or 0
         beams = config.num_beams or 1
         if beams > 1 and beams * length > _MOST_BEAM_TOKENS:
@@ -2396,7 +2397,8 @@ def _saved_settings(loaded: GenerationConfig) -> GenerationConfig:
         return config
     for name, (kind, least, most) in _SAVED_SETTINGS.items():
         value = getattr(loaded, name, None)
-        if isinstance(value, kind) and least <= value <= most:
+        is_switch = isinstance(value, bool)  # which Python counts among the integers
+        if isinstance(value, kind) and is_switch == (kind is bool) and least <= value <= most:
             setattr(config, name, value)
         elif value is not None:
             logger.warning_once(

@@ -255,6 +255,17 @@ def test_a_released_config_keeps_every_value_through_saving(golden, tmp_path):
         assert saved[name] == released[name]
 
 
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen25vl"])
+def test_configs_are_equal_if_all_they_hold_is(golden, family):
+    first, second = (AutoConfig.from_pretrained(golden.folder.parent / family) for _ in range(2))
+    assert first == second
+    second.grounding_config.num_key_frames += 1
+    assert first != second
+    second.grounding_config.num_key_frames -= 1
+    second.mask_loss_weight += 1
+    assert first != second
+
+
 def test_a_config_without_grounding_config_means_sam2_hiera_l_at_1024(golden):
     released = json.loads((golden.folder / "config.json").read_text())
     released.pop("grounding_config")

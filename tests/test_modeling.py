@@ -231,10 +231,12 @@ def test_of_a_strangers_settings_only_sound_ones_are_taken(golden, tmp_path, hea
     AutoModel.from_pretrained(golden.folder).save_pretrained(tmp_path)
     strange = {"max_new_tokens": 10**12, "num_beams": 10**9, "cache_implementation": "static", "max_cache_len": 10**10}
     strange |= {"eos_token_id": float("inf"), "prefill_chunk_size": -3, "stop_strings": ["a", 5], "temperature": 0.5}
+    strange |= {"top_k": True, "do_sample": 1}
     (tmp_path / "generation_config.json").write_text(json.dumps(strange | {"transformers_version": "5.24.0"}))
     settings = AutoModel.from_pretrained(tmp_path).generation_config
     assert (settings.max_new_tokens, settings.num_beams, settings.temperature) == (2048, None, 0.5)
-    assert settings.cache_implementation is settings.eos_token_id is settings.stop_strings is None
+    assert settings.cache_implementation is settings.eos_token_id is settings.stop_strings is settings.top_k is None
+    assert settings.do_sample is False
     assert any("num_beams=1000000000 is not used" in message for message in heard)
 
 

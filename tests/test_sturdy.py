@@ -122,7 +122,7 @@ def test_saving_leaves_the_files_of_others_alone(golden_processor, tmp_path):
 def test_files_of_a_processor_that_hold_something_else_are_told(file, content, golden_processor, tmp_path):
     golden_processor.save_pretrained(tmp_path)
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(OSError, match="Download them again|not a valid JSON"):
+    with pytest.raises(OSError, match=r"Download them again|not a valid JSON"):
         Sa2VAProcessor.from_pretrained(tmp_path)
 
 
