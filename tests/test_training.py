@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
+from sa2va import Sa2VAChatModel
 from sa2va.data.scenes import make_sample
 from sa2va.data.shapes import SceneObject
-from sa2va.finetune import batches, trainee
+from sa2va.finetune import batches, blend, trainee
 from sa2va.finetune import scenes as train
 from sa2va.finetune.batches import CURRICULUM, SceneCollator, ScheduledScenes, Stage
 from sa2va.finetune.tiny import build_model
@@ -322,6 +324,34 @@ def test_heads_are_kept_between_sittings(tiny, tmp_path):
     trainee.save_heads(first, tmp_path / train.HEADS)
     trainee.load_heads(second, tmp_path / train.HEADS)
     assert torch.equal(first.box_head.weight, second.box_head.weight)
+
+
+def test_two_sittings_become_one_by_parts_or_as_their_mean(tmp_path):
+    sittings = []
+    for seed in (0, 1):
+        model, processor = build_model(seed)
+        folder = tmp_path / str(seed)
+        model.save_pretrained(folder / "final")
+        processor.save_pretrained(folder / "final")
+        trainee.save_heads(learner := trainee.SceneTrainee(model), folder / train.HEADS)
+        sittings.append({name.removeprefix("model."): tensor for name, tensor in learner.state_dict().items()})
+    first, second = sittings
+    folders = [str(tmp_path / "0"), str(tmp_path / "1")]
+
+    def blended(name, *options):
+        final = blend.main([*folders, "--output", str(tmp_path / name), *options])
+        return {**Sa2VAChatModel.from_pretrained(final).state_dict(), **load_file(tmp_path / name / train.HEADS)}
+
+    mean, joined = blended("mean"), blended("joined", "--take", "grounding_encoder|memory_head")
+    for name, tensor in first.items():
+        torch.testing.assert_close(mean[name], (tensor + second[name]) / 2)
+        taken = second if name.startswith(("grounding_encoder", "memory_head")) else first
+        assert torch.equal(joined[name], taken[name])
+
+
+def test_checkpoints_of_different_models_are_not_blended():
+    with pytest.raises(ValueError, match="other weights: b"):
+        blend.blend({"a": torch.ones(1), "b": torch.ones(2)}, {"a": torch.ones(1), "b": torch.ones(3)}, None)
 
 
 def test_prompts_are_drawn_to_the_encoded_centre_of_their_object(tiny):
