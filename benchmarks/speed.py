@@ -145,7 +145,7 @@ class Answering:
         with prescribed(model, self.words):
             written = model.causal_model.generate(**prompt, **arguments, output_hidden_states=True)
         states = torch.cat([layers[-1] for layers in written.hidden_states], dim=1)
-        answer = written.sequences[0]
+        answer = written.sequences[0][:-1]  # the last token was written, but not read
         return model.text_hidden_fcs(states[0, -len(answer) :][answer == token_ids.seg])
 
     def _pixel_values(self, frame: Any) -> Tensor:
