@@ -54,14 +54,24 @@ _ALL_IMAGE_TASKS = {
     "refer": 3.0, "multi": 3.0, "followup": 2.0, "question": 1.5, "caption": 1.0, "region": 0.7, "absent": 0.7,
     "interview": 4.0,
 }  # fmt: skip
-WORDS_TASKS = {"interview": 8.0, "caption": 1.0, "region": 1.0, "followup": 2.0}
-TRACKING_TASKS = {"video_refer": 1.0, "video_motion": 1.0, "video_multi": 2.0}
 CURRICULUM = (
     Stage(0.22, {}),
     Stage(0.35, {"refer": 2, "multi": 1, "caption": 2, "region": 1}),
     Stage(0.6, _ALL_IMAGE_TASKS),
     Stage(1.0, _ALL_IMAGE_TASKS, video_share=0.4),
 )
+CURRICULA_OF_PARTS: Mapping[str, Sequence[Stage]] = {  # what serves a part best that learns alone
+    "mask_decoder": (Stage(1.0, {"refer": 3, "multi": 1, "caption": 1}),),
+    "words": (Stage(1.0, {"interview": 8, "caption": 1, "region": 1, "followup": 2}, video_share=0.3),),
+    "tracking": (
+        Stage(
+            1.0,
+            {"refer": 3, "multi": 1},
+            video_share=0.8,
+            video_tasks={"video_refer": 1, "video_motion": 1, "video_multi": 2},
+        ),
+    ),
+}
 
 
 class ScheduledScenes:

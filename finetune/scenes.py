@@ -26,10 +26,9 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.demo.media import replacing, write_json
 from sa2va.finetune.batches import (
+    CURRICULA_OF_PARTS,
     CURRICULUM,
     IGNORE_INDEX,
-    TRACKING_TASKS,
-    WORDS_TASKS,
     SceneCollator,
     ScheduledScenes,
     Stage,
@@ -210,12 +209,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
 
 def curriculum_of(options: argparse.Namespace) -> Sequence[Stage]:
     """All stages for a fresh model, the last for a saved one; what serves it best for a part of one."""
-    if options.learn == "mask_decoder":
-        return (Stage(1.0, {"refer": 3, "multi": 1, "caption": 1}),)
-    if options.learn == "words":
-        return (Stage(1.0, WORDS_TASKS, video_share=0.3),)
-    if options.learn == "tracking":
-        return (Stage(1.0, {"refer": 3, "multi": 1}, video_share=0.8, video_tasks=TRACKING_TASKS),)
+    if options.learn in CURRICULA_OF_PARTS:
+        return CURRICULA_OF_PARTS[options.learn]
     return CURRICULUM[-1:] if options.init else CURRICULUM
 
 
