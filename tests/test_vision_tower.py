@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,3 +163,14 @@ def test_tiles_of_another_size_get_interpolated_positions_as_defined(tmp_path, p
     torch.testing.assert_close(states_of(model, pixels), wanted, atol=5e-4, rtol=5e-4)
     output = model.predict_forward(image=picture, text="?", tokenizer=golden_processor.tokenizer, max_new_tokens=2)
     assert output.past_text.count("<IMG_CONTEXT>") % (size // 28) ** 2 == 0
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_patches_are_folded_in_the_order_of_the_configs_version(version):
+    config = SimpleNamespace(downsample_ratio=0.5, ps_version=version)
+    states = torch.arange(2 * 36 * 3.0).reshape(2, 36, 3)
+    # Views and permutations of InternVL's own code: `w` rows of `h` patches.
+    folded = states.reshape(2, 6, 3, 6).permute(0, 2, 1, 3).reshape(2, 3, 3, 12)
+    folded = folded if version == "v1" else folded.permute(0, 2, 1, 3)
+    found = Sa2VAChatModel._pixel_shuffle(SimpleNamespace(config=config), states)
+    assert torch.equal(found, folded.reshape(2, 9, 12))
