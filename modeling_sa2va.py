@@ -170,7 +170,10 @@ def _are(kind: Any, values: Any) -> bool:
 _SETTING_KINDS = {  # arguments of transformers' `generate`: what they must be, and whether they are
     **dict.fromkeys(("logits_processor", "stopping_criteria"), ("a list of functions", partial(_are, Callable))),
     "streamer": ("an object with the methods put and end, as a TextStreamer has", lambda value: hasattr(value, "put")),
-    "stop_strings": ("a string or a list of them", lambda value: isinstance(value, str) or _are(str, value)),
+    "stop_strings": (
+        "a string or a list of them, none of them empty",
+        lambda value: value != "" and (isinstance(value, str) or (_are(str, value) and "" not in value)),
+    ),
     "watermarking_config": (
         "a WatermarkingConfig",
         lambda value: isinstance(value, dict) or hasattr(value, "construct_processor"),

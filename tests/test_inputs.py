@@ -801,6 +801,11 @@ BAD_STATES = {
     "a cache that is none": (lambda have: have.ask(past_key_values=5), TypeError, "a Cache"),
     "a cache by its new name": (lambda have: have.ask(cache=5), TypeError, "a Cache"),
     "stop strings of numbers": (lambda have: have.ask(stop_strings=[5]), TypeError, r"stop_strings=\[5\]"),
+    "a stop string that is everywhere": (
+        lambda have: have.ask(stop_strings=["a", ""]),
+        TypeError,
+        "none of them empty",
+    ),
     "a watermark of a number": (lambda have: have.ask(watermarking_config=5), TypeError, "WatermarkingConfig"),
     "a penalty without its factor": (
         lambda have: have.ask(exponential_decay_length_penalty=(1,)),
