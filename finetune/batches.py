@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sa2va import Sa2VAProcessor
-from sa2va.data.scenes import COLORS, EXTREMES, SHAPES, SIZE_MARGIN, VIDEO_TASKS, SceneSample, make_sample
+from sa2va.data.scenes import COLORS, EXTREMES, ORDER_GAP, SHAPES, SIZE_MARGIN, VIDEO_TASKS, SceneSample, make_sample
 from sa2va.data.shapes import MOTIONS, SceneObject
 from sa2va.modeling_sa2va import IGNORE_INDEX
 
@@ -62,7 +62,8 @@ CURRICULUM = (
 )
 CURRICULA_OF_PARTS: Mapping[str, Sequence[Stage]] = {  # what serves a part best that learns alone
     "mask_decoder": (Stage(1.0, {"refer": 3, "multi": 1, "caption": 1}),),
-    "words": (Stage(1.0, {"interview": 8, "caption": 1, "region": 1, "followup": 2}, video_share=0.3),),
+    "sight": (Stage(1.0, {"interview": 1}),),
+    "words": (Stage(1.0, {"interview": 8, "multi": 3, "caption": 1, "region": 1, "followup": 2}, video_share=0.3),),
     "tracking": (
         Stage(
             1.0,
@@ -146,22 +147,25 @@ class SceneCollator:
     [M, 4], its box as centre and size in 0..1, the mean of the key frames that show it; `cell_classes` int64 [tiles,
     tokens, 2] and `cell_boxes` float32 [tiles, tokens, 4], colour, shape and box of the object that covers most of each
     image token (all 0 is background); `cell_objects` int64 [tiles, tokens], its number (-1 is background);
-    `cell_standings` int64 [tiles, tokens, 3, 7], see `_standings` (`IGNORE_INDEX` for background); for clips,
-    `cell_motions` int64 [tiles, tokens] (`IGNORE_INDEX` where unknown) and `cell_pasts` float32 [tiles, tokens, 2], the
-    object's mean place in earlier frames (NaN where unknown); `seg_cells` float32 [M, tiles * tokens], how much of each
-    image token of its sample a `[SEG]`'s object covers.
+    `cell_standings` int64 [tiles, tokens, 3, 7], see `_standings`, and `cell_ranks` int64 [tiles, tokens, 3], see
+    `_ranks` (`IGNORE_INDEX` for background); for clips, `cell_motions` int64 [tiles, tokens] (`IGNORE_INDEX` where
+    unknown) and `cell_pasts` float32 [tiles, tokens, 2], the object's mean place in earlier frames (NaN where unknown);
+    `seg_cells` float32 [M, tiles * tokens], how much of each image token of its sample a `[SEG]`'s object covers.
 
     Args:
         processor: of the model that learns.
         masks: False leaves out what SAM 2 would see.
+        words: False leaves only what the vision tower sees.
     """
 
-    def __init__(self, processor: Sa2VAProcessor, masks: bool = True):
-        self.processor, self.masks = processor, masks
+    def __init__(self, processor: Sa2VAProcessor, masks: bool = True, words: bool = True):
+        self.processor, self.masks, self.words = processor, masks, words
 
     def __call__(self, samples: Sequence[SceneSample | None]) -> dict[str, Tensor | list[Tensor]]:
         if isinstance(samples[0], list):
             return self._looks([view for views in samples for view in views])
+        if not self.words:
+            return self._looks(samples)
         rows = [self._row(sample) for sample in samples if sample is not None]
         ids, labels = ([torch.from_numpy(row[name]) for row in rows] for name in ("input_ids", "labels"))
         batch = {
@@ -278,8 +282,11 @@ def _cells(sample: SceneSample, num_tiles: int, grid: int) -> dict[str, Tensor]:
     is_clip = len(sample.frames) > 1
     classes = torch.tensor([(0, 0), *((c + 1, s + 1) for c, s in map(_classes, sample.objects))])
     standings = torch.full((1 + len(sample.objects), NUM_GROUPS, 1 + NUM_FLAGS), IGNORE_INDEX)
+    ranks = torch.full((1 + len(sample.objects), NUM_GROUPS), IGNORE_INDEX)
     if len(sample.objects) == len(sample.object_masks) and sample.turns:
         standings[1:] = torch.tensor([_standings(i, sample.objects, is_clip) for i in range(len(sample.objects))])
+        if not is_clip:
+            ranks[1:] = torch.tensor([_ranks(i, sample.objects) for i in range(len(sample.objects))])
     winners, boxes = [], []
     for t in range(num_tiles):
         masks = sample.object_masks[:, t]
@@ -293,6 +300,7 @@ def _cells(sample: SceneSample, num_tiles: int, grid: int) -> dict[str, Tensor]:
         "cell_classes": classes[winner],
         "cell_boxes": boxes[tiles, winner],
         "cell_standings": standings[winner],
+        "cell_ranks": ranks[winner],
         "cell_objects": winner - 1,
     }
     if is_clip:
@@ -311,6 +319,26 @@ def _pasts(boxes: Tensor) -> Tensor:
     return torch.cat([torch.full_like(pasts[:1], torch.nan), pasts])
 
 
+def _rivals(index: int, objects: Sequence[SceneObject]) -> list[list[SceneObject]]:
+    """The other objects of an object's colour, those of its shape, and all others."""
+    thing, others = objects[index], [other for i, other in enumerate(objects) if i != index]
+    sames = (lambda o: o.color == thing.color, lambda o: o.shape == thing.shape, lambda o: True)
+    return [[other for other in others if same(other)] for same in sames]
+
+
+def _ranks(index: int, objects: Sequence[SceneObject]) -> list[int]:
+    """How many of an object's colour, of its shape, and of all lie left of it; `IGNORE_INDEX` where that is not plain.
+
+    It is the order in which answers list objects.
+    """
+    thing, ranks = objects[index], []
+    for rivals in _rivals(index, objects):
+        gaps = [thing.x - other.x for other in rivals]
+        plain = all(abs(gap) >= ORDER_GAP for gap in gaps)
+        ranks.append(min(sum(gap > 0 for gap in gaps), MAX_COUNT - 1) if plain else IGNORE_INDEX)
+    return ranks
+
+
 def _standings(index: int, objects: Sequence[SceneObject], is_clip: bool) -> list[list[int]]:
     """How an object stands among those of its colour, those of its shape, and all.
 
@@ -319,8 +347,7 @@ def _standings(index: int, objects: Sequence[SceneObject], is_clip: bool) -> lis
         leftmost, rightmost, topmost, bottommost of them, 0 where not, `IGNORE_INDEX` where that is not plain.
     """
     thing, rows = objects[index], []
-    for same in (lambda o: o.color == thing.color, lambda o: o.shape == thing.shape, lambda o: True):
-        rivals = [other for i, other in enumerate(objects) if i != index and same(other)]
+    for rivals in _rivals(index, objects):
         leads = [[sign * np.log(thing.radius / other.radius) for other in rivals] for sign in (1, -1)]
         leads = [[lead / np.log(SIZE_MARGIN) for lead in line] for line in leads]
         for dx, dy in EXTREMES.values():

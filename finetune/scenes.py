@@ -67,6 +67,7 @@ PARTS = {  # by the names of their parameters
 }
 LEARNERS = {  # what learns
     "all": re.compile(""),
+    "sight": re.compile("vision_model|mlp1"),
     "words": re.compile("(?!grounding_encoder)"),
     "sam2": re.compile("text_hidden_fcs|grounding_encoder"),
     "mask_decoder": PARTS["mask_decoder"],
@@ -285,7 +286,7 @@ def make_trainer(options: argparse.Namespace, arguments: TrainingArguments) -> t
     trainee = SceneTrainee(model)
     if options.init:
         load_heads(trainee, Path(options.init).parent / HEADS)
-    collator = SceneCollator(processor, masks=options.learn != "words")
+    collator = SceneCollator(processor, masks=options.learn not in ("words", "sight"), words=options.learn != "sight")
     parts = {"model": trainee, "train_dataset": dataset, "data_collator": collator}
     return SceneTrainer(args=arguments, settings=settings_of(options, arguments), **parts), processor
 

@@ -24,8 +24,10 @@ HEAD_WEIGHTS = {
     "target_loss": 1.0,
     "memory_loss": 1.0,
     "cell_loss": 0.5,
+    "early_loss": 0.5,
     "cell_box_loss": 2.0,
     "standing_loss": 0.5,
+    "rank_loss": 0.5,
     "motion_loss": 0.5,
     "naming_loss": 0.3,
     "tracking_loss": 0.3,
@@ -46,7 +48,9 @@ class SceneTrainee(nn.Module):
     clips, at the same object in earlier frames), and the vector that prompts SAM 2 is drawn to SAM 2's own encoding of
     the object's centre. Two heads read off the mask decoder's image tokens, and off what memory attention makes of a
     tracked frame, which places show the object: without them every object is drawn at once for hundreds of steps or for
-    ever, since who is meant and how to draw must be found out at the same time.
+    ever, since who is meant and how to draw must be found out at the same time. Colour and shape are also read off amid
+    the vision tower, so that its later layers have something to compare: how many of a shape there are, which of them
+    stands leftmost.
     """
 
     def __init__(self, model: Sa2VAChatModel):
@@ -58,8 +62,11 @@ class SceneTrainee(nn.Module):
         self.target_head = nn.Linear(model.config.grounding_config.d_model, 1)
         self.memory_head = nn.Linear(model.config.grounding_config.d_model, 1)
         self.cell_heads = nn.ModuleList(nn.Linear(hidden_size, n + 1) for n in (len(COLORS), len(SHAPES)))
+        vision_size = model.config.vision_config.hidden_size
+        self.early_heads = nn.ModuleList(nn.Linear(vision_size, n + 1) for n in (len(COLORS), len(SHAPES)))
         self.cell_box_head = nn.Linear(hidden_size, 4)
         self.standing_head = nn.Linear(hidden_size, NUM_GROUPS * (MAX_COUNT + NUM_FLAGS))
+        self.rank_head = nn.Linear(hidden_size, NUM_GROUPS * MAX_COUNT)
         self.motion_head = nn.Linear(hidden_size, len(MOTIONS))
         self.past_head = nn.Linear(hidden_size, 2)
         self.class_prompts = nn.Embedding(len(COLORS) * len(SHAPES), model.config.grounding_config.d_model)
@@ -70,6 +77,7 @@ class SceneTrainee(nn.Module):
         cell_classes: Tensor,
         cell_boxes: Tensor,
         cell_standings: Tensor,
+        cell_ranks: Tensor,
         cell_objects: Tensor,
         cell_motions: Tensor | None = None,
         cell_pasts: Tensor | None = None,
@@ -82,12 +90,17 @@ class SceneTrainee(nn.Module):
 
         Without `input_ids` only the vision tower is run, and `loss` is that of its tokens.
         """
+        seen = (cell_classes, cell_boxes, cell_standings, cell_ranks)
+        vision_layers = self.model.vision_model.encoder.layer
+        early_layer = vision_layers[len(vision_layers) // 2 - 1]
         if "input_ids" not in inputs:
-            states = self.model.get_image_features(inputs["pixel_values"])
-            losses = self._cell_losses(states, cell_classes, cell_boxes, cell_standings)
+            with _outputs(early_layer) as early:
+                states = self.model.get_image_features(inputs["pixel_values"])
+            losses = self._cell_losses(states, *early, *seen)
             return {"loss": _weighted(losses), **losses}
         sam2_model = self.model.grounding_encoder.sam2_model
         with (
+            _outputs(early_layer) as early,
             _outputs(sam2_model.prompt_decoder.transformer) as drawn,
             _outputs(sam2_model.memory_attention) as remembered,
             _attention_inputs(self.model) as (first, second),
@@ -109,7 +122,7 @@ class SceneTrainee(nn.Module):
             if remembered:
                 tracked = [tokens.transpose(0, 1) for tokens in remembered]
                 losses["memory_loss"] = _shown_loss(self.memory_head, tracked, inputs["mask_labels"])
-        losses |= self._cell_losses(output.image_hidden_states, cell_classes, cell_boxes, cell_standings)
+        losses |= self._cell_losses(output.image_hidden_states, *early, *seen)
         if cell_motions is not None:
             losses["tracking_loss"] = _tracking_loss(*first, is_image, cell_objects)
             losses |= self._motion_losses(second[1]["hidden_states"][is_image], cell_motions, cell_pasts)
@@ -128,13 +141,18 @@ class SceneTrainee(nn.Module):
         visible = boxes[:, 2] > 0
         return (distance * visible).sum() / visible.sum().clamp(min=1)
 
-    def _cell_losses(self, states: Tensor, classes: Tensor, boxes: Tensor, standings: Tensor) -> dict[str, Tensor]:
+    def _cell_losses(
+        self, states: Tensor, early: Tensor, classes: Tensor, boxes: Tensor, standings: Tensor, ranks: Tensor
+    ) -> dict[str, Tensor]:
+        """What is read off image tokens, as the language model gets them, and `early`, amid the vision tower."""
         shows_object = classes[..., 0] > 0
         box_loss = (self.cell_box_head(states) - boxes).abs().mean(dim=-1)[shows_object].sum()
         return {
             "cell_loss": _cell_loss(self.cell_heads, states, classes),
+            "early_loss": _cell_loss(self.early_heads, F.layer_norm(early, early.shape[-1:])[:, 1:], classes),
             "cell_box_loss": box_loss / shows_object.sum().clamp(min=1),
             "standing_loss": self._standing_loss(states, standings),
+            "rank_loss": self._rank_loss(states, ranks),
         }
 
     def _motion_losses(self, states: Tensor, motions: Tensor, pasts: Tensor) -> dict[str, Tensor]:
@@ -157,6 +175,14 @@ class SceneTrainee(nn.Module):
         plain = flags != IGNORE_INDEX
         count_loss = F.cross_entropy(logits[..., :MAX_COUNT].flatten(0, 1), counts.flatten())
         return count_loss + F.binary_cross_entropy_with_logits(logits[..., MAX_COUNT:][plain], flags[plain].float())
+
+    def _rank_loss(self, states: Tensor, ranks: Tensor) -> Tensor:
+        """Cross entropy of what `_ranks` says, for tokens [tiles, tokens, D] whose place in a group is plain."""
+        known = ranks != IGNORE_INDEX
+        if not known.any():
+            return states.new_zeros(())
+        logits = self.rank_head(states).unflatten(-1, (NUM_GROUPS, MAX_COUNT))
+        return F.cross_entropy(logits[known], ranks[known])
 
 
 @contextmanager

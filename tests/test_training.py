@@ -423,6 +423,31 @@ def test_standings_say_how_an_object_stands_among_its_kind():
     assert same_color == everything
 
 
+def test_ranks_say_in_which_order_a_list_names_what_is_alike():
+    objects = [thing(x=0.5), thing(x=0.1), thing(shape="cross", x=0.9), thing(color="blue", x=0.53)]
+    unclear = batches.IGNORE_INDEX
+    # among its colour, its shape, all: how many lie left of it
+    assert batches._ranks(0, objects) == [1, unclear, unclear]
+    assert batches._ranks(1, objects) == [0, 0, 0]
+    assert batches._ranks(2, objects) == [2, 0, 3]
+
+
+def test_only_pictures_teach_in_which_order_objects_stand(tiny):
+    _, processor = tiny
+    picture, clip = (SceneCollator(processor)([make_sample(0, 1, task=task)]) for task in ("multi", "video_multi"))
+    assert (picture["cell_ranks"] != batches.IGNORE_INDEX).any()
+    assert (clip["cell_ranks"] == batches.IGNORE_INDEX).all()
+
+
+def test_sight_is_learned_without_words(tiny):
+    model, processor = tiny
+    batch = SceneCollator(processor, words=False)([make_sample(0, i, task="interview") for i in range(2)])
+    assert "input_ids" not in batch and len(batch["pixel_values"]) == 2
+    losses = trainee.SceneTrainee(model)(**batch)
+    assert set(losses) == {"loss", "cell_loss", "cell_box_loss", "early_loss", "standing_loss", "rank_loss"}
+    assert losses["rank_loss"] > 0 and losses["standing_loss"] > 0
+
+
 def test_the_past_of_an_object_is_its_mean_place_in_earlier_frames():
     boxes = torch.zeros(3, 1, 4)
     boxes[0, 0] = torch.tensor([0.2, 0.4, 0.1, 0.1])  # in the second frame it is hidden
