@@ -145,11 +145,12 @@ class SceneTrainee(nn.Module):
         self, states: Tensor, early: Tensor, classes: Tensor, boxes: Tensor, standings: Tensor, ranks: Tensor
     ) -> dict[str, Tensor]:
         """What is read off image tokens, as the language model gets them, and `early`, amid the vision tower."""
+        places = F.layer_norm(early, early.shape[-1:])[:, 1:]  # the first token is the class token
         shows_object = classes[..., 0] > 0
         box_loss = (self.cell_box_head(states) - boxes).abs().mean(dim=-1)[shows_object].sum()
         return {
             "cell_loss": _cell_loss(self.cell_heads, states, classes),
-            "early_loss": _cell_loss(self.early_heads, F.layer_norm(early, early.shape[-1:])[:, 1:], classes),
+            "early_loss": _cell_loss(self.early_heads, places, classes),
             "cell_box_loss": box_loss / shows_object.sum().clamp(min=1),
             "standing_loss": self._standing_loss(states, standings),
             "rank_loss": self._rank_loss(states, ranks),

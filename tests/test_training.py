@@ -448,6 +448,15 @@ def test_sight_is_learned_without_words(tiny):
     assert losses["rank_loss"] > 0 and losses["standing_loss"] > 0
 
 
+def test_colour_and_shape_are_told_amid_the_vision_tower(tiny):
+    model, processor = tiny
+    batch = SceneCollator(processor, words=False)([make_sample(0, 1, task="interview")])
+    loss = trainee.SceneTrainee(model)(**batch)["early_loss"]
+    first, second, third, last = (layer.mlp.fc1.weight for layer in model.vision_model.encoder.layer)
+    gradients = torch.autograd.grad(loss, [first, second, third, last], allow_unused=True)
+    assert [gradient is not None for gradient in gradients] == [True, True, False, False]
+
+
 def test_the_past_of_an_object_is_its_mean_place_in_earlier_frames():
     boxes = torch.zeros(3, 1, 4)
     boxes[0, 0] = torch.tensor([0.2, 0.4, 0.1, 0.1])  # in the second frame it is hidden
