@@ -142,9 +142,9 @@ def draw_curve(history: list[dict], path: Path) -> None:
 
     logs = [entry for entry in history if "loss" in entry]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
-    styles = cycle(("-", "--"))
-    for i, name in enumerate(("lm_loss", *HEAD_WEIGHTS)):
-        left.plot(*_series(logs, name), next(styles), label=name, color=f"C{i // 2}")
+    for i, (name, style) in enumerate(zip(("lm_loss", *HEAD_WEIGHTS), cycle(("-", "--")), strict=False)):
+        if any(name in entry for entry in logs):
+            left.plot(*_series(logs, name), style, label=name, color=f"C{i // 2}")
     for name in ("mask_loss", "dice_loss", "iou_loss", "object_score_loss"):
         right.plot(*_series(logs, name), label=name)
     for axis, title in ((left, "words"), (right, "masks")):
