@@ -2194,11 +2194,25 @@ def _pack_what_fits(model: nn.Module) -> None:
 
     On CPUs with them it packs weights anew when a layer is first used: 32 rows together, with one scale for each block
     of a row, and fails where a layer has other widths than multiples of those. Unpacked the same weights are slower.
+    What was packed is saved in order (`_put_scales_in_order`).
     """
     for layer in model.modules():
-        if getattr(layer, "support_avx512bf16_for_cpu", False):
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
             fits = layer.out_features % _ROWS_PACKED == 0 and layer.in_features % layer.weight.blocksize == 0
-            layer.support_avx512bf16_for_cpu = fits
+            layer.support_avx512bf16_for_cpu &= fits
+            layer.register_state_dict_post_hook(_put_scales_in_order)
+
+
+def _put_scales_in_order(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """Mends what bitsandbytes saves of a 4-bit layer that was packed for a CPU.
+
+    It unpacks the weights, in the layer, too, but leaves their scales as they were packed: turned around, so that each
+    block of weights would have another's.
+    """
+    quant_state = getattr(layer.weight, "quant_state", None)
+    if quant_state is not None and quant_state.absmax.dim() == 2:
+        quant_state.absmax = quant_state.absmax.T.reshape(-1).float()
+        state_dict[f"{prefix}weight.absmax"] = quant_state.absmax
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 TINY, SHAPES = ROOT / "sa2va-tiny", ROOT / "demo" / "samples" / "shapes.png"
 STAR = "Please segment the red star in this image."
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
-has_avx512bf16 = pytest.importorskip("bitsandbytes.functional").has_avx512bf16
+bitsandbytes = pytest.importorskip("bitsandbytes.functional")
+has_avx512bf16, dequantize_4bit = bitsandbytes.has_avx512bf16, bitsandbytes.dequantize_4bit
+pack = bitsandbytes._convert_weight_packed_for_cpu
 quantization = pytest.importorskip("torchao.quantization")
 
 
@@ -131,6 +133,19 @@ def test_a_model_that_was_packed_is_saved_and_answers_the_same(tmp_path):
     assert first.prediction == second.prediction
     mask, again = first.prediction_masks[0], second.prediction_masks[0]
     assert (mask & again).sum() / (mask | again).sum() > 0.95
+
+
+def test_weights_that_were_packed_are_saved_in_order():
+    model = load(TINY, quantization_config=CONFIGS["bitsandbytes-4"])
+    layers = {name: model.get_submodule(name) for name in language_layers(model) if not name.endswith("down_proj")}
+    before = {name: dequantize_4bit(layer.weight.data, layer.weight.quant_state) for name, layer in layers.items()}
+    for layer in layers.values():  # as a CPU with bfloat16 instructions does at its first use
+        layer.weight.data, _ = pack(layer.weight.data, layer.weight.quant_state)
+    saved = model.state_dict()
+    for name, layer in layers.items():
+        after = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        torch.testing.assert_close(after, before[name], rtol=2**-8, atol=0)  # packed scales are bfloat16
+        assert torch.equal(saved[f"{name}.weight.absmax"], layer.weight.quant_state.absmax)
 
 
 @configs
