@@ -15,7 +15,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +141,9 @@ def draw_curve(history: list[dict], path: Path) -> None:
 
     logs = [entry for entry in history if "loss" in entry]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
-    for i, (name, style) in enumerate(zip(("lm_loss", *HEAD_WEIGHTS), cycle(("-", "--")), strict=False)):
+    for i, name in enumerate(("lm_loss", *HEAD_WEIGHTS)):
         if any(name in entry for entry in logs):
-            left.plot(*_series(logs, name), style, label=name, color=f"C{i // 2}")
+            left.plot(*_series(logs, name), ("-", "--")[i % 2], label=name, color=f"C{i // 2}")
     for name in ("mask_loss", "dice_loss", "iou_loss", "object_score_loss"):
         right.plot(*_series(logs, name), label=name)
     for axis, title in ((left, "words"), (right, "masks")):
@@ -286,7 +285,7 @@ def make_trainer(options: argparse.Namespace, arguments: TrainingArguments) -> t
     trainee = SceneTrainee(model)
     if options.init:
         load_heads(trainee, Path(options.init).parent / HEADS)
-    collator = SceneCollator(processor, masks=options.learn not in ("words", "sight"), words=options.learn != "sight")
+    collator = SceneCollator(processor, masks=options.learn != "words", words=options.learn != "sight")
     parts = {"model": trainee, "train_dataset": dataset, "data_collator": collator}
     return SceneTrainer(args=arguments, settings=settings_of(options, arguments), **parts), processor
 
