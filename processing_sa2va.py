@@ -528,11 +528,12 @@ def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _De
     """Frames of a video file, upright, without those that can't be decoded."""
     import cv2
 
+    name = os.path.abspath(_existing_path(path, "video"))  # FFmpeg takes "12:30.mp4" for a protocol and its address
     try:
-        str(_existing_path(path, "video")).encode()  # OpenCV dies of a name that is not UTF-8
+        name.encode()  # OpenCV dies of a name that is not UTF-8
     except UnicodeEncodeError as error:
-        raise OSError(f"The path {str(path)!r} is not in UTF-8, so OpenCV can't open it. Rename it.") from error
-    capture = cv2.VideoCapture(str(path))
+        raise OSError(f"The path {name!r} is not in UTF-8, so OpenCV can't open it. Rename it.") from error
+    capture = cv2.VideoCapture(name)
     try:
         if not capture.isOpened():
             raise ValueError(

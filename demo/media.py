@@ -107,7 +107,7 @@ def _timing(path: Path, frames: VideoFrames) -> tuple[float, int | None]:
             return _plausible(1000 / milliseconds if milliseconds else 0), length
     import cv2
 
-    capture = cv2.VideoCapture(str(path))
+    capture = cv2.VideoCapture(os.path.abspath(path))  # a colon in a relative name would begin an address
     try:
         length = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         return _plausible(capture.get(cv2.CAP_PROP_FPS)), length if length > 0 else None

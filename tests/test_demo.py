@@ -312,3 +312,9 @@ def test_weights_go_straight_onto_a_gpu_and_onto_the_one_that_is_current(monkeyp
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     assert [options["device_map"] for options in asked] == [None, second, None, second, first]
     assert [options["dtype"] for options in asked] == ["float32", "auto", "float32", "float16", "auto"]
+
+
+def test_what_a_video_named_by_the_time_says_of_itself_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(VIDEO, "2024-05-01T12:30:00.mp4")
+    assert open_source("2024-05-01T12:30:00.mp4").length == open_source(VIDEO).length == 24

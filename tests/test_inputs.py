@@ -320,6 +320,12 @@ def test_colours_of_a_file_are_rgb(tmp_path):
     assert red > 200 > 60 > max(green, blue)
 
 
+def test_a_file_named_by_the_time_is_read_from_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    video_file(tmp_path, "clip.mp4", "mp4v").rename("2024-05-01T12:30:00.mp4")
+    assert len(open_video("2024-05-01T12:30:00.mp4")) == 4
+
+
 def test_frames_may_differ_in_size():
     frames = open_video([plain(size=(8, 6)), plain(size=(9, 9))])
     assert [frame.size for frame in frames] == [(8, 6), (9, 9)]
