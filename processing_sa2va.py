@@ -550,6 +550,11 @@ def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _De
                 seen += 1
             else:
                 broken += 1
+        if not seen:
+            raise ValueError(
+                f"OpenCV can decode no frame of {str(path)!r}: it is empty or damaged, or OpenCV was built without its "
+                "codec, as AV1 often is. Convert it, for instance to H.264 in an mp4."
+            )
         if seen < announced:
             _report(problems, f"{str(path)!r} announces {announced} frames, {seen} could be read and are used.")
     finally:

@@ -445,6 +445,15 @@ def headless_mp4(folder):
     return path
 
 
+def undecodable_mp4(folder):
+    path = video_file(folder, "clip.mp4", "mp4v")
+    content = path.read_bytes()
+    start = content.index(b"mdat") + 4
+    end = start - 8 + int.from_bytes(content[start - 8 : start - 4], "big")
+    path.write_bytes(content[:start] + bytes(end - start) + content[end:])
+    return path
+
+
 def pipe(path):
     os.mkfifo(path)
     return path
@@ -460,6 +469,7 @@ BAD_VIDEOS = {
     "a name that is not UTF-8": (lambda folder: text_file(folder, "\udcff.mp4"), OSError, "not in UTF-8"),
     "no video inside": (lambda folder: text_file(folder, "words.mp4"), ValueError, "words.mp4"),
     "cut mp4": (headless_mp4, ValueError, "clip.mp4"),
+    "frames that can't be decoded": (undecodable_mp4, ValueError, "no frame of .*clip.mp4.*codec"),
     "no gif inside": (lambda folder: text_file(folder, "words.gif"), ValueError, "words.gif"),
     "three axes": (lambda _: np.zeros((4, 6, 3), np.uint8), ValueError, "4 axes"),
     "one PIL image": (lambda _: plain(), TypeError, "image="),
