@@ -91,8 +91,8 @@ def load_image(image: Any, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     3, else 4, else 1.
 
     Args:
-        image: PIL image of any mode, path ("~" allowed), numpy array or torch tensor: [H, W], [H, W, C] or [C, H, W]
-            with C in 1, 3, 4; uint8 in 0..255, bool, or float in [0, 1].
+        image: PIL image of any mode, path ("~" allowed), numpy array, torch tensor or decord's array: [H, W],
+            [H, W, C] or [C, H, W] with C in 1, 3, 4; uint8 in 0..255, bool, or float in [0, 1].
         max_pixels: largest accepted width * height, checked before anything is decoded.
 
     Raises:
@@ -104,6 +104,8 @@ def load_image(image: Any, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
         return _load_file(_existing_path(image, "image"), max_pixels)
     if isinstance(image, Image.Image):
         return _opened_to_rgb(image, max_pixels, partial(_unreadable, image))
+    if hasattr(image, "asnumpy"):  # decord's; what its bridges make of frames ends with the thread that set them
+        image = image.asnumpy()
     if isinstance(image, np.ndarray | Tensor):
         return _array_to_pil(image, max_pixels)
     raise TypeError(f"An image can't be a {type(image).__name__}. Give {_ACCEPTED_IMAGES}.")

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -114,6 +115,7 @@ IMAGES = {
     "float32": (lambda _: pixels().astype(np.float32) / 255, (8, 6), RED),
     "float16": (lambda _: np.ones((6, 8, 3), np.float16), (8, 6), WHITE),
     "bool": (lambda _: np.ones((6, 8), bool), (8, 6), WHITE),
+    "decord's array": (lambda _: SimpleNamespace(asnumpy=pixels), (8, 6), RED),
     "flipped view": (lambda _: pixels()[:, ::-1], (8, 6), RED),
     "tensor CHW uint8": (lambda _: torch.tensor(pixels()).permute(2, 0, 1), (8, 6), RED),
     "tensor HWC float": (lambda _: torch.tensor(pixels()) / 255, (8, 6), RED),
