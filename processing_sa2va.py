@@ -889,7 +889,8 @@ def _one_video(value: Any) -> Any:
     """The only item of a one-item list, if that can only be a whole video: frames, or no picture's path."""
     item = _single(value)
     is_file = isinstance(item, str | os.PathLike) and not _is_still(Path(item))
-    return item if is_file or isinstance(item, list | tuple) or getattr(item, "ndim", 0) == 4 else value
+    is_clip = isinstance(item, list | tuple | VideoFrames) or getattr(item, "ndim", 0) == 4
+    return item if is_file or is_clip else value
 
 
 def _is_still(path: Path) -> bool:

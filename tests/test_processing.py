@@ -27,6 +27,7 @@ from sa2va.processing_sa2va import (
     load_image,
     masks_to_rle,
     object_color,
+    open_video,
     rle_to_masks,
 )
 
@@ -438,8 +439,9 @@ def test_a_list_of_one_animation_is_that_video(processor, pictures, tmp_path):
     assert torch.equal(found["pixel_values"], processor.prepare(video=pictures["vid3"], text="Hi").pixel_values)
 
 
-def test_a_list_of_one_video_array_is_that_video(processor, pictures):
-    found = processor(videos=[pictures["vid3"]], text="Hi")
+@pytest.mark.parametrize("opened", [np.asarray, open_video])
+def test_a_list_of_one_video_is_that_video(processor, pictures, opened):
+    found = processor(videos=[opened(pictures["vid3"])], text="Hi")
     assert torch.equal(found["pixel_values"], processor.prepare(video=pictures["vid3"], text="Hi").pixel_values)
 
 
