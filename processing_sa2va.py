@@ -75,6 +75,7 @@ _PICTURE_SUFFIXES = {  # of files that Pillow reads; some hold several frames
     *(".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".apng", ".bmp", ".ppm", ".pgm"),
     *(".gif", ".webp", ".avif", ".tif", ".tiff"),
 }
+_SLACK = 0.0019  # of a range, under half a grey level: bicubic resizing and undone normalisation miss its ends by less
 _MOST_BROKEN = 10_000  # frames that can't be decoded, after which a file counts as cut off
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -208,8 +209,8 @@ def _deep_grey_to_8_bits(image: Image.Image) -> Image.Image:
     """
     values = np.asarray(image)
     tops = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
-    top = next((top for top in tops if values.max() <= top), None)  # NaN compares false
-    if top is None or values.min() < 0:
+    top = next((top for top in tops if values.max() < (1 + _SLACK) * top), None)  # NaN compares false
+    if top is None or values.min() < -_SLACK * top:
         raise ValueError(
             f"A mode {image.mode} image holds values from {values.min()} to {values.max()}; 0 to {tops[-1]} is "
             "accepted, without NaN. Scale it first."
@@ -265,8 +266,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.floating):
         raise TypeError(f"An image array of dtype {array.dtype} has no agreed range. {accepted}")
     low, high = array.min(), array.max()
-    # Bicubic resizing and undone normalisation miss 0 and 1 by a little: half a grey level. NaN compares false.
-    if not (low > -0.0019 and high < 1.0019):
+    if not (low > -_SLACK and high < 1 + _SLACK):  # NaN compares false
         raise ValueError(f"An image array of floats holds values from {low:g} to {high:g}. {accepted}")
     return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
 

@@ -100,6 +100,7 @@ IMAGES = {
     "I of 8 bits": (lambda _: Image.new("I", (8, 6), 77), (8, 6), (77, 77, 77)),
     "I of 16 bits": (lambda _: Image.new("I", (8, 6), 257 * 77), (8, 6), (77, 77, 77)),
     "F in 0..1": (lambda _: Image.new("F", (8, 6), 0.2), (8, 6), (51, 51, 51)),
+    "F a little above 1": (lambda _: Image.new("F", (8, 6), 1.0018), (8, 6), WHITE),
     "F in 0..255": (lambda _: Image.new("F", (8, 6), 51.0), (8, 6), (51, 51, 51)),
     "1": (lambda _: Image.new("1", (8, 6), 1), (8, 6), WHITE),
     "CMYK": (lambda _: Image.new("CMYK", (8, 6), (0, 255, 255, 0)), (8, 6), (255, 0, 0)),
