@@ -151,6 +151,7 @@ _MADE_HERE = {  # what the language model reads, which `predict_*` prepare by th
     *("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", "mm_token_type_ids"),
     *("pixel_values", "image_grid_thw", "prompt_masks", "prompt_mask_tiles", "labels", "is_assistant"),
 }
+_FOR_LOSSES = ("labels", "grounding_pixel_values", "mask_labels")  # arguments of `forward` alone
 _REFUSED_SETTINGS = {  # arguments of transformers' `generate`: the only value they may have, and why
     "guidance_scale": (1, "needs a prompt without its picture, which is not made here"),
     "negative_prompt_ids": (None, "goes with guidance_scale, which needs a prompt without its picture"),
@@ -2475,9 +2476,10 @@ def _check_ranges(settings: Mapping[str, Any]) -> None:
 def _given_ids(input_ids: Any, arguments: dict[str, Any]) -> Any:
     """The tokens of a prompt, which transformers' `generate` calls `inputs`; takes them out of the arguments.
 
-    Out go labels, too: a `Trainer` that generates leaves them among the inputs.
+    Out goes what only losses read, too: a `Trainer` that generates leaves it among the inputs.
     """
-    arguments.pop("labels", None)
+    for name in _FOR_LOSSES:
+        arguments.pop(name, None)
     inputs = arguments.pop("inputs", None)
     if (input_ids is None) == (inputs is None):
         raise ValueError("generate needs input_ids [B, L] (or inputs, its other name); build them with the processor.")

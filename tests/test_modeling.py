@@ -639,7 +639,8 @@ def test_generate_passes_over_labels_and_forward_takes_masks_of_four_axes(family
     model = AutoModel.from_pretrained(GOLDEN / family)
     batch = dict(model.load_processor()(images=[picture], text=["Hi"]))
     expected = model.generate(**batch, max_new_tokens=2)
-    assert torch.equal(model.generate(**batch, labels=batch["input_ids"], max_new_tokens=2), expected)
+    for_losses = {"labels": batch["input_ids"], "grounding_pixel_values": [None], "mask_labels": [None]}
+    assert torch.equal(model.generate(**batch, **for_losses, max_new_tokens=2), expected)
     if family == "ivl_qwen2":
         length = batch["input_ids"].shape[1]
         causal = torch.full((1, 1, length, length), -torch.inf).triu(1)
