@@ -1837,6 +1837,14 @@ class Sa2VAChatModelQwen(Sa2VAChatModel, GenerationMixin):  # named again, or tr
         arguments = {name: value for name, value in arguments.items() if name not in pictures}
         return self._write({**_padded_in_front(text), **pictures}, arguments)
 
+    def _generation_arguments(self, processor: Sa2VAProcessor, given: dict[str, Any]) -> dict[str, Any]:
+        """Those of `Sa2VAChatModel`; words looked up in the prompt must not be placeholders, which want pixels."""
+        arguments = super()._generation_arguments(processor, given)
+        config = arguments["generation_config"]
+        if config.prompt_lookup_num_tokens is not None:
+            config.suppress_tokens = [*(config.suppress_tokens or ()), self.config.image_token_id]
+        return arguments
+
     def _check_pixels(self, input_ids: Tensor, given: Mapping[str, Any]) -> None:
         """Refuses pictures that don't fit the text; transformers would go on without them, or fail in the middle."""
         pixels, grid = given.get("pixel_values"), given.get("image_grid_thw")

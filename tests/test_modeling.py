@@ -163,6 +163,14 @@ def test_beam_search_gives_the_state_of_the_best_beam(golden_model, picture):
     np.testing.assert_allclose(beams.mask_logits[0], greedy.mask_logits[0], atol=1e-3)
 
 
+def test_words_looked_up_in_a_prompt_change_no_answer(picture):
+    model = AutoModel.from_pretrained(GOLDEN / "qwen3vl")
+    plain = model.predict_forward(picture, text="Segment it.", max_new_tokens=8)
+    quick = model.predict_forward(picture, text="Segment it.", max_new_tokens=8, prompt_lookup_num_tokens=3)
+    assert "[SEG]" in plain.prediction and quick.prediction == plain.prediction
+    np.testing.assert_array_equal(quick.prediction_masks, plain.prediction_masks)
+
+
 def test_no_cache_gives_the_same_masks(golden_model, golden):
     case = golden.case("imgD1seg")
     output = golden_model.predict_forward(**case.arguments, use_cache=False)
