@@ -2225,7 +2225,7 @@ def _put_scales_in_order(layer: nn.Module, state_dict: dict[str, Any], prefix: s
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+    return next((p.dtype for p in module.parameters()), torch.float32)  # layers that torch quantized have none
 
 
 def _token_id(tokenizer, token: str) -> int | None:

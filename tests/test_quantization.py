@@ -105,6 +105,15 @@ def test_a_trained_model_answers_as_in_full_precision(config):
     assert (mask & wanted).sum() / (mask | wanted).sum() > 0.9
 
 
+@pytest.mark.parametrize(("length", "masks"), [(64, 1), (3, 0)])
+def test_linear_layers_that_torch_quantizes_answer_as_in_full_precision(length, masks):
+    model, asked = load(TINY), {"image": SHAPES, "text": STAR, "max_new_tokens": length}
+    full = model.predict_forward(**asked)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8).predict_forward(**asked)
+    assert quantized.prediction == full.prediction
+    assert len(quantized.prediction_masks) == len(full.prediction_masks) == masks
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_four_bits_are_packed_where_this_cpu_can_and_widths_allow(dtype):
     """bitsandbytes fails at the 352 columns of `down_proj` unless that layer is left as it is."""
