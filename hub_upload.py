@@ -528,31 +528,18 @@ def _entries_of(model) -> list[_Entry]:
     """All keys of a model."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    weights = model.state_dict()
-    rules = model._weight_conversions  # between the released layout and ours; saving reverses them
+    from .modeling_sa2va import ModuleNames
+
+    weights, names = model.state_dict(), ModuleNames(model).released
     native: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for name, released_name in _released_names(weights, rules).items():
-        native[released_name][name] = tuple(weights[name].shape)
+    for name, tensor in weights.items():
+        native[names[name]][name] = tuple(tensor.shape)
     released = revert_weight_conversion(model, weights)
     tied = model.all_tied_weights_keys.keys()
     return [
         _Entry({name: tuple(tensor.shape)}, native[name], tied=native[name].keys() <= tied)
         for name, tensor in released.items()
     ]
-
-
-def _released_names(names: Iterable[str], rules: list) -> dict[str, str]:
-    """What saving calls each key: tensors that belong together are joined first, then all are renamed."""
-    from transformers.core_model_loading import WeightConverter
-
-    reverse = [rule.reverse_transform() for rule in reversed(rules)]
-    reverse.sort(key=lambda rule: not isinstance(rule, WeightConverter))
-    released = {}
-    for name in names:
-        released[name] = name
-        for rule in reverse:
-            released[name], _ = rule.rename_source_key(released[name])
-    return released
 
 
 class _Comparison(NamedTuple):

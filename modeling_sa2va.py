@@ -2907,7 +2907,7 @@ def _peft() -> ModuleType:
 
 
 class ModuleNames:
-    """What a model's modules are called here, and in the released code.
+    """What a model's modules and tensors are called here, and in the released code.
 
     Attributes:
         released: for each name here, the released one, which three modules share if their tensors are fused there.
@@ -2919,7 +2919,8 @@ class ModuleNames:
         rules = [(rule.reverse_transform(), rule) for rule in _released_layout(model)[::-1]]
         self.released: dict[str, str] = {}
         self.splits: dict[str, ConversionOps] = {}
-        for name, _ in (*model.named_modules(), *model.named_parameters()):
+        parameters = model.named_parameters(remove_duplicate=False)  # tied ones have two names
+        for name, _ in (*model.named_modules(), *parameters, *model.named_buffers()):
             released, split = name, None
             for reverse, rule in rules:
                 released, matched = reverse.rename_source_key(released)
