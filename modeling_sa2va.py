@@ -1682,11 +1682,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if inputs.frames is None:
             return
         is_sa2va_i = self.config.grounding_config.separate_prompt_decoder
-        sizes = _FrameSizes(inputs.size, options.mask_sizes == "own")
+        own_sizes: dict[int, tuple[int, int]] = {}  # of frames that are read and not handed out yet
         tracking = TrackingState() if tracking is None else tracking
         count = options.encode_batch_size or _encode_batch_size(self.grounding_encoder)
         with closing(_ready_frames(inputs, processor, tracking, len(prompts) > 0, 2 * count)) as ready:
-            frames = sizes.watch(ready, tracking.next_frame)
+            frames = _without_sizes(ready, tracking.next_frame, own_sizes)
             if not len(prompts):
                 prediction = _no_objects(prompts)
             if prediction is None:
@@ -1694,7 +1694,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             else:
                 predictions = _same_for_all(prediction, frames, tracking)
             for index, prediction in predictions:
-                size = sizes.pop(index)
+                own_size = own_sizes.pop(index)
+                size = own_size if options.mask_sizes == "own" else inputs.size
                 if len(prompts):
                     two_steps = inputs.is_video or not is_sa2va_i
                     logits = processor.resize_logits(prediction.logits, size, two_steps=two_steps)
@@ -2033,24 +2034,6 @@ class _MaskOptions:
         return masks_to_rle(masks) if self.output_format == "rle" else masks.numpy()
 
 
-class _FrameSizes:
-    """Notes the size (h, w) each frame's masks are wanted at while the frames are read."""
-
-    def __init__(self, first: tuple[int, int], own: bool):
-        self._first = first
-        self._own: dict[int, tuple[int, int]] | None = {} if own else None
-
-    def watch(self, frames: Iterator[tuple[tuple[int, int], Any]], start: int) -> Iterator:
-        """Passes frames on, from number `start`, without the sizes they come with."""
-        for index, (size, frame) in enumerate(frames, start):
-            if self._own is not None:
-                self._own[index] = size
-            yield frame
-
-    def pop(self, index: int) -> tuple[int, int]:
-        return self._first if self._own is None else self._own.pop(index)
-
-
 def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **kwargs) -> tuple[PreTrainedModel, dict]:
     """transformers' `from_pretrained` with the loading report; weights that don't fit are told in one error."""
     try:
@@ -2098,6 +2081,15 @@ def _ready_frames(
     if inputs.is_video:
         return ReadAhead(ready(), ahead)
     return (((frame.height, frame.width), frame) for frame in inputs.frames)
+
+
+def _without_sizes(
+    frames: Iterator[tuple[tuple[int, int], Any]], start: int, sizes: dict[int, tuple[int, int]]
+) -> Iterator[Any]:
+    """Passes frames on; the sizes (h, w) they come with go into `sizes`, by number from `start` on."""
+    for index, (size, frame) in enumerate(frames, start):
+        sizes[index] = size
+        yield frame
 
 
 def _same_for_all(
