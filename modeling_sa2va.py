@@ -1679,8 +1679,6 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         `prediction` is that of an image which was looked at already; `tracking` is moved along, from where it stands.
         """
-        if inputs.frames is None:
-            return
         is_sa2va_i = self.config.grounding_config.separate_prompt_decoder
         own_sizes: dict[int, tuple[int, int]] = {}  # of frames that are read and not handed out yet
         tracking = TrackingState() if tracking is None else tracking
