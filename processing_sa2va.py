@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -506,9 +506,10 @@ def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Dec
         raise ValueError(f"{str(path)!r} is no readable video: {error}. Convert it, for instance to mp4.") from error
     with clip:
         check_area(*clip.size, what="video")
+        pages = ImageSequence.Iterator(clip)
         for index in itertools.count():
             try:
-                if not _is_at(clip, index):
+                if next(pages, None) is None:
                     return
                 _decode(clip)
             except CORRUPT_FILE_ERRORS as error:
@@ -517,15 +518,6 @@ def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Dec
                 return
             check_area(*clip.size, what="video")  # a frame may be larger than those before
             yield partial(_to_rgb, clip)
-
-
-def _is_at(clip: Image.Image, index: int) -> bool:
-    """Goes to a frame of an animation; False behind the last."""
-    try:
-        clip.seek(index)
-    except EOFError:
-        return False
-    return True
 
 
 def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _Decoders:
