@@ -1860,13 +1860,14 @@ def _is_passing(error: HubError, more: tuple[int, ...] = ()) -> bool:
 
 def _is_same(addition: Any, remote: Any) -> bool:
     """Whether the Hub has a file as it is here, by its hash there: git's, or for large files SHA-256."""
+    from huggingface_hub.utils.sha import git_hash
+
     if remote is None or remote.size != addition.upload_info.size:
         return False
     if remote.lfs is not None:
         return remote.lfs.sha256 == addition.upload_info.sha256.hex()
     with addition.as_file() as stream:
-        content = stream.read()
-    return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        return remote.blob_id == git_hash(stream.read())
 
 
 def _is_replaced(name: str) -> bool:
