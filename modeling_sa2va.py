@@ -2011,11 +2011,9 @@ class _MaskOptions:
 
     def keep(self, logits: Tensor, processor: Sa2VAProcessor) -> Any:
         """What `pack` wants of a frame: its N masks, run-length encoded at once if that is asked for."""
-        masks = self.finish(logits, processor)
-        if self.output_format != "rle":
-            return masks
-        _wait_for_host(logits.device)
-        return self.convert(masks)
+        if self.output_format == "rle":
+            return self.convert(processor.binarize(logits, self.threshold).cpu())
+        return self.finish(logits, processor)
 
     def pack(self, frames: Sequence[Any]) -> Any:
         """One object's mask of every frame -> what the caller asked for; frames of their own sizes stay a list."""
@@ -2728,11 +2726,6 @@ def _to_host(tensor: Tensor) -> Tensor:
         return tensor.cpu()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def _wait_for_host(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
 
 
 class _Arriving:
