@@ -1549,14 +1549,10 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
     files = _find_files(str(folder))
     if any(size > max_bytes for name, size in files.sizes.items() if name.endswith(".safetensors")):
         return False
-    maps = [_read_json(files, name).get("auto_map") for name in (CONFIG, "processor_config.json")]
-    if not all(isinstance(mapping, dict) for mapping in maps):
-        return False
-    mapped, processor = maps
-    # A list, as of a slow and a fast tokenizer, names none of the files.
-    modules = {f"{str(reference).partition('.')[0]}.py" for reference in (mapped | processor).values()}
-    is_mapped = auto_map(is_qwen_vl=False).keys() <= mapped.keys() and bool(processor)
-    return is_mapped and modules <= {*CODE_FILES} and not _read_weights(files)[1]
+    mapped = [_read_json(files, name).get("auto_map") for name in (CONFIG, "processor_config.json")]
+    ours = [auto_map(is_qwen_vl) for is_qwen_vl in (False, True)]
+    is_mapped = mapped in [[mapping, {"AutoProcessor": mapping["AutoProcessor"]}] for mapping in ours]
+    return is_mapped and not _read_weights(files)[1]
 
 
 class _Hub:
