@@ -1290,7 +1290,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         def look(batch: Sequence[Sa2VAInputs]) -> list[tuple[Sa2VAInputs, Answer, MaskPrediction | None]]:
             answers = self._answers(batch, processor, generate_kwargs)
-            predictions = self._segment_images(batch, processor, answers, encode_batch_size)
+            prompts = [answer.prompts for answer in answers]
+            predictions = self._segment_images(batch, processor, prompts, encode_batch_size)
             return list(zip(batch, answers, predictions, strict=True))
 
         return [
@@ -1687,6 +1688,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             frames = _without_sizes(ready, tracking.next_frame, own_sizes)
             if not len(prompts):
                 prediction = _no_objects(prompts)
+            elif prediction is None and not inputs.is_video:
+                (prediction,) = self._segment_images([inputs], processor, [prompts], count)
             if prediction is None:
                 predictions = self._track(inputs, processor, prompts, frames, tracking, count)
             else:
@@ -1705,24 +1708,21 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self,
         inputs: Sequence[Sa2VAInputs],
         processor: Sa2VAProcessor,
-        answers: Sequence[Answer],
-        encode_batch_size: int | None = None,
+        prompts: Sequence[Tensor],
+        encode_batch_size: int | None,
     ) -> list[MaskPrediction | None]:
         """The predictions of all images with objects, some encoded together; None for other samples."""
-        asked = [i for i, x in enumerate(inputs) if x.frames is not None and not x.is_video and len(answers[i].prompts)]
+        asked = [i for i, x in enumerate(inputs) if len(prompts[i]) and not x.is_video]
         predictions: list[MaskPrediction | None] = [None] * len(inputs)
-        if not asked:
-            return predictions
-        like = answers[0].prompts
         count = encode_batch_size or _encode_batch_size(self.grounding_encoder)
         for start in range(0, len(asked), count):
             some = asked[start : start + count]
             frames = [frame for i in some for frame in inputs[i].frames]
-            pixels = processor.grounding_pixel_values(frames, dtype=like.dtype, device=like.device)
+            pixels = processor.grounding_pixel_values(frames, dtype=prompts[0].dtype, device=prompts[0].device)
             features = self.grounding_encoder.encode(pixels)
             for row, i in enumerate(some):
                 one = features.rows(slice(row, row + 1))
-                predictions[i] = self.grounding_encoder.decode(one, answers[i].prompts)
+                predictions[i] = self.grounding_encoder.decode(one, prompts[i])
         return predictions
 
     def _track(
@@ -1735,14 +1735,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         encode_batch_size: int,
     ) -> Iterator[tuple[int, MaskPrediction]]:
         pixel_values = partial(
-            processor.grounding_pixel_values, dtype=prompts.dtype, device=prompts.device, is_video=inputs.is_video
+            processor.grounding_pixel_values, dtype=prompts.dtype, device=prompts.device, is_video=True
         )
         decoder = self.grounding_encoder
-        if not inputs.is_video:  # nothing will be tracked, so nothing need be remembered
-            for index, frame in enumerate(frames):
-                tracking.next_frame = index + 1
-                yield index, decoder.decode(decoder.encode(pixel_values([frame])), prompts)
-            return
         if not tracking.banks:
             images = inputs.key_images or inputs.frames.select(inputs.key_frames)
             keys = zip(inputs.key_frames, images, strict=True)

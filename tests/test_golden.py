@@ -10,8 +10,8 @@ import torch
 from conftest import GOLDEN, GoldenFamily
 from transformers import AutoModel
 
+from sa2va.modeling_sa2va import _MaskOptions
 from sa2va.processing_sa2va import collate_inputs
-from sa2va.sam2_decoder import TrackingState
 
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2")
 CASES = [(family, name) for family in FAMILIES for name in GoldenFamily(family).cases]
@@ -131,11 +131,9 @@ def low_res_predictions(model, case, prompts):
     """Every frame's `MaskPrediction` of the objects of a case."""
     processor = model.load_processor()
     inputs = processor.prepare(**case.arguments)
+    options = _MaskOptions(0.5, False, "numpy", "first", encode_batch_size=1)
     with torch.no_grad():
-        return [
-            prediction
-            for _, prediction in model._track(inputs, processor, prompts, iter(inputs.frames), TrackingState(), 1)
-        ]
+        return [prediction for _, prediction in model._segment(inputs, processor, prompts, options)]
 
 
 @cases_with("low0", "ptr0", "dec0")
