@@ -2056,10 +2056,10 @@ def _check_quantized(name_or_path: str | os.PathLike, model: PreTrainedModel) ->
 def _ready_frames(
     inputs: Sa2VAInputs, processor: Sa2VAProcessor, tracking: TrackingState, wanted: bool, ahead: int
 ) -> ReadAhead | Generator[tuple[tuple[int, int], Any], None, None]:
-    """Sizes (h, w) of the frames that come next, and the frames.
+    """Sizes (h, w) of the frames that come next, and the frames as SAM 2 looks at them, uint8 [1, 3, S, S].
 
-    Those of a video are read and, where SAM 2 wants them, resized ahead, in a thread: uint8 [1, 3, S, S]. So many are
-    ahead that the next ones to be encoded together are there in time.
+    None stands for what it need not look at: key frames, which it has seen, and all if none are `wanted`. A video is
+    read and resized in a thread, so far `ahead` that the frames to be encoded together next are there in time.
     """
     start, encoded = tracking.next_frame, set(inputs.key_frames)
 
@@ -2069,9 +2069,7 @@ def _ready_frames(
                 wants = wanted and index not in encoded
                 yield (frame.height, frame.width), processor.resize_for_grounding([frame]) if wants else None
 
-    if inputs.is_video:
-        return ReadAhead(ready(), ahead)
-    return (((frame.height, frame.width), frame) for frame in inputs.frames)
+    return ReadAhead(ready(), ahead) if inputs.is_video else ready()
 
 
 def _without_sizes(
