@@ -82,6 +82,7 @@ from .configuration_sa2va import (
     reading_weights,
 )
 from .processing_sa2va import (
+    HUB_ARGUMENTS,
     IMAGE_TOKEN,
     REGION_END,
     REGION_START,
@@ -192,7 +193,6 @@ _COMPILE_OPTIONS = {  # of `torch.compile`, and their types
     "mode": str | None,
     "options": dict | None,
 }
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 @dataclass
@@ -525,7 +525,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         chosen = kwargs.get("dtype") is not None
-        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if isinstance(kwargs.get("device_map"), dict) or kwargs.get("quantization_config") is not None:
             names = ModuleNames.of_checkpoint(pretrained_model_name_or_path, kwargs.get("config"), hub_arguments)
             kwargs |= _with_native_names(names, kwargs)
@@ -686,7 +686,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         if peft_config is None and peft_model_id is not None:
             hub = {**getattr(kwargs.get("load_config"), "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {})}
-            hub = {name: value for name, value in {**hub, **kwargs}.items() if name in _HUB_ARGUMENTS}
+            hub = {name: value for name, value in {**hub, **kwargs}.items() if name in HUB_ARGUMENTS}
             config = _peft().PeftConfig.from_pretrained(peft_model_id, **hub)
             if self.adapter_config(config) is not config:
                 weights = _peft().utils.load_peft_weights(peft_model_id, device="cpu", **hub)

@@ -78,7 +78,7 @@ _PICTURE_SUFFIXES = {  # of files that Pillow reads; some hold several frames
 _SLACK = 0.0019  # of a range, under half a grey level: bicubic resizing and undone normalisation miss its ends by less
 _MOST_BROKEN = 10_000  # frames that can't be decoded, after which a file counts as cut off
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -1299,7 +1299,7 @@ class Sa2VAProcessor(ProcessorMixin):
         Raises:
             OSError: neither file is there, or no tokenizer; or they can't be read.
         """
-        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         settings = kwargs.keys() - hub_kwargs.keys() - {"config"}
         stored = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
         if (config := kwargs.get("config")) is None:
