@@ -7,6 +7,7 @@ each open page.
 import html
 import re
 import tempfile
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,7 +39,7 @@ KEPT_SECONDS = (3600, 24 * 3600)  # every hour, files older than a day are delet
 DRAWING_CONCURRENCY = 4  # of what needs no model
 MAX_QUESTION = 4000  # characters
 THRESHOLDS = (0.01, 0.99)
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError, ArgumentTypeError)
 PRIVATE = {"api_visibility": "private"}
 QUICK = {**PRIVATE, "show_progress": "hidden", "trigger_mode": "always_last"}
 

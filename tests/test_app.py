@@ -280,6 +280,12 @@ def test_program_is_told_what_is_wrong_and_nothing_of_the_server(address, tmp_pa
     assert message["error"].startswith("'broken.png' is a damaged image")
 
 
+def test_program_is_told_of_frames_that_are_no_numbers(address):
+    kind, message = http_predict(address, VIDEO, CROSS, "", [], 5, "every second", 0.5)
+    assert kind == "error"
+    assert message["error"].startswith("'every second' is unknown; give first, uniform or numbers")
+
+
 def test_nothing_but_predict_is_offered_to_programs(client):
     assert list(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == ["/predict"]
 
