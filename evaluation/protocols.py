@@ -172,22 +172,25 @@ def by_kind(summarize: Callable[[Sequence[Any]], dict[str, float | None]]) -> Ca
         """What `summarize` makes of all values, "all", and of each kind."""
         groups: dict[str, list] = defaultdict(list)
         for item in measurements:
-            for group in ("all", item.info.get("kind")):
-                if group:
-                    groups[group].append(item.value)
+            groups["all"].append(item.value)
+            if isinstance(kind := item.info.get("kind"), str):  # one's own data may hold anything there
+                groups[kind].append(item.value)
         return {group: summarize(values) for group, values in groups.items()}
 
     return summarize_groups
 
 
 def halves(*kinds: str) -> Callable[[Sequence[Measurement]], Scores]:
-    """Scores of videos by `info["kind"]`; "overall" is the mean of the means of `kinds`, whatever their sizes."""
+    """Scores of videos by `info["kind"]`; "overall" is the mean of the means of `kinds`, whatever their sizes.
+
+    Where the data have no kinds (training splits), those of all.
+    """
 
     def summarize(measurements: Sequence[Measurement]) -> Scores:
         scores = by_kind(summarize_videos)(measurements)
-        scores.pop("all", None)
+        whole = scores.pop("all")
         parts = [scores[kind] for kind in kinds if kind in scores]
-        return {**scores, "overall": _mean_of(parts)} if len(parts) == len(kinds) else scores
+        return {**scores, "overall": _mean_of(parts)} if len(parts) == len(kinds) else scores or {"all": whole}
 
     return summarize
 
@@ -258,7 +261,8 @@ def summarize_davis(measurements: Sequence[Measurement]) -> Scores:
     """
     videos: dict[str, dict[int, dict[int, Measurement]]] = defaultdict(lambda: defaultdict(dict))
     for item in measurements:
-        videos[item.info["video"]][item.info["annotator"]][int(item.info["object_id"])] = item
+        if "annotator" in item.info:  # training splits join everybody's words
+            videos[item.info["video"]][item.info["annotator"]][int(item.info["object_id"])] = item
     qualities: dict[int, list[VideoQuality]] = defaultdict(list)
     for annotators in videos.values():
         if len(annotators) == ANNOTATORS and len({tuple(sorted(things)) for things in annotators.values()}) == 1:
@@ -358,11 +362,17 @@ class SceneTurn(NamedTuple):
 def measure_scene(asked: Asked) -> tuple[float, tuple[str, str, Any]]:
     """The criterion of `evaluation/scenes.py`, the label of its details and its measurement."""
     info = asked.sample.info
-    expected, kind = info["expected"][asked.index], info["kind"][asked.index]
+    try:
+        task, expected, kind = info["task"], info["expected"][asked.index], info["kind"][asked.index]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f'Sample {asked.sample.id!r} is no scene of data/export_scenes.py: the "info" of those has task, expected '
+            "and kind. Leave --metric out."
+        ) from error
     turn = SceneTurn(asked.targets(), asked.turn.answer or "", asked.turn.objects, expected, kind)
-    criterion = scenes.criterion_of(info["task"], turn)
+    criterion = scenes.criterion_of(task, turn)
     value = scenes.CRITERIA[criterion].measure(turn, asked.output)
-    return _scene_quality(value), (criterion, f"{info['task']}/{kind}", value)
+    return _scene_quality(value), (criterion, f"{task}/{kind}", value)
 
 
 def _scene_quality(value: Any) -> float:

@@ -66,10 +66,10 @@ def true_masks(sample):
     return [[thing.read(frames, size) for thing in turn.objects] for turn in sample.turns]
 
 
-def scores_of(data, answer=true_masks, merge="official"):
+def scores_of(data, answer=true_masks, merge="official", split=None, metric=None):
     """The scores of a data set's example, answered by a function of the sample."""
-    protocol = protocol_of(data)
-    records = [(sample, record_of(sample, answer(sample))) for sample in samples_of(data)]
+    protocol = protocol_of(data, metric)
+    records = [(sample, record_of(sample, answer(sample))) for sample in samples_of(data, split)]
     measurements = [item for sample, record in records for item in measure_sample(protocol, sample, record, merge)]
     return protocol.summarize(measurements)
 
@@ -151,6 +151,23 @@ def test_overall_is_the_mean_of_two_kinds_however_many_expressions_they_have():
     scores = scores_of("revos", lambda sample: found.get(sample.info["kind"], true_masks)(sample))
     assert scores["referring"]["j"] == scores["hallucination"]["j"] == 1
     assert scores["overall"]["j"] == pytest.approx((1 + scores["reasoning"]["j"]) / 2)
+
+
+@pytest.mark.parametrize(("data", "group"), [("revos", "all"), ("ref_sav", "all"), ("ref_davis17", "per expression")])
+def test_training_splits_which_join_all_expressions_have_scores_too(data, group):
+    scores = scores_of(data, split="train")
+    assert list(scores) == [group] and scores[group]["j_and_f"] == 1
+
+
+def test_ones_own_data_may_call_anything_a_kind():
+    assert any(isinstance(sample.info.get("kind"), list) for sample in samples_of("jsonl", "train"))
+    scores = scores_of("jsonl", merge="union", split="train", metric="video")
+    assert list(scores) == ["all"] and scores["all"]["j_and_f"] == 1
+
+
+def test_what_is_no_scene_is_told():
+    with pytest.raises(ValueError, match=r"no scene of data/export_scenes\.py"):
+        scores_of("jsonl", split="train", metric="scenes")
 
 
 def test_official_davis_forgives_expressions_that_find_each_others_object():
