@@ -134,7 +134,7 @@ def targets_in_dataset(samples: Iterable[Sample]) -> Iterator[Target]:
 
 
 def targets_in_folders(videos: Path, masks: Path) -> Iterator[Target]:
-    """Every object that has masks.
+    """Every object that has masks. The folders are looked for at once, the files in them as objects are asked for.
 
     Args:
         videos: holds for each video a folder of frames, or a file; the name without suffix is the video's.
@@ -152,18 +152,22 @@ def targets_in_folders(videos: Path, masks: Path) -> Iterator[Target]:
     names = sorted(entry.name for entry in masks.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise FileNotFoundError(f"{str(masks)!r} holds no folders. It needs one with masks for each video.")
-    for name in names:
-        media = _video(videos, name)
-        try:
-            objects = _objects(masks / name)
-        except CORRUPT_FILE_ERRORS as error:
-            logger.warning(f"The masks {str(masks / name)!r} are left out: {error}")
-            continue
-        number_of = partial(_frame_of, media, {frame.stem: index for index, frame in enumerate(media.paths)})
-        labelled = frozenset(map(number_of, (masks / name).rglob("*.png")))
-        for thing, files in objects.items():
-            frames = {number_of(file.path): file for file in files}
-            yield Target(f"{name}/{thing}", media, ObjectMasks(frames, labelled))
+    return (target for name in names for target in _targets_of(videos, masks / name))
+
+
+def _targets_of(videos: Path, masks: Path) -> Iterator[Target]:
+    """The objects of one video; `masks` is its folder of masks."""
+    media = _video(videos, masks.name)
+    try:
+        objects = _objects(masks)
+    except CORRUPT_FILE_ERRORS as error:
+        logger.warning(f"The masks {str(masks)!r} are left out: {error}")
+        return
+    number_of = partial(_frame_of, media, {frame.stem: index for index, frame in enumerate(media.paths)})
+    labelled = frozenset(map(number_of, masks.rglob("*.png")))
+    for thing, files in objects.items():
+        frames = {number_of(file.path): file for file in files}
+        yield Target(f"{masks.name}/{thing}", media, ObjectMasks(frames, labelled))
 
 
 def _video(videos: Path, name: str) -> Media:

@@ -317,3 +317,10 @@ def test_wrong_calls_say_what_to_do(run, models, capsys):
     names = ["--captioner", models[0], "--checker", models[1]]
     assert label_video.main([*names, "--data", "mevis"]) == 2
     assert "--data needs --root DIR too" in capsys.readouterr().err
+
+
+def test_folders_are_looked_for_before_any_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(label_video, "load_captioner", None)  # would be called in vain
+    folders = ["--videos", str(tmp_path / "clips"), "--masks", str(tmp_path)]
+    assert label_video.main(["--captioner", "a", "--checker", "b", *folders]) == 2
+    assert "There is no folder" in capsys.readouterr().err
