@@ -149,7 +149,7 @@ def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
             "them in. Leave it out."
         )
     if training.eval_strategy != "no" and recipe.eval_split is None:
-        raise ValueError(f"--eval_strategy {training.eval_strategy} needs --eval_split, such as val, too.")
+        raise ValueError(f"--eval_strategy {training.eval_strategy.value} needs --eval_split, such as val, too.")
     check_gpus(training)
 
 

@@ -476,7 +476,7 @@ def test_the_checkpoint_to_go_on_from_may_be_named_or_be_the_newest(whole, data,
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0"),
         ({"label_smoothing_factor": 0.1}, "no mask would be learned"),
         ({"train_sampling_strategy": "group_by_length"}, "order that the mixture draws"),
-        ({"eval_strategy": "steps"}, "needs --eval_split"),
+        ({"eval_strategy": "steps"}, "--eval_strategy steps needs --eval_split"),
     ],
 )
 def test_arguments_by_which_nothing_sensible_is_learned_are_refused(data, tmp_path, options, told):
