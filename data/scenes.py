@@ -520,10 +520,13 @@ def _ask_then_segment(rng: np.random.Generator, objects: Objects, plan: Plan) ->
 
 
 def draft_interview(rng: np.random.Generator, objects: Objects, plan: Plan) -> list[Draft] | None:
-    """Up to `INTERVIEW_TURNS` turns that don't depend on each other, each of a task and kind of its own."""
-    tasks = ("video_refer", "video_motion", "video_multi", "video_absent", "video_question")
-    tasks = tasks if plan.video else ("refer", "refer", "multi", "absent", "question")
-    kinds = [(task, kind) for task in dict.fromkeys(tasks) for kind in KINDS[task] if kind != "interview"]
+    """Up to `INTERVIEW_TURNS` turns that don't depend on each other, each of a kind of its own but for motion."""
+    tasks = ("refer", "multi", "absent", "question")
+    if plan.video:
+        tasks = ("video_refer", "video_motion", "video_multi", "video_absent", "video_question")
+    kinds = [(task, kind) for task in tasks for kind in KINDS[task] if kind != "interview"]
+    about_motion = [(task, kind) for task, kind in kinds if task == "video_motion" or kind in ("motion", "direction")]
+    kinds += 2 * about_motion  # or it would be learned long after all else
     drafts: dict[str, Draft] = {}
     for task, kind in shuffled(rng, kinds):
         noun = choose(rng, nouns_of(choose(rng, objects))) if rng.random() < 0.7 else any_noun(rng)

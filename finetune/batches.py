@@ -12,7 +12,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sa2va import Sa2VAProcessor
-from sa2va.data.scenes import COLORS, EXTREMES, ORDER_GAP, SHAPES, SIZE_MARGIN, VIDEO_TASKS, SceneSample, make_sample
+from sa2va.data.scenes import (
+    COLORS,
+    EXTREMES,
+    ORDER_GAP,
+    SHAPES,
+    SIZE_MARGIN,
+    VIDEO_TASKS,
+    SceneSample,
+    Turn,
+    make_sample,
+)
 from sa2va.data.shapes import MOTIONS, SceneObject
 from sa2va.modeling_sa2va import IGNORE_INDEX
 
@@ -63,7 +73,14 @@ CURRICULUM = (
 CURRICULA_OF_PARTS: Mapping[str, Sequence[Stage]] = {  # what serves a part best that learns alone
     "mask_decoder": (Stage(1.0, {"refer": 3, "multi": 1, "caption": 1}),),
     "sight": (Stage(1.0, {"interview": 1}),),
-    "words": (Stage(1.0, {"interview": 8, "multi": 3, "caption": 1, "region": 1, "followup": 2}, video_share=0.3),),
+    "words": (
+        Stage(
+            1.0,
+            {"interview": 8, "multi": 3, "caption": 1, "region": 1, "followup": 2},
+            video_share=0.6,
+            video_tasks={"video_interview": 1},
+        ),
+    ),
     "tracking": (
         Stage(
             1.0,
@@ -150,7 +167,9 @@ class SceneCollator:
     `cell_standings` int64 [tiles, tokens, 3, 7], see `_standings`, and `cell_ranks` int64 [tiles, tokens, 3], see
     `_ranks` (`IGNORE_INDEX` for background); for clips, `cell_motions` int64 [tiles, tokens] (`IGNORE_INDEX` where
     unknown) and `cell_pasts` float32 [tiles, tokens, 2], the object's mean place in earlier frames (NaN where unknown);
-    `seg_cells` float32 [M, tiles * tokens], how much of each image token of its sample a `[SEG]`'s object covers.
+    `seg_cells` float32 [M, tiles * tokens], how much of each image token of its sample a `[SEG]`'s object covers;
+    `is_told` bool [B, L], the tokens whose next one tells how an object moves, and `told_cells` float32 [K, tiles *
+    tokens], how much of each image token behind the first key frame its object covers.
 
     Args:
         processor: of the model that learns.
@@ -175,7 +194,9 @@ class SceneCollator:
             "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
             "seg_classes": torch.tensor([pair for row in rows for pair in row["seg_classes"]]).reshape(-1, 2),
             "seg_boxes": torch.cat([self._mean_boxes(row["mask_labels"]) for row in rows]),
-            "seg_cells": self._covered(rows),
+            "seg_cells": _joined([row["seg_cells"] for row in rows]),
+            "is_told": pad_sequence([row["is_told"] for row in rows], True),
+            "told_cells": _joined([row["told_cells"] for row in rows]),
             **_stacked([row["cells"] for row in rows]),
         }
         if self.masks:
@@ -202,12 +223,10 @@ class SceneCollator:
         visible = (boxes[..., 2:3] > 0).float()
         return (boxes * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
 
-    def _covered(self, rows: Sequence[dict]) -> Tensor:
-        """How much of each image token of its sample each object covers, [M, tokens]; zeros fill up short samples."""
+    def _covered(self, masks: Tensor) -> Tensor:
+        """Masks [M, tiles, H, W] -> how much of each image token each object covers, [M, tiles * tokens]."""
         grid = self.processor.region_grid
-        masks = [mask[: len(row["pixel_values"])].float() for row in rows for mask in row["mask_labels"]]
-        covered = [F.interpolate(mask[:, None], size=(grid, grid), mode="area").flatten() for mask in masks]
-        return pad_sequence(covered, batch_first=True) if covered else torch.zeros(0, grid * grid)
+        return F.interpolate(masks.float(), size=(grid, grid), mode="area").flatten(1)
 
     def _row(self, sample: SceneSample) -> dict:
         frames = [Image.fromarray(frame) for frame in sample.frames]
@@ -216,14 +235,20 @@ class SceneCollator:
         processor = self.processor
         pixel_values = processor.preprocess_key_frames(shown) if is_video else processor.preprocess_image(frames[0])
         regions = None if sample.regions is None else processor.preprocess_mask_prompts(sample.regions)
-        input_ids, labels = self._conversation(sample, len(pixel_values), is_video, regions)
+        input_ids, labels, told = self._conversation(sample, len(pixel_values), is_video, regions)
+        masks = torch.from_numpy(np.concatenate([turn.masks for turn in sample.turns]))
+        told_masks = torch.from_numpy(sample.object_masks[told[told >= 0], : len(pixel_values)])
+        told_masks[:, 0] = False  # nobody can tell from the first frame
         seen = processor.grounding_pixel_values(frames, is_video=is_video) if self.masks else None
         return {
             "input_ids": input_ids,
             "labels": labels,
             "pixel_values": pixel_values,
             "grounding_pixel_values": seen,
-            "mask_labels": torch.from_numpy(np.concatenate([turn.masks for turn in sample.turns])),
+            "mask_labels": masks,
+            "seg_cells": self._covered(masks[:, : len(pixel_values)]),
+            "is_told": torch.from_numpy(told >= 0),
+            "told_cells": self._covered(told_masks),
             "regions": regions,
             "seg_classes": [_classes(sample.objects[i]) for turn in sample.turns for i in turn.targets],
             "cells": _cells(sample, len(pixel_values), processor.region_grid),
@@ -231,11 +256,11 @@ class SceneCollator:
 
     def _conversation(
         self, sample: SceneSample, num_tiles: int, is_video: bool, regions: Tensor | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """All turns as token ids, and as labels with only the answers kept; int64 [L] each."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All turns as token ids, as labels with only the answers kept, and as `_told`; int64 [L] each."""
         tokenizer, end = self.processor.tokenizer, self.processor.stop_words[0]
         region_tokens = None if regions is None else regions.flatten(1).sum(1).tolist()
-        past_text, input_ids, labels = "", [], []
+        past_text, input_ids, labels, told = "", [], [], []
         for turn in sample.turns:
             prompt = self.processor.build_prompt(
                 turn.question,
@@ -248,8 +273,20 @@ class SceneCollator:
             newline = tokenizer("\n").input_ids
             input_ids += asked + answered + newline
             labels += [IGNORE_INDEX] * len(asked) + answered + [IGNORE_INDEX] * len(newline)
+            told += [-1] * len(asked) + self._told(turn, sample.objects, len(answered)) + [-1] * len(newline)
             past_text = f"{prompt}{turn.answer}{end}\n"
-        return np.array(input_ids), np.array(labels)
+        return np.array(input_ids), np.array(labels), np.array(told)
+
+    def _told(self, turn: Turn, objects: Sequence[SceneObject], length: int) -> list[int]:
+        """For each token of an answer the number of the object of which the next one tells how it moves, else -1."""
+        told = [-1] * length
+        if turn.kind == "direction":
+            subject = turn.answer.split(" is ")[0]
+            number = next(i for i, thing in enumerate(objects) if thing.name in subject)
+            place = len(self.processor.tokenizer(f"{subject} is").input_ids)
+            for token in range(place - 1, place if turn.expected == "still" else place + 1):  # "is", "moving"
+                told[token] = number
+        return told
 
 
 def _classes(thing) -> tuple[int, int]:
@@ -267,6 +304,12 @@ def _boxes(masks: Tensor) -> Tensor:
         spans.append((((first + last) / 2 / length) * seen, ((last - first) / length) * seen))
     (x, width), (y, height) = spans
     return torch.stack([x, y, width, height], dim=1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """[M, tokens] of each sample as one tensor; zeros fill up the tokens of short samples."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])
 
 
 def _stacked(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -32,10 +32,11 @@ HEAD_WEIGHTS = {
     "naming_loss": 0.3,
     "tracking_loss": 0.3,
     "past_loss": 3.0,
+    "telling_loss": 0.3,
+    "told_loss": 1.0,
 }
 LOSS_NAMES = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss", *HEAD_WEIGHTS)
 NAME_LENGTH = 3  # tokens from before "red star" to its `[SEG]`
-MOTION_SCALE = 10.0  # a motion is a small difference of places: a head without it would need large weights
 OBJECT_WEIGHT = 5.0  # of an image token that shows the object, against one of the many that don't
 
 
@@ -44,13 +45,13 @@ class SceneTrainee(nn.Module):
 
     They read colour, shape and box off each `[SEG]` state and off each image token. That is the shortest way for a
     model without any pretraining to find out what its words are about; the text loss alone takes many times longer.
-    For the same reason half the heads of two attention layers are told where to look (at the object that is named; in
-    clips, at the same object in earlier frames), and the vector that prompts SAM 2 is drawn to SAM 2's own encoding of
-    the object's centre. Two heads read off the mask decoder's image tokens, and off what memory attention makes of a
-    tracked frame, which places show the object: without them every object is drawn at once for hundreds of steps or for
-    ever, since who is meant and how to draw must be found out at the same time. Colour and shape are also read off amid
-    the vision tower, so that its later layers have something to compare: how many of a shape there are, which of them
-    stands leftmost.
+    For the same reason half the heads of two attention layers are told where to look (at the object that is named, or
+    whose motion is told; in clips, at the same object in earlier frames), and the vector that prompts SAM 2 is drawn to
+    SAM 2's own encoding of the object's centre. Two heads read off the mask decoder's image tokens, and off what memory
+    attention makes of a tracked frame, which places show the object: without them every object is drawn at once for
+    hundreds of steps or for ever, since who is meant and how to draw must be found out at the same time. Colour and
+    shape are also read off amid the vision tower, so that its later layers have something to compare: how many of a
+    shape there are, which of them stands leftmost.
     """
 
     def __init__(self, model: Sa2VAChatModel):
@@ -84,6 +85,8 @@ class SceneTrainee(nn.Module):
         seg_classes: Tensor | None = None,
         seg_boxes: Tensor | None = None,
         seg_cells: Tensor | None = None,
+        is_told: Tensor | None = None,
+        told_cells: Tensor | None = None,
         **inputs,
     ) -> dict[str, Tensor]:
         """Losses of `Sa2VAChatModel.forward` plus those of the heads; `loss` is their sum.
@@ -125,6 +128,9 @@ class SceneTrainee(nn.Module):
         losses |= self._cell_losses(output.image_hidden_states, *early, *seen)
         if cell_motions is not None:
             losses["tracking_loss"] = _tracking_loss(*first, is_image, cell_objects)
+            if len(told_cells):
+                losses["told_loss"] = F.cross_entropy(output.logits[is_told], inputs["labels"].roll(-1, 1)[is_told])
+                losses["telling_loss"] = _looking_loss(*second, is_image, is_told, told_cells)
             losses |= self._motion_losses(second[1]["hidden_states"][is_image], cell_motions, cell_pasts)
         return {"loss": output.loss + _weighted(losses), **losses, "logits": output.logits}
 
@@ -158,7 +164,7 @@ class SceneTrainee(nn.Module):
 
     def _motion_losses(self, states: Tensor, motions: Tensor, pasts: Tensor) -> dict[str, Tensor]:
         """How objects move and where they were, read off the language model's states [N, hidden] halfway."""
-        logits = MOTION_SCALE * self.motion_head(F.layer_norm(states, states.shape[-1:]))
+        logits = self.motion_head(F.layer_norm(states, states.shape[-1:]))
         pasts = pasts.flatten(0, 1)
         known = ~pasts.isnan().any(dim=-1)
         return {
@@ -241,25 +247,32 @@ def _attention_loss(layer: nn.Module, inputs: dict, rows: Tensor, columns: Tenso
     logits = torch.einsum("nhd,nld->nhl", queries[rows, :, columns], keys[rows]) * layer.scaling
     later = torch.arange(states.shape[1], device=columns.device) > columns[:, None]
     attention = logits.masked_fill(later[:, None], -torch.inf).softmax(dim=-1)
-    return -(attention * wanted[:, None]).sum(dim=-1).clamp(min=1e-20).log().mean()
+    looks = (attention * wanted[:, None]).sum(dim=-1).clamp(min=1e-20)
+    return -looks.log().sum() / max(1, looks.numel())
 
 
 def _naming_loss(layer: nn.Module, inputs: dict, is_image: Tensor, is_seg: Tensor, seg_cells: Tensor) -> Tensor:
-    """Attention to an object where it is about to be named, and at its `[SEG]`.
+    """Attention to an object where it is about to be named, and at its `[SEG]`; see `_looking_loss`."""
+    return sum(_looking_loss(layer, inputs, is_image, is_seg, seg_cells, back) for back in (0, NAME_LENGTH))
+
+
+def _looking_loss(
+    layer: nn.Module, inputs: dict, is_image: Tensor, is_about: Tensor, cells: Tensor, back: int = 0
+) -> Tensor:
+    """Attention to an object at the tokens about it, or so many before.
 
     Args:
-        is_image, is_seg: bool [B, L], the image tokens and the `[SEG]` tokens of the answers.
-        seg_cells: [M, tokens], how much of each image token of its sample each of the M objects covers, then zeros.
+        is_image, is_about: bool [B, L], the image tokens, and M tokens about an object each.
+        cells: [M, tokens], how much of each image token of its sample each of the M objects covers, then zeros.
     """
-    rows, columns = is_seg.nonzero(as_tuple=True)
-    visible = seg_cells.amax(dim=1) > 0
-    rows, columns, cells = rows[visible], columns[visible], seg_cells[visible]
+    rows, columns = is_about.nonzero(as_tuple=True)
+    visible = cells.amax(dim=1) > 0
+    rows, columns, cells = rows[visible], columns[visible], cells[visible]
     order = is_image.cumsum(dim=1) - 1
     places = is_image & (order < cells.shape[1])  # image tokens of visual prompts come later
     wanted = cells.gather(1, order.clamp(0, cells.shape[1] - 1)[rows]) * places[rows]
     wanted = wanted / wanted.amax(dim=1, keepdim=True)
-    backs = (0, NAME_LENGTH)
-    return sum(_attention_loss(layer, inputs, rows, (columns - back).clamp(min=0), wanted) for back in backs)
+    return _attention_loss(layer, inputs, rows, (columns - back).clamp(min=0), wanted)
 
 
 def _tracking_loss(layer: nn.Module, inputs: dict, is_image: Tensor, cell_objects: Tensor) -> Tensor:

@@ -466,6 +466,35 @@ def test_the_past_of_an_object_is_its_mean_place_in_earlier_frames():
     torch.testing.assert_close(pasts[1:], torch.tensor([[0.2, 0.4], [0.2, 0.4]]))
 
 
+def moving_sample():
+    """A clip with a question about the direction in which something moves."""
+    samples = (make_sample(0, index, task="video_question") for index in range(100))
+    return next(s for s in samples if s.turns[0].kind == "direction" and s.turns[0].expected != "still")
+
+
+def test_a_motion_is_looked_for_where_its_object_is_behind_the_first_frame(tiny):
+    _, processor = tiny
+    sample = moving_sample()
+    (turn,) = sample.turns
+    batch = SceneCollator(processor, masks=False)([sample])
+    decode, is_told = processor.tokenizer.decode, batch["is_told"]
+    assert decode(batch["input_ids"][is_told]) == " is moving"
+    assert decode(batch["labels"].roll(-1, 1)[is_told]) == f" moving {turn.expected}"
+    (number,) = [i for i, thing in enumerate(sample.objects) if thing.name in turn.question]
+    cells, shown = batch["told_cells"].unflatten(1, (5, -1)), batch["cell_objects"] == number
+    assert not cells[:, 0].any()
+    assert shown[1:].any() and (cells[:, 1:][:, shown[1:]] > 0.25).all()
+
+
+def test_a_motion_that_is_told_teaches_words_and_where_to_look(tiny):
+    model, processor = tiny
+    batch = SceneCollator(processor, masks=False)([moving_sample()])
+    losses = trainee.SceneTrainee(model)(**batch)
+    assert losses["told_loss"] > 0 and losses["telling_loss"] > 0
+    out_of_sight = {**batch, "told_cells": torch.zeros_like(batch["told_cells"])}
+    assert trainee.SceneTrainee(model)(**out_of_sight)["telling_loss"] == 0
+
+
 def test_attention_loss_is_zero_where_all_attention_is_wanted(tiny):
     model, processor = tiny
     batch = arguments_of(batch_of(processor, "refer"))
