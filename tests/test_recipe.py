@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "sa2va-tiny")
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
 SAME_CURVE = 1e-4  # relative difference of losses that may come from the order of sums
+SAME_PART = 4e-6  # difference of a part, which is rounded; iou_loss, squares of small numbers, varies by 1e-6 itself
 STEPS = 4
 
 
@@ -263,7 +264,7 @@ def test_two_processes_learn_as_one_does(data, whole, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
     norms, wanted = ([entry["grad_norm"] for entry in curve(output)] for output in (tmp_path, whole))
     assert norms == pytest.approx(wanted, rel=SAME_CURVE)
-    assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=2e-6) for step in parts(whole)]  # rounded
+    assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=SAME_PART) for step in parts(whole)]
 
 
 SHARDED = """
@@ -420,7 +421,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, whole, tmp_path):
     assert recipe.newest_checkpoint(tmp_path)
     train.main(arguments)
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
-    assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=2e-6) for step in parts(whole)]
+    assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=SAME_PART) for step in parts(whole)]
 
 
 @pytest.mark.slow
