@@ -33,7 +33,6 @@ ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "sa2va-tiny")
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
 SAME_CURVE = 1e-4  # relative difference of losses that may come from the order of sums
-SAME_PART = 4e-6  # difference of a part, which is rounded; iou_loss, squares of small numbers, varies by 1e-6 itself
 STEPS = 4
 
 
@@ -101,6 +100,18 @@ def whole(data, tmp_path_factory) -> Path:
     """A run that nothing interrupted, in one process."""
     output = tmp_path_factory.mktemp("whole")
     train.main(command(data, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def one_by_one(data, tmp_path_factory) -> Path:
+    """The same run in batches of one sample, four of which make a step, on one thread."""
+    output, threads = tmp_path_factory.mktemp("one_by_one"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train.main(command(data, output, per_device_train_batch_size=1, gradient_accumulation_steps=4, preview_steps=0))
+    finally:
+        torch.set_num_threads(threads)
     return output
 
 
@@ -251,20 +262,20 @@ def test_a_run_logs_every_loss_and_shows_what_is_answered(whole):
     assert [file.name for file in (whole / "previews").iterdir()] == [f"step-{STEPS:06d}-0.png"]
 
 
-def test_a_step_is_the_same_in_one_batch_and_in_several(data, whole, tmp_path):
-    train.main(command(data, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, preview_steps=0))
-    assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
+def test_a_step_is_the_same_in_one_batch_and_in_several(whole, one_by_one):
+    assert losses(one_by_one) == pytest.approx(losses(whole), rel=SAME_CURVE)
 
 
 @pytest.mark.slow
-def test_two_processes_learn_as_one_does(data, whole, tmp_path):
+def test_two_processes_learn_as_one_does(data, whole, one_by_one, tmp_path):
     arguments = command(data, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, preview_steps=0)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launcher, str(ROOT / "finetune" / "train.py"), *arguments], check=True, timeout=600)
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
     norms, wanted = ([entry["grad_norm"] for entry in curve(output)] for output in (tmp_path, whole))
     assert norms == pytest.approx(wanted, rel=SAME_CURVE)
-    assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=SAME_PART) for step in parts(whole)]
+    # Small parts, as `iou_loss`, change with the size of a batch and the number of threads; launched, there is one.
+    assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=2e-6) for step in parts(one_by_one)]  # rounded
 
 
 SHARDED = """
@@ -421,7 +432,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, whole, tmp_path):
     assert recipe.newest_checkpoint(tmp_path)
     train.main(arguments)
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=SAME_CURVE)
-    assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=SAME_PART) for step in parts(whole)]
+    assert parts(tmp_path) == [pytest.approx(step, rel=SAME_CURVE, abs=2e-6) for step in parts(whole)]
 
 
 @pytest.mark.slow
