@@ -188,9 +188,10 @@ def halves(*kinds: str) -> Callable[[Sequence[Measurement]], Scores]:
 
     def summarize(measurements: Sequence[Measurement]) -> Scores:
         scores = by_kind(summarize_videos)(measurements)
-        whole = scores.pop("all")
-        parts = [scores[kind] for kind in kinds if kind in scores]
-        return {**scores, "overall": _mean_of(parts)} if len(parts) == len(kinds) else scores or {"all": whole}
+        of_kinds = {kind: score for kind, score in scores.items() if kind != "all"}
+        if not of_kinds.keys() >= {*kinds}:
+            return of_kinds or scores
+        return {**of_kinds, "overall": _mean_of([of_kinds[kind] for kind in kinds])}
 
     return summarize
 

@@ -159,6 +159,11 @@ def test_training_splits_which_join_all_expressions_have_scores_too(data, group)
     assert list(scores) == [group] and scores[group]["j_and_f"] == 1
 
 
+@pytest.mark.parametrize("data", ["revos", "ref_sav"])
+def test_nothing_measured_has_no_scores(data):
+    assert protocol_of(data).summarize([]) == {}
+
+
 def test_ones_own_data_may_call_anything_a_kind():
     assert any(isinstance(sample.info.get("kind"), list) for sample in samples_of("jsonl", "train"))
     scores = scores_of("jsonl", merge="union", split="train", metric="video")
