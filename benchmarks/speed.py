@@ -4,8 +4,8 @@
     python benchmarks/speed.py --sam2 real --frames 1 8 --objects 1 3 --repeats 1 --seconds 0    # Hiera-L at 1024
     python benchmarks/speed.py --sam2 real --frames 64 --repeats 1 --seconds 0 --floor-calls 3 --no-official
 
-The language side is that of `sa2va-tiny`; SAM 2 is its own or one of true size with random weights. The words of the
-answer are prescribed: one [SEG] for each object. Videos are files. Each case has a process of its own, in which are
+The language side is that of `sa2va-tiny`; SAM 2 is its own or one of true size with random weights. The answer is
+prescribed: "Sure, it is [SEG].", as Sa2VA was taught to say it, with a [SEG] for each object. Videos are files. Each case has a process of its own, in which are
 timed, in turn and several times over:
 
 * ours      `predict_forward`
@@ -115,7 +115,8 @@ class Answering:
         self.model, self.processor = model, model.load_processor()
         self.media = {"video" if is_video else "image": media}
         self.is_video = is_video
-        self.words = self.processor.tokenizer("[SEG]" * num_objects + "<|im_end|>").input_ids
+        answer = f"Sure, it is {', '.join(['[SEG]'] * num_objects)}.<|im_end|>"
+        self.words = self.processor.tokenizer(answer).input_ids
 
     def ours(self) -> list[np.ndarray]:
         """Masks bool [frames, h, w] of each object."""
