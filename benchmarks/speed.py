@@ -5,8 +5,8 @@
     python benchmarks/speed.py --sam2 real --frames 64 --repeats 1 --seconds 0 --floor-calls 3 --no-official
 
 The language side is that of `sa2va-tiny`; SAM 2 is its own or one of true size with random weights. The answer is
-prescribed: "Sure, it is [SEG].", as Sa2VA was taught to say it, with a [SEG] for each object. Videos are files. Each case has a process of its own, in which are
-timed, in turn and several times over:
+prescribed: "Sure, it is [SEG].", as Sa2VA was taught to say it, with a [SEG] for each object. Videos are files. Each
+case has a process of its own, in which are timed, in turn and several times over:
 
 * ours      `predict_forward`
 * floor     the network calls of that answer, recorded and run by themselves: vision tower, prefill, decode, SAM 2's
@@ -20,7 +20,9 @@ median over rounds, as neighbours in time share what else the machine does. glib
 gives buffers of megabytes back to the system and takes new ones, which costs now one side more and now the other.
 "memory" is the peak of a `predict_stream` over the video, before anything else has run; with `--repeats 1` it is left
 out. For long videos, `--floor-calls` runs only so many of the floor's calls that do the same work, and counts the
-others as these, and `--no-official` leaves that way out.
+others as these, and `--no-official` leaves that way out. An answer of hours can be taken in parts: `--state FILE
+--minutes 60` stops after an hour and keeps in FILE how far it came, the same command goes on from there, and what each
+part took, and its floor behind it, is added up.
 """
 
 import argparse
@@ -31,7 +33,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -39,6 +44,8 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
@@ -123,11 +130,18 @@ class Answering:
         with prescribed(self.model, self.words):
             return self.model.predict_forward(**self.media, text=QUESTION).prediction_masks
 
-    def stream(self) -> None:
-        """Goes through the video, holding one frame at a time."""
-        with prescribed(self.model, self.words):
-            for _ in self.model.predict_stream(**self.media, text=QUESTION):
-                pass
+    def stream(self, seconds: float = math.inf, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor] | None:
+        """Goes through the video, from a state on if there is one, holding one frame at a time.
+
+        Returns:
+            The state after so many seconds; None at the end of the video.
+        """
+        begun, asked = time.perf_counter(), {"text": QUESTION} if state is None else {"resume": state}
+        with prescribed(self.model, self.words), closing(self.model.predict_stream(**self.media, **asked)) as frames:
+            for _ in frames:
+                if time.perf_counter() - begun > seconds:
+                    return frames.state()
+        return None
 
     @torch.no_grad()
     def official(self) -> list[np.ndarray]:
@@ -178,39 +192,78 @@ def measure(sam2: str, num_frames: int, num_objects: int, options: argparse.Name
     Returns:
         Seconds of each round ("ours", "floor", "official") and of each stage of our first ("stages"; "read" is
         decoding the file, which overlaps with the rest); "encodes" of ours and official, "floor_calls" that were run of
-        each kind or None, "peak_mb" of a `predict_stream` or None, and the case.
+        each kind or None, "peak_mb" of a `predict_stream` or None, and the case. With `--state`, of all parts so far,
+        and "next_frame": where the next begins, None behind the last.
     """
     model = build_model(sam2, options.device, options.dtype)
     with tempfile.TemporaryDirectory() as folder:
         media = write_media(Path(folder), num_frames, FRAME_SIZES[sam2])
         asked = Answering(model, media, num_frames > 1, num_objects)
-        peak = None
-        if options.repeats > 1:  # takes a run of its own, which also warms up
-            asked.stream()
-            peak = peak_memory(model.device)
-        with Stages(model, asked.processor, record=options.floor_calls or math.inf) as recorded:
-            ours = [clock(asked.ours, model.device)]
-        floor = [replay(recorded, model.device)]
-        with Stages(model) as counted:
-            official = [clock(asked.official, model.device)] if options.official else []
-        while len(ours) < options.repeats or sum(ours + floor + official) < options.seconds:
-            ours.append(clock(asked.ours, model.device))
-            floor.append(replay(recorded, model.device))
-            official += [clock(asked.official, model.device)] if options.official else []
+        measured = measure_rounds(asked, options) if options.state is None else measure_part(asked, options)
         frames = asked.processor.prepare(text=QUESTION, **asked.media).frames
-        reading = clock(lambda: list(frames.read()), model.device)
+        measured["stages"]["read"] = clock(lambda: list(frames.read()), model.device)
     return {
         "sam2": sam2,
         "frames": num_frames,
         "objects": num_objects,
         "threads": torch.get_num_threads(),
+        "floor_calls": options.floor_calls,
+        **measured,
+    }
+
+
+def measure_rounds(asked: Answering, options: argparse.Namespace) -> dict[str, Any]:
+    """Whole answers, in turn with their floor and the official way, as `measure` returns them."""
+    model, peak = asked.model, None
+    if options.repeats > 1:  # takes a run of its own, which also warms up
+        asked.stream()
+        peak = peak_memory(model.device)
+    with Stages(model, asked.processor, record=options.floor_calls or math.inf) as recorded:
+        ours = [clock(asked.ours, model.device)]
+    floor = [replay(recorded, model.device)]
+    with Stages(model) as counted:
+        official = [clock(asked.official, model.device)] if options.official else []
+    while len(ours) < options.repeats or sum(ours + floor + official) < options.seconds:
+        ours.append(clock(asked.ours, model.device))
+        floor.append(replay(recorded, model.device))
+        official += [clock(asked.official, model.device)] if options.official else []
+    return {
         "ours": ours,
         "floor": floor,
         "official": official,
-        "stages": {"read": reading, **recorded.seconds, "other": ours[0] - sum(recorded.seconds.values())},
+        "stages": {**recorded.seconds, "other": ours[0] - sum(recorded.seconds.values())},
         "encodes": {"ours": recorded.counts["frames_encoded"], "official": counted.counts["frames_encoded"]},
-        "floor_calls": options.floor_calls,
         "peak_mb": peak,
+    }
+
+
+def measure_part(asked: Answering, options: argparse.Namespace) -> dict[str, Any]:
+    """One more part of an answer, added to those that `options.state` tells of, as `measure` returns it."""
+    state, spent = None, Counter()
+    if options.state.is_file():
+        state = load_file(options.state)
+        with safe_open(options.state, framework="pt") as kept:
+            spent = Counter(json.loads(kept.metadata()["spent"]))
+    model, left = asked.model, []
+    with Stages(model, asked.processor, record=options.floor_calls or math.inf) as recorded:
+        seconds = clock(lambda: left.append(asked.stream(60 * options.minutes, state)), model.device)
+    spent.update(recorded.seconds)
+    spent.update(ours=seconds, floor=replay(recorded, model.device), encodes=recorded.counts["frames_encoded"])
+    (state,) = left
+    if state is None:
+        options.state.unlink(missing_ok=True)
+    else:
+        with replacing(options.state) as temporary:
+            save_file(state, temporary, metadata={"spent": json.dumps(spent)})
+    ours, floor, encodes = (spent.pop(name) for name in ("ours", "floor", "encodes"))
+    return {
+        "ours": [ours],
+        "floor": [floor],
+        "official": [],
+        "stages": {**spent, "other": ours - spent.total()},
+        "encodes": {"ours": encodes, "official": 0},
+        "peak_mb": None,
+        "next_frame": None if state is None else int(state["next_frame"]),
     }
 
 
@@ -311,20 +364,34 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--floor-calls", type=at_least(1), help="of each kind of call the floor runs so many (default: all)"
     )
     parser.add_argument("--no-official", dest="official", action="store_false", help="leave the official way out")
+    parser.add_argument("--state", type=Path, help="take a single case in parts: how far it is, and what that took")
+    parser.add_argument("--minutes", type=float, default=60, help="with --state, of a part (default: %(default)s)")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.state is not None and (1 in options.frames or math.prod(map(len, _cases(options))) > 1):
+        parser.error("--state takes one case: a video, and one each of --sam2, --frames and --objects")
+    return options
+
+
+def _cases(options: argparse.Namespace) -> tuple[Sequence[Any], ...]:
+    return options.sam2, options.frames, options.objects
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs all cases and prints a line for each as it ends."""
     options = parse_arguments(argv)
     if options.case:
-        print(json.dumps(measure(*options.case["case"], argparse.Namespace(**options.case["options"]))))
+        given = argparse.Namespace(**options.case["options"])
+        given.state = given.state and Path(given.state)
+        print(json.dumps(measure(*options.case["case"], given)))
         return
     print(format_row(HEADER), format_row(["---"] * len(HEADER)), sep="\n", flush=True)
     results = []
-    for case in product(options.sam2, options.frames, options.objects):
+    for case in product(*_cases(options)):
         results.append(run_case(options, *case))
+        if (done := results[-1].get("next_frame")) is not None:
+            print(f"{done} frames are done. The same command goes on.")
+            return
         print(format_row(row(results[-1])), flush=True)
         if options.json:
             about = {"torch": torch.__version__, "device": options.device, "dtype": options.dtype}

@@ -1,8 +1,8 @@
 """The benchmarks measure what they say: the official way gives our masks with more encodes, and sums are right."""
 
-import argparse
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,16 @@ import torch
 from sa2va import Sa2VAChatConfig
 from sa2va.benchmarks import batch
 from sa2va.benchmarks.memory import estimate
-from sa2va.benchmarks.speed import Answering, build_model, draw_frames, row, run_case, write_media
+from sa2va.benchmarks.speed import (
+    Answering,
+    build_model,
+    draw_frames,
+    measure_part,
+    parse_arguments,
+    row,
+    run_case,
+    write_media,
+)
 from sa2va.benchmarks.stages import Stages, median_ratio, replay
 
 RELEASED = Path(__file__).parent / "released"
@@ -78,12 +87,34 @@ def test_stages_leave_nothing_behind(model, clip):
 
 @pytest.mark.slow
 def test_a_case_is_measured_in_a_process_of_its_own():
-    options = argparse.Namespace(repeats=2, seconds=0.0, device="cpu", dtype="float32", floor_calls=None, official=True)
+    options = parse_arguments(["--repeats", "2", "--seconds", "0", "--device", "cpu"])
     result = run_case(options, "small", 1, 3)
     assert [len(result[name]) for name in ("ours", "floor", "official")] == [2, 2, 2]
     assert sum(result["stages"].values()) - result["stages"]["read"] == pytest.approx(result["ours"][0])
     assert row(result)[:3] == ("small", "1", "3")
     assert result["encodes"] == {"ours": 1, "official": 3}
+
+
+def test_an_answer_can_be_taken_in_parts_that_are_added_up(model, clip, tmp_path):
+    options = parse_arguments(["--frames", "8", "--objects", "2", "--state", str(tmp_path / "state"), "--minutes", "0"])
+    asked = Answering(model, clip, is_video=True, num_objects=2)
+    parts = [measure_part(asked, options) for _ in range(9)]
+    assert [part["next_frame"] for part in parts] == [1, 2, 3, 4, 5, 6, 7, 8, None]
+    assert [part["encodes"]["ours"] for part in parts] == [5, 5, 5, 5, 5, 6, 7, 8, 8]  # key frames first
+    for part in parts:
+        assert sum(part["stages"].values()) == pytest.approx(part["ours"][0])
+    tracked = [part["floor"] for part in parts[4:8]]  # what key frames took is in the first part
+    assert all(before < after for before, after in pairwise(tracked))
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    "cases", [["--frames", "1"], ["--frames", "8", "64"], ["--frames", "8", "--objects", "1", "3"]]
+)
+def test_only_a_single_video_can_be_taken_in_parts(tmp_path, capsys, cases):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--objects", "1", "--state", str(tmp_path / "state"), *cases])
+    assert "--state takes one case" in capsys.readouterr().err
 
 
 def test_frames_of_a_benchmark_move():
