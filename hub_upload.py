@@ -22,7 +22,6 @@ import math
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,6 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 CONFIG = "config.json"
@@ -631,15 +629,23 @@ def _find_pickles(folder: Path) -> list[Path]:
 def _convert_pickle(pickle: Path, target: Path) -> dict[str, int]:
     """Writes one file of pickled tensors as safetensors; returns the bytes of each."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         tensors = torch.load(pickle, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(pickle))
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, struct.error, AttributeError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle holds any value where any other belongs
         raise CheckpointError(f"{pickle} can't be read as tensors, so it is not converted: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(name, str) and _is_plain(t) for name, t in tensors.items()):
         raise CheckpointError(f"{pickle} holds more than tensors by their names. Save the model's state_dict alone.")
-    save_file(_in_memory_of_their_own(tensors), target, metadata={"format": "pt"})
+    try:
+        save_file(_in_memory_of_their_own(tensors), target, metadata={"format": "pt"})
+    except KeyError as error:
+        raise CheckpointError(f"{pickle} holds a tensor of {error}, which safetensors has no name for.") from error
+    except SafetensorError as error:
+        raise OSError(f"{target.name} can't be written: {error}") from error
     return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 

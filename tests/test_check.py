@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -573,6 +574,36 @@ def test_a_pickle_that_holds_code_is_not_run(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert main(["convert", str(tmp_path / "old"), str(tmp_path / "new")]) == 1
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "new").glob("*.safetensors*"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: b"b" + data[1:], lambda data: re.sub(rb"\d(\d{9,})", rb"x\1", data, count=1)],
+    ids=["an empty stack", "a storage that is not there"],
+)
+def test_a_damaged_pickle_is_told_whatever_reading_it_raises(tmp_path, capsys, damage):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(1)}, file, _use_new_zipfile_serialization=False)
+    file.write_bytes(damage(file.read_bytes()))
+    assert main(["convert", str(tmp_path), str(tmp_path / "new")]) == 1
+    assert "can't be read as tensors" in capsys.readouterr().err
+
+
+def test_a_disk_that_takes_no_more_is_told_and_nothing_is_left(tmp_path):
+    (tmp_path / "old").mkdir()
+    torch.save({"a": torch.ones(10_000)}, tmp_path / "old" / "pytorch_model.bin")
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        os._exit(main(["convert", str(tmp_path / "old"), str(tmp_path / "new")]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_tensor_of_a_kind_that_safetensors_cannot_hold_is_told(tmp_path):
+    torch.save({"a": torch.ones(1, dtype=torch.complex128)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"holds a tensor of torch\.complex128"):
+        convert_pickles(tmp_path, tmp_path / "new")
 
 
 @pytest.mark.parametrize(
