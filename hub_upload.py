@@ -45,6 +45,7 @@ WEIGHT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": 
 # Never copied beside converted weights: other forms of them, or more pickles.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".index.json")
 QWEN_VL_NAMES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+REWRITTEN_LAYOUTS = ("native", "mixed")  # by packing, into the released one
 WRONG_CHECKPOINT, CANNOT_RUN = 1, 2
 
 CARD, GENERATION, ADAPTER, TRAINING = "README.md", "generation_config.json", "adapter_config.json", "training.json"
@@ -435,8 +436,12 @@ def _read_header(files: _Files, name: str) -> tuple[dict[str, _Tensor], list[str
             f"(at most {MAX_JSON_BYTES:,} are allowed). It is cut off or not a safetensors file."
         )
     entries = _parse_json(files.read(name, 8, length), "the header")
-    tensors = {key: _Tensor.parse(key, entry) for key, entry in entries.items() if key != "__metadata__"}
-    return tensors, _offset_problems(tensors, 8 + length, size)
+    notes = entries.pop("__metadata__", None)
+    tensors = {key: _Tensor.parse(key, entry) for key, entry in entries.items()}
+    problems = _offset_problems(tensors, 8 + length, size)
+    if not (notes is None or (isinstance(notes, dict) and all(isinstance(note, str) for note in notes.values()))):
+        problems.append("has __metadata__ other than texts by name, for which safetensors refuses the file.")
+    return tensors, problems
 
 
 def _offset_problems(tensors: dict[str, _Tensor], start: int, size: int) -> list[str]:
@@ -717,6 +722,9 @@ class CardFacts:
     new_card: bool = False
 
     def __post_init__(self):
+        for field in fields(self):
+            if isinstance(field.default, tuple) and isinstance(value := getattr(self, field.name), str):
+                raise ValueError(f"{field.name}={value!r} must be a tuple: ({value!r},).")
         if self.base_model_relation not in (None, *RELATIONS):
             raise ValueError(f"base_model_relation={self.base_model_relation!r}: the Hub knows {', '.join(RELATIONS)}.")
 
@@ -1001,7 +1009,7 @@ def _pack_weights(files: _Files, out: Path, config, layout: str | None, max_byte
     """Links, copies or rewrites the weights of a folder that was found right; says which."""
     folder = Path(files.name)
     shards = _shards(files)
-    if layout in ("native", "mixed") or any(files.sizes[name] > max_bytes for name in shards):
+    if layout in REWRITTEN_LAYOUTS or any(files.sizes[name] > max_bytes for name in shards):
         _rewrite_weights(files, out, config, max_bytes)
         return "rewritten"
     how = {_link(folder / name, out / name) for name in shards}
@@ -1110,7 +1118,11 @@ def _pack_settings(files: _Files, out: Path, config) -> None:
     from .processing_sa2va import Sa2VAProcessor
 
     folder = Path(files.name)
-    Sa2VAProcessor.from_pretrained(folder, config=config).save_pretrained(out)
+    try:
+        processor = Sa2VAProcessor.from_pretrained(folder, config=config)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    processor.save_pretrained(out)
     if (folder / GENERATION).is_file():
         shutil.copyfile(folder / GENERATION, out / GENERATION)
     else:
@@ -1303,7 +1315,7 @@ def _result(values: Mapping[str, Any]) -> dict[str, Any]:
     from huggingface_hub import EvalResult
 
     accepted = [field.name for field in fields(EvalResult)]
-    if unknown := sorted(set(values) - set(accepted)):
+    if unknown := sorted(str(name) for name in values if name not in accepted):
         raise ValueError(f"A result has {', '.join(unknown)}; these are accepted: {', '.join(accepted)}.")
     if missing := [name for name in ("dataset_name", "metric_type", "metric_value") if name not in values]:
         raise ValueError(f"The result {dict(values)} lacks {', '.join(missing)}.")
@@ -1544,7 +1556,7 @@ def _contents(source: Path, folder: Path, repo_id: str) -> tuple[dict[str, Any],
 
 
 def _is_packed(folder: Path, max_bytes: int) -> bool:
-    """Whether packing a folder would change nothing but its card; weights are looked at by their headers."""
+    """Whether packing a folder would change nothing but its card."""
     from .configuration_sa2va import CODE_FILES, auto_map
 
     if not all((folder / name).is_file() for name in (CONFIG, *SETTINGS, CARD, REQUIREMENTS_FILE, *CODE_FILES)):
@@ -1558,7 +1570,10 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
     mapped = [_read_json(files, name).get("auto_map") for name in (CONFIG, "processor_config.json")]
     ours = [auto_map(is_qwen_vl) for is_qwen_vl in (False, True)]
     is_mapped = mapped in [[mapping, {"AutoProcessor": mapping["AutoProcessor"]}] for mapping in ours]
-    return is_mapped and not _read_weights(files)[1]
+    if not is_mapped:
+        return False
+    report, _ = _inspect(files)
+    return report.ok and report.layout not in REWRITTEN_LAYOUTS
 
 
 class _Hub:
@@ -1879,7 +1894,7 @@ def _is_replaced(name: str) -> bool:
     return name.endswith(WEIGHT_SUFFIXES) or _matches(name, UPLOADED) or _matches(name, OLD_CODE)
 
 
-def push_model(model, repo_id: str, *, tags: Sequence[str] | None = None, **kwargs) -> PushReport:
+def push_model(model, repo_id: str, *, tags: str | Sequence[str] | None = None, **kwargs) -> PushReport:
     """What `Sa2VAChatModel.push_to_hub` does: saves model and processor, and pushes them.
 
     Args:
@@ -1894,7 +1909,8 @@ def push_model(model, repo_id: str, *, tags: Sequence[str] | None = None, **kwar
     """
     base = model.name_or_path
     is_public = model._folder is None and base.count("/") == 1 and not Path(base).exists()
-    facts = CardFacts(base_model=(base,) if is_public else (), tags=tuple(tags or ()))
+    more = (tags,) if isinstance(tags, str) else tuple(tags or ())
+    facts = CardFacts(base_model=(base,) if is_public else (), tags=more)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         model.save_pretrained(folder)

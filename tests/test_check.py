@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -288,6 +288,23 @@ def test_a_damaged_header_is_told_and_not_believed(tmp_path, shapes, header, len
     write_file(tmp_path / "model.safetensors", header, 8, length)
     problems = check_checkpoint(tmp_path).problems
     assert any(problem.startswith("model.safetensors") and told in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("metadata", "is_read"), [("null", True), ('{"format": "pt"}', True), ('{"step": 1}', False), ("[]", False)]
+)
+def test_metadata_that_safetensors_refuses_is_told(tmp_path, metadata, is_read):
+    file = tmp_path / "model.safetensors"
+    shutil.copy(GOLDEN / "ivl_qwen2" / "config.json", tmp_path)
+    data = (GOLDEN / "ivl_qwen2" / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + length]) | {"__metadata__": json.loads(metadata)}
+    header = json.dumps(entries).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    report = check_checkpoint(tmp_path)
+    assert report.ok is is_read and all("__metadata__" in problem for problem in report.problems)
+    with contextlib.nullcontext() if is_read else pytest.raises(SafetensorError), safe_open(file, framework="pt"):
+        pass
 
 
 @pytest.mark.parametrize("size", [0, 5])

@@ -480,6 +480,7 @@ def test_metadata_that_cannot_be_read_is_told(source, tmp_path):
         ("dataset_name: Shapes", "no list of results"),
         ("- dataset_name: Shapes\n  metric_type: cIoU", "lacks metric_value"),
         ("- {dataset_name: S, metric_type: c, metric_value: 1, score: 2}", "has score"),
+        ("- {1: 2, score: 3}", "has 1, score"),
         ("- [", "neither YAML nor JSON"),
     ],
 )
@@ -492,6 +493,12 @@ def test_results_that_are_none_are_told(tmp_path, text, told):
 def test_facts_the_hub_does_not_know_are_told():
     with pytest.raises(ValueError, match="the Hub knows adapter"):
         CardFacts(base_model_relation="copy")
+
+
+@pytest.mark.parametrize("name", ["base_model", "language", "datasets", "tags"])
+def test_one_text_where_several_belong_is_told(name):
+    with pytest.raises(ValueError, match=rf"{name}='me/one' must be a tuple: \('me/one',\)"):
+        CardFacts(**{name: "me/one"})
 
 
 def test_the_command_packs_and_reports(source, tmp_path, capsys, caplog):
@@ -515,6 +522,12 @@ def test_a_damaged_file_of_settings_is_named(source, tmp_path, capsys, name, con
     (source / name).write_bytes(content)
     assert main(["pack", str(source), str(tmp_path / "out"), "--skip-test"]) == 1
     assert f"error: {name} is not" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_none_is_the_fault_of_the_checkpoint(source, tmp_path, capsys):
+    (source / "tokenizer.json").write_text("{}")
+    assert main(["pack", str(source), str(tmp_path / "out"), "--skip-test"]) == 1
+    assert "files of the tokenizer" in capsys.readouterr().err
 
 
 def test_requirements_are_those_of_the_package():

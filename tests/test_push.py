@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from hub_server import Blob, Fault, HubServer, running_hub
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from sa2va import hub_upload
@@ -147,6 +149,20 @@ def test_a_card_that_somebody_changed_on_the_hub_stays(hub, packed):
 def test_a_damaged_file_of_settings_is_not_sent(hub, folder, name):
     (folder / name).write_text("[]")
     with pytest.raises(CheckpointError, match=f"{name} is not a JSON object"):
+        push(folder, hub)
+    assert hub.repos == {}
+
+
+def test_a_packed_folder_whose_weights_no_longer_fit_is_not_sent(hub, folder):
+    file = folder / "model-00001-of-00003.safetensors"
+    weights, index = load_file(file), folder / "model.safetensors.index.json"
+    lost = next(iter(weights))
+    del weights[lost]
+    save_file(weights, file)
+    values = json.loads(index.read_text())
+    del values["weight_map"][lost]
+    index.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=re.escape(lost)):
         push(folder, hub)
     assert hub.repos == {}
 
@@ -382,7 +398,7 @@ codes.append(main(["push", packed, "me/cli", "--dry-run"]))
 codes.append(main(["push", tiny, "me/own", "--skip-test"]))
 codes.append(main(["pack", "me/cli", "fetched", "--skip-test"]))
 model = AutoModel.from_pretrained(tiny)
-url = model.push_to_hub("me/method", tags=["mine"], max_shard_size="5MB", commit_description="Why")
+url = model.push_to_hub("me/method", tags="mine", max_shard_size="5MB", commit_description="Why")
 model.load_processor().push_to_hub("me/words")
 print(json.dumps([codes, url]))
 """
