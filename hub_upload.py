@@ -14,6 +14,7 @@ Exit codes: 0 all is right, 1 something is wrong with the checkpoint, 2 the comm
 """
 
 import argparse
+import filecmp
 import fnmatch
 import hashlib
 import itertools
@@ -807,8 +808,9 @@ def pack_checkpoint(
     _check_replaceable(out, overwrite)
     with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
         origin = _find_origin(str(source), revision, token, merged)
-        old_card = (out if (out / CARD).is_file() else origin.documents) / CARD
-        old_text = _read_card(old_card) if old_card.is_file() else ""
+        old_text = _read_card(out)
+        if _is_made_by_machine(old_text):
+            old_text = _read_card(origin.documents)
         _card(old_text)  # if it can't be read, say so before anything that takes long
         files = _find_files(str(origin.folder))
         report, config = _inspect(files)
@@ -818,7 +820,7 @@ def pack_checkpoint(
         card, notes = _pack_card(target, config, report, origin, old_text, facts, model_id)
         # The weights last: they may take long, and what is before may be refused.
         weights = _pack_weights(files, target, config, report.layout, _size(max_shard_size))
-        _pack_documents((origin.documents, old_card.parent), target)
+        _pack_documents((origin.documents, out), target)
         packed = {name: target / name for name in _uploaded_names(target)}
         sizes = {name: path.stat().st_size for name, path in packed.items()}
         _refuse_private(packed, origin.folder, out)
@@ -1153,13 +1155,17 @@ def _without_places(value: Any) -> Any:
 
 def _pack_documents(folders: Sequence[Path], out: Path) -> None:
     """License texts, and the pictures that the card shows; ours if the card says Apache-2.0 and there is none."""
-    text = (out / CARD).read_text(encoding="utf-8")
-    for path in (path for folder in folders for path in sorted(folder.iterdir())):
+    text = _read_card(out)
+    for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())):
         if path.is_file() and (_matches(path.name, DOCUMENTS) or _is_shown(path.name, text)):
             shutil.copyfile(path, out / path.name)
-    ours = Path(__file__).with_name("LICENSE")
-    if not (out / "LICENSE").exists() and ours.is_file() and _card(text).data.license == "apache-2.0":
-        shutil.copyfile(ours, out / "LICENSE")
+    named, ours, there = _card(text).data.license, Path(__file__).with_name("LICENSE"), out / "LICENSE"
+    if not ours.is_file():
+        return
+    if named == "apache-2.0" and not there.exists():
+        shutil.copyfile(ours, there)
+    elif named not in ("apache-2.0", None) and there.is_file() and filecmp.cmp(ours, there, shallow=False):
+        there.unlink()  # of an earlier packing, when the card said something else
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -1182,14 +1188,17 @@ def _pack_card(
         given = [field.name for field in fields(facts) if getattr(facts, field.name)]
         notes = [f"The card is the one found; {', '.join(given)} did not change it (--new-card)."] if given else []
         return "kept", (*_card_notes(text, model_id), *notes)
-    text = _render_card(config, report, origin, _card(old_text).data if written_by_hand else None, facts, model_id)
+    old = _card("" if _is_form(old_text) else old_text).data
+    text = _render_card(config, report, origin, old, facts, model_id)
     (out / CARD).write_text(_marked(text, model_id), encoding="utf-8")
     return "generated", _card_notes(text, model_id)
 
 
-def _read_card(path: Path) -> str:
+def _read_card(folder: Path) -> str:
+    """The card of a folder, "" if it has none."""
+    path = folder / CARD
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not in UTF-8: {error}. Save it so.") from error
 
@@ -1219,6 +1228,11 @@ def _is_made_by_machine(text: str) -> bool:
         return True
     if match := CARD_MARK.search(text):
         return _marked(text[: match.start()], match["id"]) == text
+    return _is_form(text)
+
+
+def _is_form(text: str) -> bool:
+    """Whether a library filled in a card, whose metadata speak of the run or the adapter."""
     return any(phrase in text for phrase in FORM_PHRASES)
 
 
@@ -1254,14 +1268,14 @@ def _render_card(config, report: CheckpointReport, origin: _Origin, old, facts: 
     bases, relation = _lineage(config, origin, old, facts, known)
     results = [EvalResult(**_result(values)) for values in facts.results]
     data = ModelCardData(
-        license=facts.license or getattr(old, "license", None) or ("apache-2.0" if known else None),
+        license=facts.license or old.license or ("apache-2.0" if known else None),
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         base_model=bases or None,
         base_model_relation=relation,
-        language=list(facts.language) or getattr(old, "language", None) or (["multilingual"] if known else ["en"]),
-        datasets=list(facts.datasets) or getattr(old, "datasets", None),
-        tags=[*TAGS, *(getattr(old, "tags", None) or ()), *facts.tags],
+        language=list(facts.language) or old.language or (["multilingual"] if known else ["en"]),
+        datasets=list(facts.datasets) or old.datasets,
+        tags=[*TAGS, *(old.tags or ()), *facts.tags],
         **({"eval_results": results, "model_name": name} if results else {}),
     )
     card = ModelCard.from_template(
@@ -1294,8 +1308,8 @@ def _lineage(config, origin: _Origin, old, facts: CardFacts, known) -> tuple[lis
         return list(facts.base_model), facts.base_model_relation or "finetune"
     if origin.base:
         return [origin.base], facts.base_model_relation or "finetune"
-    if named := getattr(old, "base_model", None):
-        relation = facts.base_model_relation or getattr(old, "base_model_relation", None)
+    if named := old.base_model:
+        relation = facts.base_model_relation or old.get("base_model_relation")
         bases = [named] if isinstance(named, str) else named
         if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
             raise CheckpointError(
@@ -1347,8 +1361,7 @@ def read_results(path: str | Path) -> tuple[dict[str, Any], ...]:
 
 def _uploaded_names(folder: Path) -> list[str]:
     """The files of a folder that belong into a model repository; everything else stays at home."""
-    card = folder / CARD
-    text = _read_card(card) if card.is_file() else ""
+    text = _read_card(folder)
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     return [name for name in names if _matches(name, UPLOADED) or _is_shown(name, text)]
 
@@ -1537,7 +1550,7 @@ def _packed(given: str | Path, **options: Any) -> Iterator[tuple[Path, tuple[str
     """A folder as `pack_checkpoint` leaves it, made for the time being if the source is none; and its notes."""
     source = Path(given)
     if options["facts"] == CardFacts() and _is_packed(source, _size(options["max_shard_size"])):
-        text = _read_card(source / CARD)
+        text = _read_card(source)
         yield source, _card_notes(_readdressed(text, source, options["model_id"]), options["model_id"])
         return
     beside = {"dir": source.resolve().parent, "prefix": f".{source.name}."}  # where weights can be linked

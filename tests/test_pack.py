@@ -463,6 +463,49 @@ def test_a_card_whose_base_model_is_no_name_is_told(source, tmp_path, base):
     assert card_of(tmp_path / "out").data.base_model == ["me/base"]
 
 
+def test_a_card_of_nothing_but_metadata_says_what_the_license_is(tmp_path):
+    """As a page of the Hub makes it; it was Apache-2.0 for every checkpoint of a released size."""
+    source, described = tmp_path / "source", "ByteDance--Sa2VA-1B"
+    shutil.copytree(GOLDEN / "ivl_qwen2", source, ignore=shutil.ignore_patterns("golden*", "*.safetensors"))
+    write_checkpoint(source, described, released_shapes(described))
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: [de]\n---\n")
+    assert pack(source, tmp_path / "out").card == "generated"
+    data = card_of(tmp_path / "out").data
+    assert (data.license, data.language) == ("mit", ["de"]) and not (tmp_path / "out" / "LICENSE").exists()
+
+
+def test_facts_of_a_packed_folder_stay_when_it_is_packed_with_more(source, tmp_path):
+    pack(source, tmp_path / "one", facts=CardFacts(license="mit", base_model=("me/base",)))
+    pack(tmp_path / "one", tmp_path / "two", facts=CardFacts(datasets=("me/shapes",)))
+    data = card_of(tmp_path / "two").data
+    assert (data.license, data.base_model, data.datasets) == ("mit", ["me/base"], ["me/shapes"])
+
+
+def test_what_was_packed_before_says_nothing_about_another_source(source, tmp_path):
+    pack(source, tmp_path / "out", facts=CardFacts(license="mit", base_model=("me/base",)))
+    pack(source, tmp_path / "out", overwrite=True)
+    assert (card_of(tmp_path / "out").data.license, card_of(tmp_path / "out").data.base_model) == (None, None)
+
+
+def test_a_card_written_into_the_source_replaces_one_that_was_made(source, tmp_path):
+    pack(source, tmp_path / "out")
+    (source / "README.md").write_text("# Mine\n")
+    assert pack(source, tmp_path / "out", overwrite=True).card == "kept"
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
+
+
+def test_the_license_text_is_that_of_the_card(source, tmp_path):
+    """Ours goes when the card says another; what somebody put there stays."""
+    out = tmp_path / "out"
+    pack(source, out, facts=CardFacts(license="apache-2.0"))
+    assert (out / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    pack(source, out, overwrite=True, facts=CardFacts(license="mit"))
+    assert not (out / "LICENSE").exists()
+    (out / "LICENSE").write_text("MIT License")
+    pack(source, out, overwrite=True, facts=CardFacts(license="mit"))
+    assert (out / "LICENSE").read_text() == "MIT License"
+
+
 def test_a_form_that_a_library_filled_in_is_no_card(source, tmp_path):
     (source / "README.md").write_text("---\nlibrary_name: peft\n---\n# Model\n[More Information Needed]\n")
     assert pack(source, tmp_path / "out").card == "generated"
