@@ -242,15 +242,15 @@ def check_checkpoint(name_or_path: str | Path, revision: str | None = None) -> C
     return _inspect(_find_files(str(name_or_path), revision))[0]
 
 
-def _inspect(files: "_Files") -> tuple[CheckpointReport, Any]:
-    """The report of `check_checkpoint`, and the config; None if it can't be read."""
+def _inspect(files: "_Files") -> tuple[CheckpointReport, Any, dict[str, "_Tensor"]]:
+    """The report of `check_checkpoint`, the config (None if it can't be read), and what the weight files hold."""
     tensors, problems = _read_weights(files)
     problems += [
         f"{name} is {tensor.dtype}; weights are one of {', '.join(WEIGHT_DTYPES)}, so it is quantized or damaged"
         for name, tensor in tensors.items()
         if tensor.dtype not in WEIGHT_DTYPES
     ]
-    config, comparison = None, _Comparison()
+    config, comparison = None, _compare((), {})
     try:
         config = _read_config(files, tensors)
         if tensors or not problems:
@@ -269,9 +269,9 @@ def _inspect(files: "_Files") -> tuple[CheckpointReport, Any]:
         num_bytes=sum(tensor.end - tensor.begin for tensor in tensors.values()),
         dtypes=dict(sorted(dtypes.items())),
         problems=tuple(problems),
-        **comparison._asdict(),
+        **comparison,
     )
-    return report, config
+    return report, config, tensors
 
 
 class _Files(NamedTuple):
@@ -343,16 +343,17 @@ def _parse_json(text: bytes, what: str) -> dict[str, Any]:
 
 
 class _Tensor(NamedTuple):
-    """A tensor as a safetensors header describes it; its bytes are `begin`..`end` behind the header."""
+    """A tensor as a safetensors header describes it; its bytes are `begin`..`end` of the file."""
 
+    file: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
 
     @classmethod
-    def parse(cls, name: str, entry: Any) -> "_Tensor":
-        """The tensor of a header's entry, or CheckpointError for one that is no such thing."""
+    def parse(cls, file: str, start: int, name: str, entry: Any) -> "_Tensor":
+        """The tensor of an entry in a header that ends at `start`, or CheckpointError for one that is no such thing."""
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
@@ -361,7 +362,7 @@ class _Tensor(NamedTuple):
         plausible = len(shape) <= 64 and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
         if not (isinstance(dtype, str) and plausible and math.prod(shape) < 2**63):
             raise CheckpointError(f"the header's entry of {name} is not dtype, shape and two offsets")
-        return cls(dtype, shape, begin, end)
+        return cls(file, dtype, shape, start + begin, start + end)
 
     @property
     def num_bytes(self) -> int | None:
@@ -438,7 +439,7 @@ def _read_header(files: _Files, name: str) -> tuple[dict[str, _Tensor], list[str
         )
     entries = _parse_json(files.read(name, 8, length), "the header")
     notes = entries.pop("__metadata__", None)
-    tensors = {key: _Tensor.parse(key, entry) for key, entry in entries.items()}
+    tensors = {key: _Tensor.parse(name, 8 + length, key, entry) for key, entry in entries.items()}
     problems = _offset_problems(tensors, 8 + length, size)
     if not (notes is None or (isinstance(notes, dict) and all(isinstance(note, str) for note in notes.values()))):
         problems.append("has __metadata__ other than texts by name, for which safetensors refuses the file.")
@@ -446,20 +447,20 @@ def _read_header(files: _Files, name: str) -> tuple[dict[str, _Tensor], list[str
 
 
 def _offset_problems(tensors: dict[str, _Tensor], start: int, size: int) -> list[str]:
-    """Whether the tensors fill the file behind `start`, one after the other."""
-    problems, end = [], 0
+    """Whether the tensors fill the file behind its header, which ends at `start`, one after the other."""
+    problems, end = [], start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.num_bytes is None:
             problems.append(f"{name} has the unknown dtype {tensor.dtype!r}.")
         elif (tensor.begin, tensor.end) != (end, end + tensor.num_bytes):
             problems.append(
-                f"{name} is said to be at bytes {tensor.begin:,} to {tensor.end:,}; its shape, its dtype and what "
-                f"comes before it put it at {end:,} to {end + tensor.num_bytes:,}."
+                f"{name} is said to be at bytes {tensor.begin - start:,} to {tensor.end - start:,}; its shape, its "
+                f"dtype and what comes before it put it at {end - start:,} to {end - start + tensor.num_bytes:,}."
             )
         end = tensor.end
-    if start + end != size:
-        which = "is cut off" if start + end > size else "has bytes that belong to no tensor"
-        problems.append(f"{which}: {size:,} bytes, the header describes {start + end:,}.")
+    if end != size:
+        which = "is cut off" if end > size else "has bytes that belong to no tensor"
+        problems.append(f"{which}: {size:,} bytes, the header describes {end:,}.")
     return problems
 
 
@@ -546,17 +547,8 @@ def _entries_of(model) -> list[_Entry]:
     ]
 
 
-class _Comparison(NamedTuple):
-    """Keys of a checkpoint beside those of its model."""
-
-    layout: str | None = None
-    missing_keys: tuple[str, ...] = ()
-    unexpected_keys: tuple[str, ...] = ()
-    mismatched_keys: tuple[ShapeMismatch, ...] = ()
-
-
-def _compare(entries: Sequence[_Entry], found: dict[str, tuple[int, ...]]) -> _Comparison:
-    """Judges every key in the layout in which it is there; what is missing is named as most others are."""
+def _compare(entries: Sequence[_Entry], found: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What a `CheckpointReport` says of keys, each judged in the layout it has; missing ones are named as most are."""
     layouts = [entry.layout_in(found) for entry in entries]
     count = Counter(layout for layout in layouts if layout)
     usual = "native" if count["native"] > count["released"] else "released"
@@ -565,16 +557,16 @@ def _compare(entries: Sequence[_Entry], found: dict[str, tuple[int, ...]]) -> _C
         keys = entry.native if (layout or usual) == "native" else entry.released
         if not entry.tied or any(name in found for name in keys):
             expected |= keys
-    return _Comparison(
-        layout="mixed" if len(count) > 1 else next(iter(count), None),
-        missing_keys=tuple(name for name in expected if name not in found),
-        unexpected_keys=tuple(sorted(name for name in found if name not in expected)),
-        mismatched_keys=tuple(
+    return {
+        "layout": "mixed" if len(count) > 1 else next(iter(count), None),
+        "missing_keys": tuple(name for name in expected if name not in found),
+        "unexpected_keys": tuple(sorted(name for name in found if name not in expected)),
+        "mismatched_keys": tuple(
             ShapeMismatch(name, shape, found[name])
             for name, shape in expected.items()
             if name in found and found[name] != shape
         ),
-    )
+    }
 
 
 def convert_pickles(folder: str | Path, out: str | Path) -> list[Path]:
@@ -601,9 +593,12 @@ def convert_pickles(folder: str | Path, out: str | Path) -> list[Path]:
         raise NotADirectoryError(f"{out} is a file. Name a new folder.")
     if any((out / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)):
         raise FileExistsError(f"{out} already has weights. Name a new folder.")
-    names = _weight_names(len(pickles))
+    count = len(pickles)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS]
     with _temporary_sibling(out, "converting") as made:
-        _write_index({n: _convert_pickle(pickle, made / n) for n, pickle in zip(names, pickles, strict=True)}, made)
+        sizes = {name: _convert_pickle(pickle, made / name) for name, pickle in zip(names, pickles, strict=True)}
+        if count > 1:
+            _write_json(made / WEIGHTS_INDEX, _index_of(sizes))
         for file in folder.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
                 shutil.copy(file, made)
@@ -676,23 +671,15 @@ def _in_memory_of_their_own(tensors: dict[str, Any]) -> dict[str, Any]:
     return separate
 
 
-def _weight_names(count: int) -> list[str]:
-    """What `count` weight files are called."""
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS]
-
-
-def _write_index(sizes: dict[str, dict[str, int]], out: Path) -> None:
-    """Writes the index of weight files, unless there is only one; `sizes` are the bytes of the tensors of each."""
-    if len(sizes) == 1:
-        return
+def _index_of(sizes: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """The index of weight files; `sizes` are the bytes of the tensors of each."""
     keys = Counter(key for shard in sizes.values() for key in shard)
     if twice := sorted(key for key, count in keys.items() if count > 1):
         raise CheckpointError(f"More than one file holds {', '.join(twice)}. Keep one form of the weights, then retry.")
-    index = {
+    return {
         "metadata": {"total_size": sum(sum(shard.values()) for shard in sizes.values())},
         "weight_map": {key: name for name, shard in sizes.items() for key in shard},
     }
-    _write_json(out / WEIGHTS_INDEX, index)
 
 
 @dataclass(frozen=True)
@@ -813,13 +800,13 @@ def pack_checkpoint(
             old_text = _read_card(origin.documents)
         _card(old_text)  # if it can't be read, say so before anything that takes long
         files = _find_files(str(origin.folder))
-        report, config = _inspect(files)
+        report, config, tensors = _inspect(files)
         if not report.ok:
             raise CheckpointError(f"Not packed, since it would not load.\n{report}")
         _pack_settings(files, target, config)
         card, notes = _pack_card(target, config, report, origin, old_text, facts, model_id)
         # The weights last: they may take long, and what is before may be refused.
-        weights = _pack_weights(files, target, config, report.layout, _size(max_shard_size))
+        weights = _pack_weights(files, tensors, target, config, report.layout, _size(max_shard_size))
         _pack_documents((origin.documents, out), target)
         packed = {name: target / name for name in _uploaded_names(target)}
         sizes = {name: path.stat().st_size for name, path in packed.items()}
@@ -1007,12 +994,14 @@ def _find_base(folder: Path, named: Any) -> str:
     return named
 
 
-def _pack_weights(files: _Files, out: Path, config, layout: str | None, max_bytes: int) -> str:
+def _pack_weights(
+    files: _Files, tensors: Mapping[str, _Tensor], out: Path, config, layout: str | None, max_bytes: int
+) -> str:
     """Links, copies or rewrites the weights of a folder that was found right; says which."""
     folder = Path(files.name)
-    shards = _shards(files)
+    shards = {tensor.file for tensor in tensors.values()}
     if layout in REWRITTEN_LAYOUTS or any(files.sizes[name] > max_bytes for name in shards):
-        _rewrite_weights(files, out, config, max_bytes)
+        _rewrite_weights(files, tensors, out, config, max_bytes)
         return "rewritten"
     how = {_link(folder / name, out / name) for name in shards}
     if WEIGHTS not in shards:
@@ -1030,46 +1019,44 @@ def _link(source: Path, target: Path) -> str:
 
 
 class _Move(NamedTuple):
-    """A tensor to be written: its header entry without offsets, and where the tensors it is made of are."""
+    """A tensor to be written: its header entry without offsets, and the tensors it is made of."""
 
     dtype: str
     shape: tuple[int, ...]
-    parts: dict[str, tuple[str, int, _Tensor]]  # key: file, where its tensors begin, entry
+    parts: dict[str, _Tensor]
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.end - tensor.begin for _, _, tensor in self.parts.values())
+        return sum(tensor.end - tensor.begin for tensor in self.parts.values())
 
 
-def _rewrite_weights(files: _Files, out: Path, config, max_bytes: int) -> None:
+def _rewrite_weights(files: _Files, tensors: Mapping[str, _Tensor], out: Path, config, max_bytes: int) -> None:
     """Writes weights in the released layout into files of at most `max_bytes` (but for single larger tensors)."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     model = _model_without_memory(config)
-    moves = _plan_moves(files, _entries_of(model))
-    shards: list[dict[str, _Move]] = [{}]
-    for name, move in moves.items():
-        if shards[-1] and sum(other.num_bytes for other in shards[-1].values()) + move.num_bytes > max_bytes:
-            shards.append({})
-        shards[-1][name] = move
-    sizes = {}
-    for name, shard in zip(_weight_names(len(shards)), shards, strict=True):
-        _write_shard(files, out / name, shard, model)
-        sizes[name] = {key: move.num_bytes for key, move in shard.items()}
-    _write_index(sizes, out)
+    moves = _plan_moves(tensors, _entries_of(model))
+    split = split_state_dict_into_shards_factory(
+        moves,
+        get_storage_size=lambda move: move.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        _write_shard(files, out / name, {key: moves[key] for key in keys}, model)
+    if split.is_sharded:
+        _write_json(out / WEIGHTS_INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def _plan_moves(files: _Files, entries: Sequence[_Entry]) -> dict[str, _Move]:
+def _plan_moves(found: Mapping[str, _Tensor], entries: Sequence[_Entry]) -> dict[str, _Move]:
     """What becomes of the tensors of a checkpoint in which no key is missing or at another shape."""
-    found = {}
-    for file in _shards(files):
-        start = 8 + int.from_bytes(files.read(file, 0, 8), "little")
-        found |= {key: (file, start, tensor) for key, tensor in _read_header(files, file)[0].items()}
     moves = {}
     for entry in entries:
         keys = entry.native if entry.layout_in(found) == "native" else entry.released
         if entry.tied and not any(key in found for key in keys):
             continue
         parts = {key: found[key] for key in keys}
-        dtypes = {tensor.dtype for _, _, tensor in parts.values()}
+        dtypes = {tensor.dtype for tensor in parts.values()}
         if len(dtypes) > 1:
             raise CheckpointError(f"{', '.join(parts)} are fused when saved, but are {', '.join(sorted(dtypes))}.")
         (dtype,) = dtypes
@@ -1100,13 +1087,13 @@ def _bytes_of(files: _Files, move: _Move, model) -> Iterator[bytes]:
     from transformers.core_model_loading import revert_weight_conversion
 
     if len(move.parts) == 1:
-        ((file, start, tensor),) = move.parts.values()
+        (tensor,) = move.parts.values()
         for begin in range(tensor.begin, tensor.end, CHUNK_BYTES):
-            yield files.read(file, start + begin, min(CHUNK_BYTES, tensor.end - begin))
+            yield files.read(tensor.file, begin, min(CHUNK_BYTES, tensor.end - begin))
         return
     whole = {}
-    for key, (file, start, tensor) in move.parts.items():
-        data = bytearray(files.read(file, start + tensor.begin, tensor.end - tensor.begin))
+    for key, tensor in move.parts.items():
+        data = bytearray(files.read(tensor.file, tensor.begin, tensor.end - tensor.begin))
         whole[key] = torch.frombuffer(data, dtype=getattr(torch, WEIGHT_DTYPES[tensor.dtype])).view(tensor.shape)
     (fused,) = revert_weight_conversion(model, whole).values()
     yield fused.contiguous().flatten().view(torch.uint8).numpy().data
@@ -1135,8 +1122,8 @@ def _pack_settings(files: _Files, out: Path, config) -> None:
     grounding["separate_prompt_decoder"] = config.grounding_config.separate_prompt_decoder  # no need to ask the weights
     values |= {"auto_map": mapping, "architectures": [mapping["AutoModel"].rpartition(".")[2]]}
     values["grounding_config"] = grounding
-    _write_json(out / CONFIG, values)
-    for name in (CONFIG, *SETTINGS):
+    _write_json(out / CONFIG, _without_places(values))
+    for name in SETTINGS:
         _write_json(out / name, _without_places(json.loads((out / name).read_text(encoding="utf-8"))))
     copy_code(out)
     (out / REQUIREMENTS_FILE).write_text("\n".join(REQUIREMENTS) + "\n")
@@ -1372,12 +1359,15 @@ def _refuse_private(files: Mapping[str, Path | bytes], *places: Path) -> None:
     Raises:
         CheckpointError: names each file and line.
     """
+    from safetensors import safe_open
+
     here = {str(place) for given in (*places, Path.cwd(), Path.home()) for place in (given, given.resolve())}
     here = {place for place in here if place.count("/") + place.count("\\") > 1}
     found = []
     for name, content in files.items():
         if name.endswith(".safetensors"):
-            lines = [_header_notes(content)]
+            with safe_open(content, framework="pt") as file:
+                lines = [json.dumps(file.metadata())]
         elif _matches(name, PICTURES):
             continue
         else:
@@ -1388,13 +1378,6 @@ def _refuse_private(files: Mapping[str, Path | bytes], *places: Path) -> None:
         raise CheckpointError(
             "This would be read by everybody; take it out and run again:\n  " + "\n  ".join(found[:20])
         )
-
-
-def _header_notes(path: Path) -> str:
-    """What a safetensors file says beside its tensors."""
-    with path.open("rb") as stream:
-        header = _parse_json(stream.read(int.from_bytes(stream.read(8), "little")), f"{path.name}'s header")
-    return json.dumps(header.get("__metadata__") or {})
 
 
 def _private_parts(name: str, line: str, here: Iterable[str]) -> list[str]:
@@ -1526,7 +1509,7 @@ def push_checkpoint(
         CheckpointError, OSError: as for `pack_checkpoint`.
         ValueError: arguments that don't go together.
     """
-    hub = _Hub(repo_id, revision, create_pr, token, endpoint, commit_description)
+    hub = _Hub(repo_id, revision, create_pr, commit_description, endpoint=endpoint, token=token)
     exists = hub.look_around()
     options = {"facts": facts, "max_shard_size": max_shard_size, "skip_test": skip_test, "token": token}
     with _packed(source, revision=source_revision, model_id=repo_id, **options) as (folder, notes):
@@ -1585,22 +1568,14 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
     is_mapped = mapped in [[mapping, {"AutoProcessor": mapping["AutoProcessor"]}] for mapping in ours]
     if not is_mapped:
         return False
-    report, _ = _inspect(files)
+    report, _, _ = _inspect(files)
     return report.ok and report.layout not in REWRITTEN_LAYOUTS
 
 
 class _Hub:
     """A repository on the Hub, as the one who holds the token sees it; passing faults are sat out."""
 
-    def __init__(
-        self,
-        repo_id: str,
-        revision: str | None,
-        create_pr: bool,
-        token: str | None,
-        endpoint: str | None,
-        description: str | None = None,
-    ):
+    def __init__(self, repo_id: str, revision: str | None, create_pr: bool, description: str | None, **account: Any):
         from huggingface_hub import HfApi
         from huggingface_hub.utils import validate_repo_id
 
@@ -1613,7 +1588,7 @@ class _Hub:
         if create_pr and revision is not None:
             raise ValueError("The Hub opens pull requests against main only: leave out --revision or --create-pr.")
         self.repo_id = repo_id
-        self.api = HfApi(endpoint=endpoint, token=token)
+        self.api = HfApi(**account)
         self.create_pr = create_pr
         self.revision = revision or "main"
         self.description = description
