@@ -962,20 +962,33 @@ def _merge_adapter(folder: Path, merged: Path, token: str | None) -> tuple[str, 
 
     values = _parse_json((folder / ADAPTER).read_bytes(), ADAPTER)
     base = _find_base(folder, values.get("base_model_name_or_path"))
-    model = Sa2VAChatModel.from_pretrained(base, token=token)
+    hub = {"token": token}
+    if values.get("revision") and not Path(base).is_dir():
+        hub["revision"] = values["revision"]  # of the base model, as PEFT means it
+    alone = _without_adapter(folder, merged.with_name("base")) if base == str(folder) else base
+    model = Sa2VAChatModel.from_pretrained(alone, **hub)
     try:
         model = merged_with_adapter(model, folder)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"The adapter in {folder} does not fit {base}: {error}") from error
     model.save_pretrained(merged)
     words = folder if (folder / "tokenizer_config.json").is_file() else base
-    Sa2VAProcessor.from_pretrained(words, config=model.config, token=token).save_pretrained(merged)
+    Sa2VAProcessor.from_pretrained(words, config=model.config, **(hub if words == base else {})).save_pretrained(merged)
     facts = {
         "adapter": f"{values.get('peft_type')}, merged",
         "rank": values.get("r"),
         "alpha": values.get("lora_alpha"),
     }
     return "" if Path(base).is_dir() else base, {name: value for name, value in facts.items() if value is not None}
+
+
+def _without_adapter(folder: Path, out: Path) -> str:
+    """A folder with the files of another but the adapter's config, by which transformers would load the adapter too."""
+    out.mkdir()
+    for path in folder.iterdir():
+        if path.is_file() and path.name != ADAPTER:
+            _link(path, out / path.name)
+    return str(out)
 
 
 def _find_base(folder: Path, named: Any) -> str:

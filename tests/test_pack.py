@@ -315,6 +315,18 @@ def test_an_adapter_is_merged(tmp_path, released, picture):
         assert output.prediction == wanted.prediction
 
 
+def test_an_adapter_beside_the_weights_it_was_trained_on_is_merged_once(source, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = AutoModel.from_pretrained(source, dtype=torch.float32)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    wrapped.save_pretrained(source)
+    assert pack(source, tmp_path / "out").weights == "merged"
+    merged = AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    wanted = wrapped.merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[name], wanted[name], rtol=1e-2, atol=1e-3) for name in wanted)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"} and (source / "adapter_config.json").exists()
+
+
 @pytest.mark.parametrize("base", ["/gone/base", "", None, 5, ["me/base"], {"name": "me/base"}])
 def test_an_adapter_whose_base_is_not_here_is_told(tmp_path, base):
     values = {"base_model_name_or_path": base, "peft_type": "LORA"}

@@ -433,6 +433,24 @@ def run(script: str, *arguments, hub, cwd, **environment) -> subprocess.Complete
     return subprocess.run(script, cwd=cwd, env=kept | own, capture_output=True, text=True)
 
 
+MERGE = "import sys; from sa2va.hub_upload import main; sys.exit(main(['pack', 'adapter', 'out', '--skip-test']))"
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged_into_the_revision_of_its_base_that_it_names(hub, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = {path.name: path.read_bytes() for path in TINY.iterdir() if path.is_file()}
+    repo = hub.add_repo("me/base", files=base)
+    config = {"base_model_name_or_path": "me/base", "revision": repo.at().oid, "target_modules": ["q_proj"], "r": 4}
+    repo.add("main", "Another model", {**repo.at().files, "config.json": Blob(2, b"{}")})
+    model = AutoModel.from_pretrained(TINY, dtype=torch.float32)
+    peft.get_peft_model(model, peft.LoraConfig(**config)).save_pretrained(tmp_path / "adapter")
+    values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(values | config))
+    done = run(MERGE, hub=hub, cwd=tmp_path, HF_TOKEN="hf_me")
+    assert done.returncode == 0 and "me/base" in (tmp_path / "out" / "README.md").read_text(), done.stderr
+
+
 OVER_XET = """
 import json, sys
 from sa2va.hub_upload import push_checkpoint
