@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from sa2va import Sa2VAChatConfig, modeling_sa2va, sam2_decoder
 from sa2va.configuration_sa2va import Sa2VAGroundingConfig
-from sa2va.sam2_decoder import FrameFeatures, FrameMemory, MemoryBank, _attend_in_rows
+from sa2va.sam2_decoder import BLOCK_SIZE, FrameFeatures, FrameMemory, MemoryBank, _attend_in_blocks, _attend_in_rows
 
 KEY_FRAMES = (3, 5, 6, 11)
 
@@ -82,6 +82,14 @@ def test_maps_larger_than_a_block_give_the_same(attention, tokens, gradients):
     if gradients:
         slopes = [torch.autograd.grad(output.square().sum(), inputs["memory"])[0] for output in (found, wanted)]
         torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-3)
+
+
+def test_a_block_of_far_lower_scores_takes_nothing_from_those_before_it():
+    query, keys = torch.full((2, 4), 10.0), torch.full((2 * BLOCK_SIZE, 4), 10.0)
+    keys[BLOCK_SIZE:] *= -1  # exp of the difference is more than float32 can hold
+    values = torch.arange(2.0 * BLOCK_SIZE).unsqueeze(1)
+    wanted = torch.full((2, 1), values[:BLOCK_SIZE].mean())
+    torch.testing.assert_close(_attend_in_blocks(query, [keys], values), wanted)
 
 
 def test_memory_attention_drops_out_in_training_only(attention):
@@ -167,6 +175,26 @@ def test_key_frames_are_chosen_as_sam2_chooses(limit):
 def test_a_limit_of_one_takes_the_closest():
     bank = MemoryBank(7, 16, 1, conditioning=dict.fromkeys(KEY_FRAMES))
     assert [bank.chosen(frame) for frame in (0, 4, 7, 10, 20)] == [[3], [3], [6], [11], [11]]
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_bank_keeps_what_later_frames_look_at_and_no_more(step):
+    bank = MemoryBank(num_maskmem=7, max_object_pointers=16)
+    for number in range(30):
+        bank.add(step * number, FrameMemory(torch.zeros(1), torch.zeros(1)))
+    assert list(bank.recent) == [step * number for number in range(15, 30)]
+    assert [t for t, memory in bank.recent.items() if memory.features is not None] == [step * n for n in range(24, 30)]
+
+
+def test_a_frame_may_look_at_maps_without_pointers(golden_model, remembered):
+    """The closest key frame is yet to come, and pointers of tracked frames are not wanted."""
+    frame, memory, position = remembered
+    bank = MemoryBank(7, 1, 1, position, conditioning={t: memory[t] for t in (3, 8)})
+    bank.add(6, memory[6])
+    assert bank.chosen(7) == [8] and bank.pointers(7, reverse=False) == []
+    with torch.no_grad():
+        fused = golden_model.grounding_encoder._attend(frame, bank, 7, reverse=False)
+    assert fused.shape == (2, *frame.vision_features.shape[1:])
 
 
 @pytest.fixture(scope="module")

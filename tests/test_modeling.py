@@ -416,6 +416,13 @@ def test_frames_before_the_first_key_frame_are_tracked_as_if_the_video_ran_backw
     np.testing.assert_allclose(forwards.mask_logits[0], backwards.mask_logits[0][::-1], atol=1e-3)
 
 
+def test_frames_behind_a_key_frame_do_not_look_at_those_tracked_backwards_from_it(golden_model, clip):
+    script = answer_with(golden_model, "[SEG]<|im_end|>") | {"return_mask_logits": True}
+    whole = golden_model.predict_forward(video=clip, text="x", frame_sampling=[3], **script)
+    rest = golden_model.predict_forward(video=clip[3:], text="x", frame_sampling=[0], **script)
+    np.testing.assert_allclose(whole.mask_logits[0][3:], rest.mask_logits[0], atol=1e-3)
+
+
 def test_a_one_shot_iterator_gives_the_masks_of_the_list(golden_model, golden, clip):
     case = golden.case("vid8_1seg")
     output = golden_model.predict_forward(video=iter(clip), text=case.arguments["text"])
