@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sa2va import modeling_sa2va, processing_sa2va
 from sa2va.processing_sa2va import ReadAhead, open_video, rle_to_masks
+from sa2va.sam2_decoder import TrackingState
 
 # ---------------------------------------------------------------------------------------------------------- streams
 
@@ -102,6 +103,39 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(golden_model, whole, s
         np.testing.assert_allclose(frame.mask_scores["iou"], wanted.mask_scores["iou"], atol=1e-4)
 
 
+def test_a_state_is_a_copy_that_may_be_changed(golden_model, arguments, whole):
+    stream = golden_model.predict_stream(**arguments, return_raw_masks=True)
+    for frame, (wanted, _) in zip(stream, whole, strict=True):
+        np.testing.assert_allclose(frame.masks, wanted.masks, atol=1e-4)
+        for tensor in stream.state().values():
+            tensor.zero_()
+    assert torch.equal(stream.state()["prompts"], whole[0][1]["prompts"])
+
+
+def test_behind_the_last_frame_a_stream_goes_on_with_nothing(golden_model, whole, small):
+    assert list(golden_model.predict_stream(video=small, resume=whole[-1][1])) == []
+
+
+def test_frames_that_were_tracked_ahead_are_not_encoded_again(golden_model, whole, small):
+    counts = []
+    encoder = golden_model.grounding_encoder.sam2_model.image_encoder
+    hook = encoder.register_forward_hook(lambda module, args, output: counts.append(len(args[0])))
+    list(golden_model.predict_stream(video=small, resume=whole[0][1]))
+    hook.remove()
+    assert counts == [1, 1, 1]  # frames 3, 5 and 6; 2 and 4 were key frames, and 1 was tracked backwards
+
+
+def test_a_state_keeps_the_order_of_many_objects(golden_model, monkeypatch):
+    decoder = golden_model.grounding_encoder
+    monkeypatch.setattr(decoder.config, "max_objects_per_batch", 1)
+    side, prompts = decoder.config.image_size, torch.eye(12, decoder.config.d_model)
+    with torch.no_grad():
+        state = decoder.condition([(0, torch.zeros(1, 3, side, side))], prompts)
+    again = TrackingState.from_tensors(state.to_tensors(), decoder.config, "cpu")
+    pointers = [torch.cat([bank.conditioning[0].object_pointers for bank in x.banks]) for x in (state, again)]
+    assert torch.equal(*pointers)
+
+
 def test_several_frames_encoded_together_give_the_same_masks_as_rle_too(golden_model, arguments, whole):
     counts = []
     encoder = golden_model.grounding_encoder.sam2_model.image_encoder
@@ -160,6 +194,7 @@ BAD_RESUMES = {
         "Use the same model",
     ),
     "an endless way": (lambda state: {**state, "next_frame": torch.tensor(torch.inf)}, {}, "no state of a stream"),
+    "a way back": (lambda state: {**state, "next_frame": torch.tensor(-1)}, {}, "Its next frame is -1"),
     "two places": (lambda state: {**state, "next_frame": torch.ones(2)}, {}, "no state of a stream"),
     "bottomless words": (
         lambda state: {**state, "description": torch.full((10**5,), ord("["), dtype=torch.uint8)},
@@ -169,6 +204,16 @@ BAD_RESUMES = {
     "settings of an answer": (lambda state: state, {"max_new_tokens": 5}, "how masks are wanted"),
     "masks of another size": (
         lambda state: {k: v[..., :-1] if k.endswith(".logits") else v for k, v in state.items()},
+        {},
+        "no state of a stream",
+    ),
+    "scores of one object": (
+        lambda state: {k: v[:1] if k.endswith("_scores") else v for k, v in state.items()},
+        {},
+        "no state of a stream",
+    ),
+    "half a pointer": (
+        lambda state: {k: v[:, ::2] if k.endswith(".object_pointers") else v for k, v in state.items()},
         {},
         "no state of a stream",
     ),
