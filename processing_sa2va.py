@@ -511,12 +511,12 @@ def _read_animation(path: Path, problems: list[str], keep: bool = False) -> _Dec
             try:
                 if next(pages, None) is None:
                     return
+                check_area(*clip.size, what="video")  # a page may be larger than those before
                 _decode(clip)
             except CORRUPT_FILE_ERRORS as error:
                 reason = str(error) or type(error).__name__
                 _report(problems, f"{str(path)!r} is damaged at frame {index} ({reason}); {index} frames are used.")
                 return
-            check_area(*clip.size, what="video")  # a frame may be larger than those before
             yield partial(_to_rgb, clip)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -101,6 +102,7 @@ IMAGES = {
     "I of 16 bits": (lambda _: Image.new("I", (8, 6), 257 * 77), (8, 6), (77, 77, 77)),
     "F in 0..1": (lambda _: Image.new("F", (8, 6), 0.2), (8, 6), (51, 51, 51)),
     "F a little above 1": (lambda _: Image.new("F", (8, 6), 1.0018), (8, 6), WHITE),
+    "F a little below 0": (lambda _: Image.new("F", (8, 6), -0.0018), (8, 6), (0, 0, 0)),
     "F in 0..255": (lambda _: Image.new("F", (8, 6), 51.0), (8, 6), (51, 51, 51)),
     "1": (lambda _: Image.new("1", (8, 6), 1), (8, 6), WHITE),
     "CMYK": (lambda _: Image.new("CMYK", (8, 6), (0, 255, 255, 0)), (8, 6), (255, 0, 0)),
@@ -115,6 +117,7 @@ IMAGES = {
     "HWC with alpha": (lambda _: np.zeros((6, 8, 4), np.uint8), (8, 6), WHITE),
     "one pixel, 1x1x3": (lambda _: np.array([[RED]], np.uint8), (1, 1), RED),
     "one pixel, 3x1x1": (lambda _: np.array(RED, np.uint8)[:, None, None], (1, 1), RED),
+    "one grey pixel, 1x1x1": (lambda _: np.full((1, 1, 1), 9, np.uint8), (1, 1), (9, 9, 9)),
     "float32": (lambda _: pixels().astype(np.float32) / 255, (8, 6), RED),
     "float16": (lambda _: np.ones((6, 8, 3), np.float16), (8, 6), WHITE),
     "bool": (lambda _: np.ones((6, 8), bool), (8, 6), WHITE),
@@ -297,6 +300,7 @@ VIDEOS = {
     "folder in natural order": frame_folder,
     "generator": lambda _: (frame for frame in numbered_frames()),
     "dataset": lambda _: Lazy(),
+    "pandas Series": lambda _: pd.Series(numbered_frames(), index=[7, 8, 9, 10]),
     "opened video": lambda _: open_video(numbered_frames()),
 }
 
@@ -330,6 +334,12 @@ def test_a_file_named_by_the_time_is_read_from_its_folder(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     video_file(tmp_path, "clip.mp4", "mp4v").rename("2024-05-01T12:30:00.mp4")
     assert len(open_video("2024-05-01T12:30:00.mp4")) == 4
+
+
+def test_frames_of_a_folder_are_in_order_of_their_numbers_whatever_the_case_of_letters(tmp_path):
+    for number, name in enumerate(("frame2.png", "Frame10.PNG", "frame11.png")):
+        plain(size=(4 + number, 4)).save(tmp_path / name)
+    assert [frame.width for frame in open_video(tmp_path)] == [4, 5, 6]
 
 
 def test_frames_may_differ_in_size():
@@ -374,6 +384,15 @@ def test_every_page_of_a_tiff_is_a_frame(tmp_path):
     assert [frame.getpixel((0, 0))[0] for frame in open_video(path)] == [10, 20, 30]
 
 
+@pytest.mark.parametrize("guard", [Image.MAX_IMAGE_PIXELS, None])  # Pillow's own, which a user may lift
+def test_a_page_larger_than_any_picture_ends_a_tiff(tmp_path, monkeypatch, guard):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", guard)
+    pages = [Image.new("1", size) for size in ((8, 8), (20000, 9000))]
+    path = saved(pages[0], tmp_path / "a.tiff", save_all=True, append_images=pages[1:], compression="group4")
+    frames = open_video(path)
+    assert len(frames) == 1 and "180000000 pixels" in frames.problems[0]
+
+
 def test_a_damaged_tail_ends_a_gif_early(tmp_path):
     noise = [Image.effect_noise((64, 64), 90) for _ in range(6)]
     path = saved(noise[0], tmp_path / "clip.gif", save_all=True, append_images=noise[1:])
@@ -407,6 +426,13 @@ def test_a_stream_replays_what_was_read_ahead():
     assert numbers(iter(frames)) == [0, 1, 2, 3, 4, 5]
 
 
+def test_painting_on_a_frame_of_a_stream_leaves_what_is_replayed():
+    frames = open_video(iter(numbered_frames(3)))
+    for _ in range(2):
+        frames.take(1)[0].paste("white", (0, 0, 32, 24))
+    assert numbers(iter(frames)) == [0, 1, 2]
+
+
 def test_a_stream_that_has_passed_says_so():
     frames = open_video(iter(numbered_frames(6)))
     list(iter(frames))
@@ -419,6 +445,12 @@ def test_a_stream_knows_its_length_once_it_has_passed():
     for _ in frames:
         pass
     assert len(frames) == 6
+
+
+def test_an_opened_video_is_handed_on_without_a_look_at_it():
+    frames = open_video(iter(numbered_frames(6)))
+    list(iter(frames))
+    assert open_video(frames) is frames
 
 
 def test_a_file_is_closed_when_reading_stops_early(tmp_path):
@@ -615,6 +647,7 @@ BAD_CALLS = {
         ValueError,
         "100000x100000",
     ),
+    "infinite region": ({"text": ASK, "mask_prompts": REGION * np.inf}, ValueError, "infinite"),
     "NaN region": ({"text": ASK, "mask_prompts": REGION * np.nan}, ValueError, "NaN"),
     "region in words": ({"text": ASK, "mask_prompts": "the left half"}, TypeError, "str"),
     "region of strings": ({"text": ASK, "mask_prompts": np.full((1, 6, 8), "a")}, TypeError, "numbers"),
@@ -664,6 +697,7 @@ GOOD_CALLS = {
     "video with regions": {"text": ASK, "image": None, "video": numbered_frames(2), "mask_prompts": REGION},
     "frames 3 and 1": {"text": ASK, "image": None, "video": numbered_frames(7), "frame_sampling": [3, 1]},
     "uniform stream": {"text": ASK, "image": None, "video": iter(numbered_frames(7)), "frame_sampling": "uniform"},
+    "an image, and frames to choose": {"text": ASK, "frame_sampling": [3]},
     "words alone": {"text": ASK, "image": None},
 }
 
