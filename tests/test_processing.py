@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError
 from itertools import groupby, pairwise, product
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -237,6 +238,11 @@ def test_template_decides_prompt_and_stop_words(name, prompt, stop_words, proces
     assert (other.build_prompt("Hi"), other.stop_words) == (prompt, stop_words)
 
 
+def test_only_an_answer_without_any_end_mark_lacks_one(processor):
+    answers = ("Yes.", "Yes.<|im_end|>", "Yes.<|endoftext|>")
+    assert [processor.missing_end(answer) for answer in answers] == ["<|im_end|>", "", ""]
+
+
 def test_templates_are_read_only():
     with pytest.raises(TypeError):
         TEMPLATES["mine"] = TEMPLATES["qwen_chat"]
@@ -414,6 +420,12 @@ def test_the_template_of_the_checkpoint_is_used_with_a_tokenizer_that_has_none(p
     assert "Hi<|im_end|>" in output.past_text
 
 
+def test_a_picture_stands_at_a_tag_that_is_written_before_it(processor, pictures):
+    parts = [{"type": "text", "text": "In <image> is?"}, {"type": "image", "image": pictures["imgA"]}]
+    asked = processor.prepare(pictures["imgA"], text="In <image> is?")
+    assert processor.apply_chat_template([{"role": "user", "content": parts}]) == asked.prompt
+
+
 def test_a_picture_between_words_stands_there(processor, pictures):
     parts = [
         {"type": "text", "text": "In "},
@@ -439,6 +451,20 @@ def test_a_list_of_one_animation_is_that_video(processor, pictures, tmp_path):
     assert torch.equal(found["pixel_values"], processor.prepare(video=pictures["vid3"], text="Hi").pixel_values)
 
 
+def test_a_list_of_one_video_file_is_that_video(processor, tmp_path):
+    writer = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (32, 24))
+    for _ in range(3):
+        writer.write(np.zeros((24, 32, 3), np.uint8))
+    writer.release()
+    assert len(processor(videos=[tmp_path / "clip.avi"], text="Hi")["pixel_values"]) == 3
+
+
+def test_a_list_of_one_damaged_picture_says_what_is_wrong(processor, tmp_path):
+    (tmp_path / "frame.png").write_text("no picture")
+    with pytest.raises(OSError, match=r"frame\.png.* is no readable image"):
+        processor(videos=[tmp_path / "frame.png"], text="Hi")
+
+
 @pytest.mark.parametrize("opened", [np.asarray, open_video])
 def test_a_list_of_one_video_is_that_video(processor, pictures, opened):
     found = processor(videos=[opened(pictures["vid3"])], text="Hi")
@@ -459,6 +485,10 @@ def test_a_region_between_the_points_looked_at_is_told(processor, heard):
     region[1, 35:45] = 1
     assert processor.preprocess_mask_prompts(region).flatten(1).sum(1).tolist() == [0, 16]
     assert any("regions [1] hold none of the 16x16" in message for message in heard)
+
+
+def test_whatever_is_not_zero_is_inside_a_region(processor):
+    assert processor.preprocess_mask_prompts(np.full((1, 4, 6), -1)).all()
 
 
 def test_call_with_words_alone_has_no_pixels(processor):
