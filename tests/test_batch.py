@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import GOLDEN, RESIZES_AS_RECORDED, GoldenFamily
-from transformers import AutoModel
+from transformers import AutoModel, GenerationConfig, TextStreamer
 
-from sa2va.modeling_sa2va import _in_batches, _WrittenStates
+from sa2va.modeling_sa2va import _in_batches, _without_padding, _WrittenStates
 
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
 LONG = ("vid20", "vid8")  # clips are tracked one by one anyway
@@ -136,6 +136,25 @@ def test_settings_of_generate_mean_the_same_for_every_row(loaded, family, name):
     assert words_of(together(model, **options)) == words_of(one_by_one(model, **options))
 
 
+def test_settings_of_the_language_model_itself_keep_questions_apart_too(golden_model, monkeypatch):
+    monkeypatch.setattr(golden_model.causal_model.generation_config, "repetition_penalty", 1.7)
+    arguments = golden_model._generation_arguments(golden_model.load_processor(), {})
+    assert golden_model._groups([10, 20], arguments) == [[0], [1]]
+
+
+def test_a_streamer_hears_one_answer_after_the_other(golden_model, golden_processor, capsys):
+    streamer = TextStreamer(golden_processor.tokenizer, skip_prompt=False)
+    outputs = together(golden_model, max_new_tokens=4, streamer=streamer)
+    assert capsys.readouterr().out.split("\n")[:-1] == [output.prediction for output in outputs]
+
+
+def test_nothing_at_the_end_of_a_single_answer_is_padding():
+    """A tokenizer without padding has a word's token in its place, with which a cut answer may end."""
+    written = torch.tensor([[5, 0, 0]])
+    (answer,) = _without_padding(written, GenerationConfig(eos_token_id=7, pad_token_id=0))
+    assert torch.equal(answer, written[0])
+
+
 @pytest.mark.parametrize("family", ["ivl_qwen2", "ivl_internlm2", "qwen3vl"])
 def test_an_answer_that_a_stop_string_ends_is_not_padded_with_an_end_mark(loaded, family):
     model = loaded(family)
@@ -188,6 +207,17 @@ def test_out_of_memory_halves_the_batch_and_says_so(monkeypatch):
     assert list(_in_batches(work, iter(range(9)), 8)) == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
     assert said == [f"Out of memory with {n} samples at once. Going on with {n // 2}." for n in (8, 4)]
+
+
+def test_a_batch_that_was_not_full_is_halved_too():
+    sizes = []
+
+    def work(batch):
+        sizes.append(len(batch))
+        return torch.empty(2**50 if len(batch) > 1 else 1)
+
+    assert len(list(_in_batches(work, iter(range(3)), 8))) == 3
+    assert sizes == [3, 1, 1, 1]
 
 
 def test_out_of_memory_with_one_sample_is_an_error():

@@ -5,6 +5,7 @@ picture (recorded as if it were empty), and `[SEG]` in the question (recorded wi
 answer's).
 """
 
+import copy
 import json
 
 import numpy as np
@@ -150,6 +151,19 @@ def test_mask_prompts_name_the_families_that_know_regions(models, picture):
         models["qwen3vl"].predict_forward(image=picture, text="What is region1?", mask_prompts=np.ones((1, 61, 97)))
 
 
+def test_regions_are_refused_in_training_too(models, picture):
+    inputs = models["qwen3vl"].load_processor()(picture, "Hi")
+    with pytest.raises(ValueError, match="only the InternVL family knows regions"):
+        models["qwen3vl"](**inputs, prompt_masks=torch.ones(1, 16, 16, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_alone_are_read_as_they_are_continued(models, family):
+    inputs = models[family].load_processor()(text="Hi")
+    (written,) = models[family].generate(**inputs, max_new_tokens=1)
+    assert models[family](**inputs).logits[0, -1].argmax() == written[-1]
+
+
 def test_pictures_are_read_at_the_recorded_sizes():
     for name, size in json.loads((GOLDEN / "qwen_image_sizes.json").read_text()).items():
         if isinstance(size, dict):
@@ -238,6 +252,32 @@ def test_image_features_are_those_of_transformers(models, family):
             m.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]) for m in (model, model.model)
         )
     assert torch.equal(found.last_hidden_state, wanted.last_hidden_state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_processor_of_a_config_is_of_its_family(models, family):
+    own = models[family].load_processor()
+    made = Sa2VAProcessor.from_config(models[family].config, own.tokenizer, own.image_processor, own.chat_template)
+    assert type(made) is Sa2VAProcessorQwen and made.to_dict() == own.to_dict()
+
+
+def test_what_a_call_gives_is_named(models, picture):
+    processor = models["qwen3vl"].load_processor()
+    assert set(processor(picture, "Hi")) == set(processor.model_input_names)
+
+
+@pytest.mark.parametrize("limits", [(0, 10), (10, 9), (1, 10**9)])
+def test_areas_that_no_picture_can_have_are_refused(models, limits):
+    own = models["qwen3vl"].load_processor()
+    with pytest.raises(ValueError, match="need 1 <= min <= max"):
+        Sa2VAProcessorQwen(own.image_processor, own.tokenizer, min_pixels=limits[0], max_pixels=limits[1])
+
+
+def test_a_processor_needs_a_chat_template(models):
+    own = copy.deepcopy(models["qwen3vl"].load_processor())
+    own.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        Sa2VAProcessorQwen(own.image_processor, own.tokenizer)
 
 
 def test_arguments_of_a_processor_count_in_a_template_too(models):

@@ -286,6 +286,18 @@ def test_a_large_model_of_a_million_positions_is_no_attack(golden):
     assert model.num_parameters() > 70e9
 
 
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_a_config_is_made_of_dictionaries_or_of_configs(golden, family):
+    whole = Sa2VAChatConfig.from_pretrained(golden.folder.parent / family)
+    made = Sa2VAChatConfig(**{name: getattr(whole, name) for name in whole.sub_configs})
+    assert type(made) is type(whole) and all(getattr(made, name) == getattr(whole, name) for name in whole.sub_configs)
+
+
+def test_a_vision_tower_beside_a_text_config_is_one_of_qwen_vl():
+    with pytest.raises(ValueError, match="'siglip' beside a text_config"):
+        Sa2VAChatConfig(text_config={}, vision_config={"model_type": "siglip"})
+
+
 def test_auto_config_knows_the_model_type(golden):
     assert type(AutoConfig.from_pretrained(golden.folder)) is Sa2VAChatConfig
 

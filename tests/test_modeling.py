@@ -13,12 +13,15 @@ from conftest import GOLDEN, Prescribed
 from PIL import Image
 from sam2.modeling.position_encoding import PositionEmbeddingRandom
 from sam2.modeling.sam2_utils import LayerNorm2d
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     GenerationConfig,
+    PreTrainedTokenizerFast,
     TextIteratorStreamer,
     pipeline,
 )
@@ -292,6 +295,37 @@ def test_preparing_for_generation_is_harmless(golden_model, golden_processor, mo
     assert golden_model.gen_config.max_new_tokens == 2048 and not golden_model.gen_config.do_sample
 
 
+def test_a_generation_config_of_a_call_with_a_length_has_no_other(golden_model):
+    given = {"generation_config": GenerationConfig(max_length=9)}
+    config = golden_model._generation_arguments(golden_model.load_processor(), given)["generation_config"]
+    assert (config.max_new_tokens, config.max_length) == (None, 9)
+
+
+def test_only_beams_set_room_aside_for_all_their_tokens(golden_model, golden_processor):
+    golden_model._generation_arguments(golden_processor, {"max_new_tokens": 10**8})
+    with pytest.raises(ValueError, match="room is set aside"):
+        golden_model._generation_arguments(golden_processor, {"max_new_tokens": 10**8, "num_beams": 2})
+
+
+def test_a_call_changes_neither_the_models_settings_nor_its_tokenizer(golden_model, golden_processor):
+    settings, tokenizer = golden_model.generation_config.to_dict(), golden_model.load_processor().tokenizer
+    golden_model.predict_forward(text="Hi", max_new_tokens=1, tokenizer=golden_processor.tokenizer)
+    assert golden_processor.tokenizer is not tokenizer
+    assert golden_model.generation_config.to_dict() == settings
+    assert golden_model.load_processor().tokenizer is tokenizer
+
+
+@pytest.mark.parametrize("end", ["the model's", "the tokenizer's", "the template's"])
+def test_an_answer_ends_at_the_marks_of_model_tokenizer_and_template(golden_model, golden_processor, monkeypatch, end):
+    processor, own = copy.deepcopy(golden_processor), copy.deepcopy(golden_model.generation_config)
+    processor.template = "phi3_chat" if end == "the tokenizer's" else "qwen_chat"
+    marks = {"the model's": "!", "the tokenizer's": processor.tokenizer.eos_token, "the template's": "<|endoftext|>"}
+    (own.eos_token_id,) = processor.tokenizer("!").input_ids
+    monkeypatch.setattr(golden_model, "generation_config", own)
+    script = answer_with(golden_model, f"Yes{marks[end]} never said")
+    assert golden_model.predict_forward(text="?", processor=processor, **script).prediction == f"Yes{marks[end]}"
+
+
 def test_an_end_mark_of_several_tokens_stops_the_answer(golden_model, golden_processor, picture):
     processor = copy.deepcopy(golden_processor)
     processor.template = "phi3_chat"
@@ -304,8 +338,8 @@ def test_stop_strings_of_a_call_are_added_to_such_an_end_mark(golden_model, gold
     processor = copy.deepcopy(golden_processor)
     processor.template = "phi3_chat"
     script = answer_with(golden_model, "Yes.<|end|>never said, never said, never said")
-    output = golden_model.predict_forward(image=picture, text="?", processor=processor, stop_strings="###", **script)
-    assert output.prediction == "Yes.<|end|>"
+    output = golden_model.predict_forward(image=picture, text="?", processor=processor, stop_strings="seY", **script)
+    assert output.prediction == "Yes.<|end|>"  # none of the letters alone is a stop string
 
 
 def test_generate_stops_where_predict_forward_does(golden_model, golden_processor, golden):
@@ -360,6 +394,20 @@ def test_tokenizer_and_processor_may_be_passed_as_either(golden_model, golden_pr
     case = golden.case("imgD1seg")
     given = golden_processor if give == "processor" else golden_processor.tokenizer
     assert golden_model.predict_forward(**case.arguments, **{name: given}).prediction == case.meta["prediction"]
+
+
+def test_a_processor_goes_before_a_tokenizer(golden_model, golden_processor):
+    processor = copy.deepcopy(golden_processor)
+    processor.template = "phi3_chat"
+    call = {"text": "Hi", "max_new_tokens": 1, "tokenizer": golden_processor.tokenizer}
+    assert golden_model.predict_forward(**call, processor=processor).past_text.startswith("<|user|>")
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_a_tokenizer_that_lacks_seg_is_of_another_model(family):
+    foreign = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")), unk_token="?")
+    with pytest.raises(ValueError, match=r"lacks .*\[SEG\]"):
+        AutoModel.from_pretrained(GOLDEN / family).special_token_ids(foreign)
 
 
 def test_regions_in_the_text_without_their_masks_are_refused(golden_model, golden):
@@ -488,10 +536,13 @@ def test_raw_masks_are_probabilities_that_the_threshold_cuts(golden_model, golde
 
 def test_rle_and_torch_formats_hold_the_same_masks(golden_model, golden):
     case = golden.case("vid3_1seg")
-    rle = golden_model.predict_forward(**case.arguments, output_format="rle").prediction_masks[0]
-    tensor = golden_model.predict_forward(**case.arguments, output_format="torch").prediction_masks[0]
-    assert tensor.dtype == torch.bool
-    np.testing.assert_array_equal(rle_to_masks(rle), tensor.numpy())
+    options = {"mask_threshold": 0.9, "return_mask_logits": True}
+    rle = golden_model.predict_forward(**case.arguments, **options, output_format="rle")
+    tensor = golden_model.predict_forward(**case.arguments, **options, output_format="torch")
+    assert tensor.prediction_masks[0].dtype == torch.bool
+    np.testing.assert_array_equal(rle_to_masks(rle.prediction_masks[0]), tensor.prediction_masks[0].numpy())
+    assert isinstance(rle.mask_logits[0], np.ndarray)  # which run-length encoding can't hold
+    np.testing.assert_array_equal(rle.mask_logits[0], tensor.mask_logits[0].numpy())
 
 
 def test_mixed_frame_sizes_share_the_first_frames_size_or_keep_their_own(golden_model, clip):

@@ -29,6 +29,7 @@ from sa2va.processing_sa2va import (
     masks_to_rle,
     object_color,
     open_video,
+    prepare_samples,
     rle_to_masks,
 )
 
@@ -163,6 +164,8 @@ def test_tiles_run_row_by_row_and_the_thumbnail_is_last(processor):
 def test_thumbnail_and_number_of_tiles_can_be_chosen(processor):
     few = Sa2VAProcessor(processor.tokenizer, max_dynamic_patch=4, use_thumbnail=False)
     assert len(few.preprocess_image(Image.new("RGB", (1920, 1080)))) == 2
+    many = Sa2VAProcessor(processor.tokenizer, min_dynamic_patch=3)
+    assert len(many.preprocess_image(Image.new("RGB", (448, 448)))) == 5
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -321,6 +324,16 @@ def test_a_list_of_texts_is_a_batch(processor, pictures, side):
         assert mask[-1 if side == "left" else 0] == 1
 
 
+def test_images_of_a_batch_may_stand_in_lists_of_one_or_none(processor, pictures):
+    batch = processor(images=[[], [pictures["imgD"]]], text=["Hi", "Ho"])
+    assert torch.equal(batch["pixel_values"], processor.prepare(pictures["imgD"], text="Ho").pixel_values)
+
+
+def test_settings_of_a_sample_go_before_those_of_all(processor, pictures):
+    samples = [{"video": pictures["vid8"], "text": "Hi"} | own for own in ({}, {"num_frames": 1})]
+    assert [x.key_frames for x in prepare_samples(processor.prepare, samples, num_frames=2)] == [[0, 1], [0]]
+
+
 def test_regions_of_a_batch_lie_on_tiles_of_their_own_sample(processor, pictures):
     region = np.ones((1, 8, 8))
     batch = processor(
@@ -420,10 +433,11 @@ def test_the_template_of_the_checkpoint_is_used_with_a_tokenizer_that_has_none(p
     assert "Hi<|im_end|>" in output.past_text
 
 
-def test_a_picture_stands_at_a_tag_that_is_written_before_it(processor, pictures):
+def test_a_picture_stands_at_a_tag_in_the_words_before_or_behind_it(processor, pictures):
     parts = [{"type": "text", "text": "In <image> is?"}, {"type": "image", "image": pictures["imgA"]}]
     asked = processor.prepare(pictures["imgA"], text="In <image> is?")
-    assert processor.apply_chat_template([{"role": "user", "content": parts}]) == asked.prompt
+    for content in (parts, parts[::-1]):
+        assert processor.apply_chat_template([{"role": "user", "content": content}]) == asked.prompt
 
 
 def test_a_picture_between_words_stands_there(processor, pictures):
@@ -442,6 +456,12 @@ def test_messages_are_taken_as_transformers_pipelines_give_them(processor, pictu
     given = {"continue_final_message": False, "processor_kwargs": {"padding_side": "right"}, "return_tensors": "pt"}
     found = processor.apply_chat_template(messages, tokenize=True, return_dict=True, **given)
     assert torch.equal(found["input_ids"], processor.prepare(pictures["imgA"], text="Hi").input_ids)
+
+
+def test_a_whole_prompt_with_more_image_tokens_than_its_picture_is_refused(processor, pictures):
+    prompt = processor.prepare(pictures["imgD"], text="Hi").prompt
+    with pytest.raises(ValueError, match="prompt with pictures"):
+        processor(pictures["imgD"], prompt.replace("Hi", f"Hi{CONTEXT}"))
 
 
 def test_a_list_of_one_animation_is_that_video(processor, pictures, tmp_path):

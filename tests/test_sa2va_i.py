@@ -5,6 +5,7 @@ The recordings of the official code are compared stage by stage in `test_golden.
 
 import json
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -163,5 +164,19 @@ def test_training_reaches_the_prompted_decoder_and_through_memory_the_plain_one(
 
 
 def test_its_own_name_for_the_number_of_key_frames_is_understood(model, clip):
-    output = model.predict_forward(video=clip, text="Please segment the person.", sample_num_frames=3)
-    assert output.sample_idx == [0, 3, 7]
+    call = {"video": clip, "text": "Please segment the person."}
+    output = model.predict_forward(**call, sample_num_frames=3)
+    (in_a_batch,) = model.predict_batch([call], sample_num_frames=3)
+    assert output.sample_idx == in_a_batch.sample_idx == [0, 3, 7]
+    with closing(model.predict_stream(**call, sample_num_frames=3)) as stream:
+        assert next(stream).past_text == output.past_text
+
+
+def test_the_pointer_of_a_key_frame_without_the_object_is_that_of_no_object(model):
+    decoder = model.grounding_encoder
+    with torch.no_grad():
+        features = decoder.encode(torch.zeros(1, 3, 256, 256))
+        found = decoder.decode(features, torch.randn(2, 64))
+        empty = found._replace(logits=-found.logits.abs() - 1)
+        pointers = decoder._to_track(features, empty).object_pointers
+    assert torch.equal(pointers, decoder.sam2_model.no_obj_ptr.expand(2, -1))

@@ -268,6 +268,12 @@ def test_reading_ahead_is_bounded_and_keeps_the_order():
     assert len(drawn) <= 4 + 3 and not readers()
 
 
+def test_reading_ahead_that_was_closed_has_ended():
+    items = ReadAhead(range(9))
+    items.close()
+    assert list(items) == []
+
+
 def test_reading_begins_before_the_first_is_asked_for():
     begun = threading.Event()
     items = ReadAhead(begun.set() for _ in range(3))
@@ -311,6 +317,24 @@ def test_a_broken_frame_surfaces_in_the_caller(golden_model, arguments, small):
     stream = golden_model.predict_stream(**{**arguments, "video": [*small[:5], "no-such-file.png"]})
     with pytest.raises(FileNotFoundError, match="no-such-file"):
         list(stream)
+
+
+def test_a_stream_that_broke_off_before_its_first_frame_has_no_state(golden_model, arguments, small):
+    video = [small[0], "no-such-file.png", *small[2:]]  # both are tracked backwards first
+    stream = golden_model.predict_stream(**{**arguments, "video": video})
+    with pytest.raises(FileNotFoundError, match="no-such-file"):
+        next(stream)
+    with pytest.raises(ValueError, match="before the first frame"):
+        stream.state()
+
+
+def test_key_frames_are_let_go_of_once_they_are_prompted(golden_model, arguments):
+    """A long video must not carry pictures of them along."""
+    stream = golden_model.predict_stream(**{**arguments, "video": np.zeros((7, 31, 41, 3), np.uint8)})
+    next(stream), next(stream)
+    pictures = [x for x in gc.get_objects() if type(x) is Image.Image and x.size == (41, 31)]
+    stream.close()
+    assert len(pictures) <= 1  # the one that is read now
 
 
 # ---------------------------------------------------------------------------------------------------- damaged files
