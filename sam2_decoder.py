@@ -621,12 +621,12 @@ class Sam2Decoder(nn.Module):
         """Segments prompted objects on frames without memory.
 
         Args:
-            features: of one frame, shared by all objects, or with a row for each object.
+            features: of one frame, shared by all objects.
             prompts: [N, D], one language vector per object, N at least 1.
             output_all_masks: also return the three candidates of each object.
         """
         groups = self._groups(len(prompts))
-        return MaskPrediction.cat([self("decode", _rows(features, g), prompts[g], output_all_masks) for g in groups])
+        return MaskPrediction.cat([self("decode", features, prompts[g], output_all_masks) for g in groups])
 
     def condition(
         self,
@@ -948,13 +948,6 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
-
-
-def _rows(features: FrameFeatures, group: slice) -> FrameFeatures:
-    """The rows of a group of objects; a frame shared by all objects stays whole."""
-    if len(features.vision_features) == 1:
-        return features
-    return features.rows(group)
 
 
 def _packed(predictions: Sequence[MaskPrediction]) -> Tensor:
