@@ -178,6 +178,8 @@ def test_pictures_are_read_at_the_recorded_sizes():
         ((3613, 3613), (3584, 3584)),
         ((4832, 2718), (4760, 2660)),
         ((2000, 10), (1988, 28)),
+        ((3590, 3584), (3584, 3584)),  # not beyond once its sides are rounded
+        ((60, 56), (56, 56)),
     ],
 )
 def test_pictures_beyond_the_limits_are_read_as_qwen_vl_utils_rounds(size, read):

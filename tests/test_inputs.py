@@ -447,12 +447,6 @@ def test_a_stream_knows_its_length_once_it_has_passed():
     assert len(frames) == 6
 
 
-def test_an_opened_video_is_handed_on_without_a_look_at_it():
-    frames = open_video(iter(numbered_frames(6)))
-    list(iter(frames))
-    assert open_video(frames) is frames
-
-
 def test_a_file_is_closed_when_reading_stops_early(tmp_path):
     path = video_file(tmp_path, "clip.avi", "MJPG")
     frames = open_video(path)
@@ -626,6 +620,11 @@ BAD_CALLS = {
         {"text": ASK, "image": None, "video": numbered_frames(2), "past_text": PAST},
         ValueError,
         r"\[256, 256\]",
+    ),
+    "video of as many tokens as the image before": (
+        {"text": ASK, "image": None, "video": numbered_frames(2), "past_text": PAST.replace("</img>", TOKENS[5:])},
+        ValueError,
+        r"of \[512\] tokens",
     ),
     "cut past_text": ({"text": ASK, "past_text": PAST[:400]}, ValueError, "cut"),
     "regions of before missing": ({"text": ASK, "past_text": PAST_REGION}, ValueError, "mask_prompts"),

@@ -274,6 +274,20 @@ def test_a_config_without_grounding_config_means_sam2_hiera_l_at_1024(golden):
     assert grounding.stages == [2, 6, 36, 4] and grounding.backbone_channel_list == [1152, 576, 288, 144]
 
 
+def test_every_layer_of_the_vision_tower_may_be_selected():
+    for layer in (-25, 24):  # of 24 layers, before the first and behind the last
+        assert Sa2VAChatConfig(select_layer=layer).select_layer == layer
+    for layer in (-26, 25):
+        with pytest.raises(ValueError, match="the vision tower has 24 layers"):
+            Sa2VAChatConfig(select_layer=layer)
+
+
+def test_sam2_may_have_no_global_attention_and_windows_that_tile_its_input():
+    assert Sa2VAChatConfig(grounding_config={"global_att_blocks": []}).grounding_config.global_att_blocks == []
+    with pytest.raises(ValueError, match="multiple of 64"):
+        Sa2VAChatConfig(grounding_config={"image_size": 96, "window_spec": [16, 4, 16, 8]})
+
+
 def test_a_large_model_of_a_million_positions_is_no_attack(golden):
     config = json.loads((golden.folder / "config.json").read_text())
     config["llm_config"] = {

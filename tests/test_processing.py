@@ -1,5 +1,6 @@
 """The processor against the golden data, and each of its promises."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -511,6 +512,22 @@ def test_whatever_is_not_zero_is_inside_a_region(processor):
     assert processor.preprocess_mask_prompts(np.full((1, 4, 6), -1)).all()
 
 
+def test_regions_come_too_late_for_a_whole_prompt(processor, pictures):
+    prompt = processor.prepare(pictures["imgD"], text="Hi").prompt
+    with pytest.raises(ValueError, match="come too late"):
+        processor(pictures["imgD"], prompt, mask_prompts=pictures["vpA"])
+
+
+def test_texts_are_padded_with_the_tokenizers_own_token_else_its_end_mark(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.pad_token, tokenizer.eos_token = "#", "?"
+    assert Sa2VAProcessor(tokenizer).pad_token_id == tokenizer.convert_tokens_to_ids("#")
+    tokenizer.pad_token = None
+    assert Sa2VAProcessor(tokenizer).pad_token_id == tokenizer.convert_tokens_to_ids("?")
+    tokenizer.eos_token = None
+    assert Sa2VAProcessor(tokenizer).pad_token_id == 0
+
+
 def test_call_with_words_alone_has_no_pixels(processor):
     assert set(processor(text="Hi")) == {"input_ids", "attention_mask"}
 
@@ -640,6 +657,7 @@ PHRASES = [
     ("<p>A cat</p> sits. The dog [SEG] runs.", ["The dog runs"]),
     ("It is red. Here: [SEG]. Bye.", ["Here"]),
     ("The square is red. [SEG]", ["The square is red"]),
+    ("It is red. [SEG] is there.", ["is there"]),
     ("Bye. Mr. Smith, e.g. the dog's owner, is [SEG]. A cat.", ["Mr. Smith, e.g. the dog's owner, is"]),
     ("[SEG]<|im_end|>", [""]),
     ("Sure,  [SEG] . <|im_end|>", ["Sure"]),

@@ -51,6 +51,16 @@ def test_it_is_recognised_from_its_weights(model, tmp_path, layout):
     assert grounding.separate_prompt_decoder and grounding.frame_sampling == "uniform"
 
 
+def test_of_two_sets_of_weights_those_are_asked_that_are_loaded(tmp_path):
+    """transformers prefers model.safetensors to an index beside it."""
+    shutil.copy(GOLDEN / "ivl_qwen2" / "model.safetensors", tmp_path)
+    shutil.copy(FOLDER / "config.json", tmp_path)
+    names = load_file(FOLDER / "model.safetensors").keys()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not AutoConfig.from_pretrained(tmp_path).grounding_config.separate_prompt_decoder
+
+
 @pytest.mark.parametrize("place", ["subfolder", "variant"])
 def test_it_is_recognised_where_its_weights_are_found_late(tmp_path, place):
     folder = tmp_path / "inner" if place == "subfolder" else tmp_path
@@ -142,6 +152,15 @@ def test_tracked_frames_of_an_absent_object_are_blank_and_key_frames_are_not(mod
     tracked = [t for t in range(8) if t not in output.sample_idx]
     assert not masks[tracked].any() and (logits[tracked] == -1024).all()
     assert all(masks[t].any() for t in output.sample_idx)
+
+
+def test_a_prompted_mask_is_not_blanked_either_by_its_own_decoder(model, monkeypatch):
+    decoder = model.grounding_encoder
+    head = decoder.sam2_model.sam_mask_decoder_modified.pred_obj_score_head.layers[-1]
+    monkeypatch.setattr(head.bias, "data", head.bias.data - 1000)
+    with torch.no_grad():
+        found = decoder.decode(decoder.encode(torch.zeros(1, 3, 256, 256)), torch.randn(2, 64))
+    assert (found.object_scores < 0).all() and (found.logits > -1024).any()
 
 
 def test_frames_before_the_first_key_frame_are_tracked_backwards(model, clip):

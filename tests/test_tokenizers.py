@@ -234,6 +234,12 @@ def test_added_tokens_are_found_in_the_text_as_it_is(tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)("a[SEG]b").input_ids == tokenizer("a[SEG]b").input_ids
 
 
+def test_numbers_beyond_the_last_token_are_left_out(tokenizer):
+    """A model may have more rows than there are tokens."""
+    ids = tokenizer("Hi").input_ids
+    assert tokenizer.decode([*ids, len(tokenizer) + 3]) == tokenizer.decode(ids)
+
+
 @pytest.mark.parametrize("family", ["ivl_internlm2", "ivl_qwen2"])
 def test_a_decoded_answer_behind_its_prompt_has_the_same_ids_again(family):
     """What `past_text` is made of."""
