@@ -92,10 +92,17 @@ def test_a_block_of_far_lower_scores_takes_nothing_from_those_before_it():
     torch.testing.assert_close(_attend_in_blocks(query, [keys], values), wanted)
 
 
-def test_memory_attention_drops_out_in_training_only(attention):
+@torch.no_grad()
+@pytest.mark.parametrize("side", [8, 40])  # of maps smaller and larger than a block
+def test_memory_attention_drops_out_in_training_only(attention, side):
     ours, _, config = attention
-    inputs = memories(config, objects=2, maps=2, tokens=12)
+    inputs = memories(config, objects=2, maps=2, tokens=12, side=side)
     layers = copy.deepcopy(ours).train()
+    for module in layers.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for layer in layers.layers:
+        layer.self_attn.dropout_p = 0.0  # what is left is that of attention to memories
     assert not torch.equal(layers(**inputs), layers(**inputs))
     assert torch.equal(layers.eval()(**inputs), layers(**inputs))
 

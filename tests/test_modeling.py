@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import random
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -251,6 +252,12 @@ def test_of_a_strangers_settings_only_sound_ones_are_taken(golden, tmp_path, hea
     assert any("num_beams=1000000000 is not used" in message for message in heard)
 
 
+def test_settings_that_are_given_while_loading_are_all_taken(golden):
+    given = GenerationConfig(stop_strings=["!"], max_new_tokens=3)
+    settings = AutoModel.from_pretrained(golden.folder, generation_config=given).generation_config
+    assert (settings.stop_strings, settings.max_new_tokens) == (["!"], 3)
+
+
 @pytest.mark.parametrize("text", ['{"watermarking_config": "x"}', '{"__dict__": {}}', "[]"])
 def test_a_generation_config_that_is_none_is_an_error(golden, tmp_path, text):
     AutoModel.from_pretrained(golden.folder).save_pretrained(tmp_path)
@@ -403,6 +410,39 @@ def test_a_processor_goes_before_a_tokenizer(golden_model, golden_processor):
     assert golden_model.predict_forward(**call, processor=processor).past_text.startswith("<|user|>")
 
 
+def test_regions_lie_on_the_last_tile_unless_told_otherwise(golden_model, golden_processor, golden):
+    given = golden.case("img_vp").arguments
+    batch = golden_processor(given["image"], given["text"], mask_prompts=given["mask_prompts"])
+    told = golden_model(**batch, logits_to_keep=1).logits
+    assert set(batch.pop("prompt_mask_tiles").tolist()) == {len(batch["pixel_values"]) - 1}
+    assert torch.equal(golden_model(**batch, logits_to_keep=1).logits, told)
+
+
+def test_a_tokenizer_of_a_call_does_where_the_checkpoints_own_is_damaged(golden, golden_processor, tmp_path, heard):
+    shutil.copytree(golden.folder, tmp_path, ignore=shutil.ignore_patterns("golden*"), dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").write_text("{")
+    model = AutoModel.from_pretrained(tmp_path)
+    for _ in range(2):
+        output = model.predict_forward(text="Hi", max_new_tokens=1, tokenizer=golden_processor.tokenizer)
+        assert output.past_text.startswith("<|im_start|>user\nHi")
+    assert sum("so config.json's settings hold" in message for message in heard) == 1
+
+
+def test_the_highest_token_that_a_model_knows_is_the_last_of_its_vocabulary(golden_model):
+    known, special = golden_model.config.llm_config.vocab_size, golden_model.special_token_ids()
+    golden_model._check_vocabulary(torch.tensor([[known - 1]]), special)
+    with pytest.raises(ValueError, match=f"gives token {known}"):
+        golden_model._check_vocabulary(torch.tensor([[known]]), special)
+
+
+def test_a_length_must_leave_room_behind_the_prompt(golden_model, golden_processor):
+    inputs = golden_processor(text="Hi")
+    length = inputs["input_ids"].shape[1]
+    assert golden_model.generate(**inputs, max_length=length + 1).shape == (1, 1)
+    with pytest.raises(ValueError, match="counts the prompt"):
+        golden_model.generate(**inputs, max_length=length)
+
+
 @pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
 def test_a_tokenizer_that_lacks_seg_is_of_another_model(family):
     foreign = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")), unk_token="?")
@@ -462,6 +502,14 @@ def test_frames_before_the_first_key_frame_are_tracked_as_if_the_video_ran_backw
         video=clip[3::-1], text="x", frame_sampling=[0], return_mask_logits=True, **script
     )
     np.testing.assert_allclose(forwards.mask_logits[0], backwards.mask_logits[0][::-1], atol=1e-3)
+
+
+def test_masks_are_not_blanked_by_a_score_that_says_the_object_is_absent(golden_model, clip, monkeypatch):
+    head = golden_model.grounding_encoder.sam2_model.sam_mask_decoder.pred_obj_score_head.layers[-1]
+    monkeypatch.setattr(head.bias, "data", head.bias.data - 1000)
+    script = answer_with(golden_model, "[SEG]<|im_end|>") | {"num_frames": 1, "return_mask_logits": True}
+    output = golden_model.predict_forward(video=clip[:3], text="x", **script)
+    assert (output.mask_scores[0]["object"] < 0.5).all() and (output.mask_logits[0] > -1024).any(axis=(1, 2)).all()
 
 
 def test_frames_behind_a_key_frame_do_not_look_at_those_tracked_backwards_from_it(golden_model, clip):

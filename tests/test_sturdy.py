@@ -109,12 +109,27 @@ def test_an_error_while_saving_changes_nothing(tmp_path):
     assert numbers_read(tmp_path) == {1.0} and sorted(path.name for path in tmp_path.iterdir()) == names
 
 
+def test_shards_have_names_of_their_own_only_where_others_are_replaced(tmp_path):
+    with replacing_files(tmp_path) as temporary:
+        write_weights(temporary, 1.0, 2)
+        names = {path.name for path in temporary.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 def test_saving_leaves_the_files_of_others_alone(golden_processor, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "checkpoint-5").mkdir()
     names = [Path(name).name for name in golden_processor.save_pretrained(tmp_path)]
     assert names == ["processor_config.json"] and (tmp_path / "tokenizer.json").exists()
     assert (tmp_path / "README.md").read_text() == "mine" and (tmp_path / "checkpoint-5").is_dir()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_processor_saved_beside_weights_leaves_them_there(golden_processor, tmp_path, shards):
+    write_weights(tmp_path, 1.0, shards)
+    names = {path.name for path in tmp_path.iterdir()}
+    golden_processor.save_pretrained(tmp_path)
+    assert numbers_read(tmp_path) == {1.0} and names <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"3", b"null", b"{", b"\xff"])
