@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, GoldenFamily, Prescribed
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, DynamicCache
+from transformers import AutoModel, DynamicCache, Qwen2Config
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel, Sa2VAProcessor
-from sa2va.modeling_sa2va import _WrittenStates
+from sa2va.modeling_sa2va import _most_tokens, _WrittenStates
 
 FAMILIES = ("ivl_qwen2", "ivl_internlm2")
 SIZES = {
@@ -115,6 +115,12 @@ def test_internlm2_says_bias_where_llama_says_attention_bias(bias):
 
 def test_internlm2_has_biases_unless_the_config_says_no():
     assert config_with({"model_type": "internlm2"}).llm_config.attention_bias
+
+
+@pytest.mark.parametrize(("factor", "tokens"), [(4.0, 4000), (0.5, 1000)])
+def test_positions_that_are_stretched_are_as_many_more(factor, tokens):
+    rope = {"rope_type": "linear", "factor": factor, "rope_theta": 10000.0}
+    assert _most_tokens(Qwen2Config(max_position_embeddings=1000, rope_parameters=rope)) == tokens
 
 
 @pytest.mark.parametrize("kind", ["su", "longrope"])

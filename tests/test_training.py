@@ -135,6 +135,16 @@ def test_masks_that_do_not_fit_the_answer_are_refused(tiny, shape):
         model(**arguments | {"mask_labels": [torch.zeros(shape)]})
 
 
+def test_a_seg_without_a_label_is_no_object(tiny):
+    """Such as one of an earlier turn, or of the question."""
+    model, processor = tiny
+    batch = batch_of(processor, "multi")
+    text = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "labels")}
+    found = (text["input_ids"] == processor.tokenizer.convert_tokens_to_ids("[SEG]")).nonzero()
+    text["labels"][tuple(found[0])] = -100
+    assert len(model(**text).seg_hidden_states) == len(found) - 1 > 0
+
+
 def test_placeholders_that_do_not_fit_the_picture_are_refused(tiny):
     model, processor = tiny
     arguments = arguments_of(batch_of(processor, "refer"))
@@ -556,6 +566,17 @@ def test_a_mask_that_is_empty_and_found_empty_agrees():
     )
     found = model._mask_losses([prediction], [torch.zeros(1, 1, 16, 16)])
     assert all(found[name] < 1e-3 for name in ("mask_loss", "dice_loss", "object_score_loss", "iou_loss"))
+
+
+@pytest.mark.parametrize(("cover", "loss"), [(0.4, 0.0), (0.6, 20.0)])
+def test_an_object_counts_as_seen_where_it_covers_more_than_half_of_a_pixel(tiny, cover, loss):
+    model, _ = tiny
+    masks = torch.full((1, 3, 16, 16), -20.0)
+    prediction = MaskPrediction(
+        masks[:, :1], torch.ones(1), -20 * torch.ones(1), torch.zeros(1, 8), masks, torch.ones(1, 3)
+    )
+    found = model._mask_losses([prediction], [torch.full((1, 1, 16, 16), cover)])
+    assert found["object_score_loss"].item() == pytest.approx(loss, abs=1e-3)
 
 
 def test_points_lie_where_a_mask_is_uncertain():
