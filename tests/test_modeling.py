@@ -216,6 +216,13 @@ def test_a_partial_generation_config_is_filled_up(golden_model, golden):
     assert len(golden_model.load_processor().tokenizer(partial.prediction).input_ids) > 30
 
 
+def test_what_the_generation_config_of_a_call_leaves_open_is_the_models(golden_model, monkeypatch):
+    monkeypatch.setattr(golden_model, "generation_config", GenerationConfig(max_new_tokens=3, repetition_penalty=1.5))
+    given = {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=9)}
+    config = golden_model._generation_arguments(golden_model.load_processor(), given)["generation_config"]
+    assert (config.num_beams, config.max_new_tokens, config.repetition_penalty) == (2, 9, 1.5)
+
+
 def test_the_models_settings_are_saved_and_obeyed(golden, tmp_path):
     model = AutoModel.from_pretrained(golden.folder, dtype=torch.float32).eval()
     model.generation_config.max_new_tokens = 2
@@ -229,11 +236,12 @@ def test_the_models_settings_are_saved_and_obeyed(golden, tmp_path):
     assert model.generate(**inputs).shape[1] == 2
 
 
-def test_settings_that_came_with_the_released_code_are_not_read(golden, tmp_path):
+@pytest.mark.parametrize("origin", [{"transformers_version": "4.57.1"}, {"_from_model_config": True}])
+def test_settings_that_came_with_the_released_code_are_not_read(golden, tmp_path, origin):
     """Their generate, which never saw the file, was greedy and stopped at 2048 tokens."""
     model = AutoModel.from_pretrained(golden.folder)
     model.save_pretrained(tmp_path)
-    old = {"do_sample": True, "max_new_tokens": 3, "transformers_version": "4.57.1"}
+    old = {"do_sample": True, "max_new_tokens": 3, "transformers_version": "5.24.0", **origin}
     (tmp_path / "generation_config.json").write_text(json.dumps(old))
     settings = AutoModel.from_pretrained(tmp_path).generation_config
     assert settings.max_new_tokens == 2048 and not settings.do_sample
