@@ -10,7 +10,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -300,7 +299,7 @@ VIDEOS = {
     "folder in natural order": frame_folder,
     "generator": lambda _: (frame for frame in numbered_frames()),
     "dataset": lambda _: Lazy(),
-    "pandas Series": lambda _: pd.Series(numbered_frames(), index=[7, 8, 9, 10]),
+    "pandas Series": lambda _: pytest.importorskip("pandas").Series(numbered_frames(), index=[7, 8, 9, 10]),
     "opened video": lambda _: open_video(numbered_frames()),
 }
 
