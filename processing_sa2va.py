@@ -2232,7 +2232,7 @@ def draw_overlay(
     canvas = Image.fromarray(_paint(np.array(picture), masks, alpha))
     taken: list[tuple[int, int, int, int]] = []
     for index, phrase in enumerate(labels):
-        if masks[index].any():
+        if phrase.strip() and masks[index].any():
             label, size = " ".join(phrase[:_MOST_LETTERS].split()), max(11, round(min(canvas.size) / 30))
             if (font := _font_for(label, size)) is None:
                 label, font = str(index + 1), ImageFont.load_default(size=size)
