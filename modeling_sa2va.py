@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -1684,14 +1685,18 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         own_sizes: dict[int, tuple[int, int]] = {}  # of frames that are read and not handed out yet
         tracking = TrackingState() if tracking is None else tracking
         count = options.encode_batch_size or _encode_batch_size(self.grounding_encoder)
-        with closing(_ready_frames(inputs, processor, tracking, len(prompts) > 0, 2 * count)) as ready:
-            frames = _without_sizes(ready, tracking.next_frame, own_sizes)
+        look, preprocess = _frame_steps(processor, prompts)
+        start, wanted = tracking.next_frame, len(prompts) > 0
+        with closing(_ready_frames(inputs, look, start, wanted, 2 * count)) as ready:
+            frames = _without_sizes(ready, start, own_sizes)
             if not len(prompts):
                 prediction = _no_objects(prompts)
             elif prediction is None and not inputs.is_video:
                 (prediction,) = self._segment_images([inputs], processor, [prompts], count)
             if prediction is None:
-                predictions = self._track(inputs, processor, prompts, frames, tracking, count)
+                if not tracking.banks:
+                    self._condition(inputs, prompts, tracking, lambda frame: preprocess([look([frame])]), count)
+                predictions = self.grounding_encoder.propagate(tracking, frames, preprocess, count)
             else:
                 predictions = _same_for_all(prediction, frames, tracking)
             for index, prediction in predictions:
@@ -1725,27 +1730,20 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 predictions[i] = self.grounding_encoder.decode(one, prompts[i])
         return predictions
 
-    def _track(
+    def _condition(
         self,
         inputs: Sa2VAInputs,
-        processor: Sa2VAProcessor,
         prompts: Tensor,
-        frames: Iterator,
         tracking: TrackingState,
+        pixel_values: Callable[[Image.Image], Tensor],
         encode_batch_size: int,
-    ) -> Iterator[tuple[int, MaskPrediction]]:
-        pixel_values = partial(
-            processor.grounding_pixel_values, dtype=prompts.dtype, device=prompts.device, is_video=True
-        )
-        decoder = self.grounding_encoder
-        if not tracking.banks:
-            images = inputs.key_images or inputs.frames.select(inputs.key_frames)
-            keys = zip(inputs.key_frames, images, strict=True)
-            keys = ((index, pixel_values([frame])) for index, frame in keys)
-            conditioned = decoder.condition(keys, prompts, inputs.size, encode_batch_size)
-            tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
-            inputs.key_images.clear()  # a long video must not carry them along
-        yield from decoder.propagate(tracking, frames, pixel_values, encode_batch_size)
+    ) -> None:
+        """Prompts the objects of a video on its key frames, where `tracking` then begins."""
+        images = inputs.key_images or inputs.frames.select(inputs.key_frames)
+        keys = ((index, pixel_values(frame)) for index, frame in zip(inputs.key_frames, images, strict=True))
+        conditioned = self.grounding_encoder.condition(keys, prompts, inputs.size, encode_batch_size)
+        tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
+        inputs.key_images.clear()  # a long video must not carry them along
 
 
 class Sa2VAChatModelQwen(Sa2VAChatModel, GenerationMixin):  # named again, or transformers would derive another class
@@ -2053,21 +2051,31 @@ def _check_quantized(name_or_path: str | os.PathLike, model: PreTrainedModel) ->
         )
 
 
+def _frame_steps(
+    processor: Sa2VAProcessor, prompts: Tensor
+) -> tuple[Callable[[list[Image.Image]], Tensor], Callable[[Sequence[Tensor]], Tensor]]:
+    """What is done to a video's frame as it is read, in a thread, and then to several, where SAM 2 is.
+
+    A GPU is sent bytes, of which it makes numbers by itself. For a CPU the thread does that, while the networks work.
+    """
+    pixel_values = partial(processor.grounding_pixel_values, dtype=prompts.dtype, device=prompts.device, is_video=True)
+    return (pixel_values, torch.cat) if prompts.device.type == "cpu" else (processor.resize_for_grounding, pixel_values)
+
+
 def _ready_frames(
-    inputs: Sa2VAInputs, processor: Sa2VAProcessor, tracking: TrackingState, wanted: bool, ahead: int
+    inputs: Sa2VAInputs, look: Callable[[list[Image.Image]], Tensor], start: int, wanted: bool, ahead: int
 ) -> ReadAhead | Generator[tuple[tuple[int, int], Any], None, None]:
-    """Sizes (h, w) of the frames that come next, and the frames as SAM 2 looks at them, uint8 [1, 3, S, S].
+    """Sizes (h, w) of the frames from `start` on, and the frames [1, 3, S, S] as SAM 2 will `look` at them.
 
     None stands for what it need not look at: key frames, which it has seen, and all if none are `wanted`. A video is
     read and resized in a thread, so far `ahead` that the frames to be encoded together next are there in time.
     """
-    start, encoded = tracking.next_frame, set(inputs.key_frames)
+    encoded = set(inputs.key_frames)
 
     def ready() -> Generator[tuple[tuple[int, int], Any], None, None]:
         with closing(inputs.frames.read(start)) as frames:
             for index, frame in enumerate(frames, start):
-                wants = wanted and index not in encoded
-                yield (frame.height, frame.width), processor.resize_for_grounding([frame]) if wants else None
+                yield (frame.height, frame.width), look([frame]) if wanted and index not in encoded else None
 
     return ReadAhead(ready(), ahead) if inputs.is_video else ready()
 

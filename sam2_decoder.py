@@ -583,12 +583,16 @@ class Sam2Decoder(nn.Module):
 
     All work goes through `forward`, the one entry that the hooks of accelerate (offload) and FSDP see: SAM 2 reads the
     weights of modules outside those modules' own `forward`, so it must be placed whole.
+
+    Attributes:
+        most_frames: how many frames the image encoder takes at once.
     """
 
     def __init__(self, config: Sa2VAGroundingConfig):
         super().__init__()
         self.config = config
         self.sam2_model = Sam2Model(config)
+        self.most_frames = _most_frames(config)
 
     def forward(self, stage: str, *args, **kwargs) -> Any:
         """Runs the private method of that name; use `encode`, `decode`, `condition`, `propagate`, `segment_clips`."""
@@ -731,7 +735,7 @@ class Sam2Decoder(nn.Module):
         return [slice(start, start + size) for start in range(0, num_objects, size)]
 
     def _encode(self, frames: Tensor) -> FrameFeatures:
-        return FrameFeatures.cat([self._encode_together(some) for some in frames.split(_most_frames(self.config))])
+        return FrameFeatures.cat([self._encode_together(some) for some in frames.split(self.most_frames)])
 
     def _encode_together(self, frames: Tensor) -> FrameFeatures:
         side = self.config.image_size
@@ -791,8 +795,8 @@ class Sam2Decoder(nn.Module):
             align_corners=False,
             antialias=True,
         )
-        appears = masks.flatten(1).any(dim=1, keepdim=True).to(masks.dtype)
-        pointers = appears * self._mask_pointers(features, masks) + (1 - appears) * self.sam2_model.no_obj_ptr
+        appears = masks.flatten(1).any(dim=1, keepdim=True)
+        pointers = torch.where(appears, self._mask_pointers(features, masks), self.sam2_model.no_obj_ptr)
         return prediction._replace(logits=logits, object_pointers=pointers)
 
     def _mask_pointers(self, features: FrameFeatures, masks: Tensor) -> Tensor:
@@ -886,8 +890,7 @@ class Sam2Decoder(nn.Module):
         return empty if prompts is None else torch.cat([empty, prompts.to(empty)[:, None]], dim=1)
 
     def _object_pointers(self, tokens: Tensor, object_scores: Tensor) -> Tensor:
-        appears = (object_scores > 0).to(tokens.dtype)
-        return appears * self.sam2_model.obj_ptr_proj(tokens) + (1 - appears) * self.sam2_model.no_obj_ptr
+        return torch.where(object_scores > 0, self.sam2_model.obj_ptr_proj(tokens), self.sam2_model.no_obj_ptr)
 
     def _remember(self, features: FrameFeatures, prediction: MaskPrediction, bank: MemoryBank) -> FrameMemory:
         """Encodes masks and raw frame features into memory; `bank` learns the position encoding from the first."""
@@ -906,16 +909,17 @@ class Sam2Decoder(nn.Module):
     def _attend(self, features: FrameFeatures, bank: MemoryBank, frame: int, reverse: bool) -> Tensor:
         """Fuses a frame with what the bank remembers: [N, D, h, w]."""
         model = self.sam2_model
-        spatial = bank.spatial(frame, reverse)
-        memory = [memory.to(features.vision_features.dtype) for _, memory in spatial]
-        position = [bank.position + model.maskmem_tpos_enc[row] for row, _ in spatial]
-        pointers = self._pointer_tokens(bank.pointers(frame, reverse), like=memory[0])
+        rows, maps = zip(*bank.spatial(frame, reverse), strict=True)
+        pointers = self._pointer_tokens(bank.pointers(frame, reverse), like=maps[0])
+        # Contiguous for each object: attention takes one after another.
+        memory = torch.cat([part.transpose(0, 1) for part in (*maps, pointers)], dim=1).transpose(0, 1)
+        position = bank.position + torch.stack([model.maskmem_tpos_enc[row] for row in rows])
+        position = torch.cat([position.flatten(0, 1), torch.zeros_like(pointers[:, :1])])
         output = model.memory_attention(
             curr=_tokens(features.vision_features),
             curr_pos=_tokens(features.vision_pos_embeds),
-            # Contiguous for each object: attention takes one after another.
-            memory=torch.cat([part.transpose(0, 1) for part in (*memory, pointers)], dim=1).transpose(0, 1),
-            memory_pos=torch.cat([*position, torch.zeros_like(pointers[:, :1])]),
+            memory=memory.to(features.vision_features.dtype),
+            memory_pos=position.to(features.vision_features.dtype),
             num_obj_ptr_tokens=len(pointers),
         )
         return output.permute(1, 2, 0).unflatten(-1, features.vision_features.shape[-2:])

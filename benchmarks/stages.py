@@ -1,11 +1,12 @@
 """Seconds of each stage of an answer, and a recording of the network calls that make it up.
 
 Hooks time the networks, and the processor's steps are wrapped while a block runs; nothing stays behind. What is nested
-in a stage counts to that stage.
+in a stage counts to that stage; what another thread does meanwhile counts to none.
 """
 
 import statistics
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,7 @@ class Stages:
         self._handles: list[Any] = []
         self._outermost: tuple[Any, str] | None = None
         self._begun = 0.0
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> "Stages":
         for stage, modules in _networks(self._model).items():
@@ -133,6 +135,8 @@ class Stages:
 
     def _timed_step(self, stage: str, step: Callable) -> Callable:
         def timed(*args, **kwargs):
+            if threading.get_ident() != self._thread:  # as a thread reads ahead
+                return step(*args, **kwargs)
             if self._outermost is None:
                 self._begin(step, stage)
             try:
