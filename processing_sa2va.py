@@ -1816,7 +1816,9 @@ class Sa2VAProcessor(ProcessorMixin):
         logits = logits.float()
         if two_steps:
             logits = F.interpolate(logits, size=self.grounding_image_size, mode="bilinear", align_corners=False)
-        return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)[:, 0]
+        if logits.shape[-2:] != tuple(size):  # else it would be a copy
+            logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+        return logits[:, 0]
 
     def binarize(self, logits: Tensor, mask_threshold: float = 0.5) -> Tensor:
         """Logits of any shape -> bool: probability above `mask_threshold`.

@@ -618,12 +618,13 @@ def test_processor_of_a_config(processor):
 # ----------------------------------------------------------------------------------------------------- after a call
 
 
-def test_logits_are_resized_by_way_of_sam2s_input_size(processor):
+@pytest.mark.parametrize("size", [(61, 97), (256, 256)], ids=["another size", "that very size"])
+def test_logits_are_resized_by_way_of_sam2s_input_size(processor, size):
     logits = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
-    resized = processor.resize_logits(logits.bfloat16(), (61, 97))
-    assert (resized.dtype, resized.shape) == (torch.float32, (2, 61, 97))
+    resized = processor.resize_logits(logits.bfloat16(), size)
+    assert (resized.dtype, resized.shape) == (torch.float32, (2, *size))
     full = torch.nn.functional.interpolate(logits.bfloat16().float(), size=(256, 256), mode="bilinear")
-    assert torch.equal(resized, torch.nn.functional.interpolate(full, size=(61, 97), mode="bilinear")[:, 0])
+    assert torch.equal(resized, torch.nn.functional.interpolate(full, size=size, mode="bilinear")[:, 0])
 
 
 def test_resized_golden_logits_are_equal(processor, golden):

@@ -173,6 +173,15 @@ def test_closing_in_the_middle_frees_everything(golden_model, arguments):
         stream.state()
 
 
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("meta", torch.uint8)])
+def test_the_reading_thread_makes_numbers_for_a_cpu_and_bytes_for_other_devices(golden_processor, device, dtype):
+    look, preprocess = modeling_sa2va._frame_steps(golden_processor, torch.zeros(1, 64, device=device))
+    frame = look([Image.new("RGB", (40, 30))])
+    pixel_values = preprocess([frame, frame])
+    assert (frame.dtype, frame.device.type) == (dtype, "cpu")
+    assert (pixel_values.dtype, pixel_values.device.type, len(pixel_values)) == (torch.float32, device, 2)
+
+
 def test_a_stream_of_no_objects_can_be_gone_on_with(golden_model, golden_processor, small):
     ids = golden_processor.tokenizer("None.<|im_end|>").input_ids
     stream = golden_model.predict_stream(video=small, text="?", logits_processor=[Prescribed(ids)])
