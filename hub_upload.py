@@ -42,6 +42,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 MAX_JSON_BYTES = 100_000_000  # as the safetensors format has it for headers
 LFS_POINTER = b"version "  # how the text begins that git leaves in place of a large file
+HEADER_NOTES = "__metadata__"  # what stands in a safetensors header beside the tensors
 WEIGHT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # torch's names for them
 # Never copied beside converted weights: other forms of them, or more pickles.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -421,7 +422,20 @@ def _read_weight_map(files: _Files, index: str = WEIGHTS_INDEX) -> dict[str, str
 
 
 def _read_header(files: _Files, name: str) -> tuple[dict[str, _Tensor], list[str]]:
-    """The tensors of a safetensors file, and what is wrong with where it puts them.
+    """The tensors of a safetensors file, and what is wrong with where it puts them; raises as `_header_entries`."""
+    entries, start = _header_entries(files, name)
+    notes = entries.pop(HEADER_NOTES, None)
+    tensors = {key: _Tensor.parse(name, start, key, entry) for key, entry in entries.items()}
+    problems = _offset_problems(tensors, start, files.sizes[name])
+    if not (notes is None or (isinstance(notes, dict) and all(isinstance(note, str) for note in notes.values()))):
+        problems.append(f"has {HEADER_NOTES} other than texts by name, for which safetensors refuses the file.")
+    return tensors, problems
+
+
+def _header_entries(files: _Files, name: str) -> tuple[dict[str, Any], int]:
+    """All that the header of a safetensors file says, by name, and the byte at which the tensors begin.
+
+    safetensors itself would map the whole file, for which memory may lack.
 
     Raises:
         CheckpointError: the file is not there, or its header can't be read. Nothing is allocated on a header's word.
@@ -437,13 +451,7 @@ def _read_header(files: _Files, name: str) -> tuple[dict[str, _Tensor], list[str
             f"has no whole safetensors header: {size:,} bytes, of which the header claims {length:,} "
             f"(at most {MAX_JSON_BYTES:,} are allowed). It is cut off or not a safetensors file."
         )
-    entries = _parse_json(files.read(name, 8, length), "the header")
-    notes = entries.pop("__metadata__", None)
-    tensors = {key: _Tensor.parse(name, 8 + length, key, entry) for key, entry in entries.items()}
-    problems = _offset_problems(tensors, 8 + length, size)
-    if not (notes is None or (isinstance(notes, dict) and all(isinstance(note, str) for note in notes.values()))):
-        problems.append("has __metadata__ other than texts by name, for which safetensors refuses the file.")
-    return tensors, problems
+    return _parse_json(files.read(name, 8, length), "the header"), 8 + length
 
 
 def _offset_problems(tensors: dict[str, _Tensor], start: int, size: int) -> list[str]:
@@ -795,10 +803,7 @@ def pack_checkpoint(
     _check_replaceable(out, overwrite)
     with _temporary_sibling(out, "fetching") as merged, _temporary_sibling(out, "packing") as target:
         origin = _find_origin(str(source), revision, token, merged)
-        old_text = _read_card(out)
-        if _is_made_by_machine(old_text):
-            old_text = _read_card(origin.documents)
-        _card(old_text)  # if it can't be read, say so before anything that takes long
+        old_text = _find_card(out, origin.documents)
         files = _find_files(str(origin.folder))
         report, config, tensors = _inspect(files)
         if not report.ok:
@@ -1080,7 +1085,7 @@ def _plan_moves(found: Mapping[str, _Tensor], entries: Sequence[_Entry]) -> dict
 def _write_shard(files: _Files, path: Path, moves: Mapping[str, _Move], model) -> None:
     """Writes a safetensors file, tensor by tensor. As the format's own writer does, wide numbers stand first."""
     order = sorted(moves, key=lambda name: -moves[name].num_bytes // max(1, math.prod(moves[name].shape)))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {HEADER_NOTES: {"format": "pt"}}
     end = 0
     for name in order:
         begin, end = end, end + moves[name].num_bytes
@@ -1201,6 +1206,16 @@ def _read_card(folder: Path) -> str:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not in UTF-8: {error}. Save it so.") from error
+
+
+def _find_card(*folders: Path) -> str:
+    """The first card that somebody wrote or changed, else that of the last folder; raises if it can't be read."""
+    for folder in folders:
+        text = _read_card(folder)
+        if not _is_made_by_machine(text):
+            break
+    _card(text)  # said before anything that takes long
+    return text
 
 
 def _card(text: str):
@@ -1377,7 +1392,8 @@ def _refuse_private(files: Mapping[str, Path | bytes], *places: Path) -> None:
     found = []
     for name, content in files.items():
         if name.endswith(".safetensors"):
-            lines = [_header_notes(content)]
+            entries, _ = _header_entries(_find_files(str(content.parent)), content.name)
+            lines = [json.dumps(entries.get(HEADER_NOTES))]
         elif _matches(name, PICTURES):
             continue
         else:
@@ -1388,13 +1404,6 @@ def _refuse_private(files: Mapping[str, Path | bytes], *places: Path) -> None:
         raise CheckpointError(
             "This would be read by everybody; take it out and run again:\n  " + "\n  ".join(found[:20])
         )
-
-
-def _header_notes(path: Path) -> str:
-    """What a safetensors file says beside its tensors; safetensors would map all of it, for which memory may lack."""
-    with path.open("rb") as stream:
-        header = _parse_json(stream.read(int.from_bytes(stream.read(8), "little")), f"{path.name}'s header")
-    return json.dumps(header.get("__metadata__") or {})
 
 
 def _private_parts(name: str, line: str, here: Iterable[str]) -> list[str]:
