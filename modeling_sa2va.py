@@ -94,6 +94,7 @@ from .processing_sa2va import (
     check_area,
     coco_masks,
     collate_inputs,
+    find_token,
     masks_to_rle,
     open_video,
     prepare_samples,
@@ -288,7 +289,7 @@ class SpecialTokenIds(NamedTuple):
             ValueError: the tokenizer lacks one, so it is not a Sa2VA tokenizer.
         """
         tokens = (IMAGE_TOKEN, SEG_TOKEN, REGION_START, REGION_END)
-        ids = [_token_id(tokenizer, token) for token in tokens]
+        ids = [find_token(tokenizer, token) for token in tokens]
         missing = [token for token, i in zip(tokens, ids, strict=True) if i is None]
         if missing:
             raise ValueError(f"The tokenizer lacks {missing}. Pass the tokenizer that came with the checkpoint.")
@@ -1575,7 +1576,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             config.max_length = None
         self._check_room(config)
         tokenizer = processor.tokenizer
-        words = {word: _token_id(tokenizer, word) for word in processor.stop_words}
+        words = {word: find_token(tokenizer, word) for word in processor.stop_words}
         if config.eos_token_id is None:
             ends = (*words.values(), tokenizer.eos_token_id, *_end_ids(own))
             config.eos_token_id = sorted({i for i in ends if i is not None}) or None
@@ -1695,7 +1696,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 (prediction,) = self._segment_images([inputs], processor, [prompts], count)
             if prediction is None:
                 if not tracking.banks:
-                    self._condition(inputs, prompts, tracking, lambda frame: preprocess([look([frame])]), count)
+                    self._condition(inputs, prompts, tracking, look, preprocess, count)
                 predictions = self.grounding_encoder.propagate(tracking, frames, preprocess, count)
             else:
                 predictions = _same_for_all(prediction, frames, tracking)
@@ -1735,13 +1736,15 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         inputs: Sa2VAInputs,
         prompts: Tensor,
         tracking: TrackingState,
-        pixel_values: Callable[[Image.Image], Tensor],
+        look: Callable[[list[Image.Image]], Tensor],
+        preprocess: Callable[[Sequence[Tensor]], Tensor],
         encode_batch_size: int,
     ) -> None:
-        """Prompts the objects of a video on its key frames, where `tracking` then begins."""
+        """Prompts the objects of a video on its key frames, where `tracking` then begins; with `_frame_steps`."""
         images = inputs.key_images or inputs.frames.select(inputs.key_frames)
-        keys = ((index, pixel_values(frame)) for index, frame in zip(inputs.key_frames, images, strict=True))
-        conditioned = self.grounding_encoder.condition(keys, prompts, inputs.size, encode_batch_size)
+        with closing(ReadAhead((look([image]) for image in images), 2 * encode_batch_size)) as ready:
+            keys = ((index, preprocess([frame])) for index, frame in zip(inputs.key_frames, ready, strict=True))
+            conditioned = self.grounding_encoder.condition(keys, prompts, inputs.size, encode_batch_size)
         tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
         inputs.key_images.clear()  # a long video must not carry them along
 
@@ -1796,7 +1799,7 @@ class Sa2VAChatModelQwen(Sa2VAChatModel, GenerationMixin):  # named again, or tr
             ValueError: the tokenizer lacks `[SEG]`.
         """
         tokenizer = self.load_processor().tokenizer if tokenizer is None else tokenizer
-        seg = _token_id(tokenizer, SEG_TOKEN)
+        seg = find_token(tokenizer, SEG_TOKEN)
         if seg is None:
             raise ValueError("The tokenizer lacks [SEG]. Pass the tokenizer that came with the checkpoint.")
         return SpecialTokenIds(self.config.image_token_id, seg, -1, -1)
@@ -2215,12 +2218,6 @@ def _put_scales_in_order(layer: nn.Module, state_dict: dict[str, Any], prefix: s
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters()), torch.float32)  # layers that torch quantized have none
-
-
-def _token_id(tokenizer, token: str) -> int | None:
-    """Id of a word that is one token, else None; tokenizers without an unknown token would give another token's id."""
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token else None
 
 
 def _released_layout(model: PreTrainedModel) -> list[WeightTransform]:

@@ -1186,6 +1186,12 @@ AutoTokenizer.register(Sa2VAInternLM2Config, InternLM2Tokenizer, exist_ok=True)
 # ------------------------------------------------------------------------------------------------------- processor
 
 
+def find_token(tokenizer: Any, token: str) -> int | None:
+    """Id of a word that is one token, else None; tokenizers without an unknown token would give another token's id."""
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token else None
+
+
 def _check_tokenizer_is_there(folder: Path) -> None:
     """What transformers says of a folder without a tokenizer speaks of packages that are missing."""
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
@@ -1645,11 +1651,18 @@ class Sa2VAProcessor(ProcessorMixin):
             )
 
     def _tokenize(self, prompt: str, **picture: Any) -> Sa2VAInputs:
-        encoded = self.tokenizer(prompt, return_tensors="pt")
-        image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        if encoded.input_ids[0].tolist().count(image_token_id) != prompt.count(self.image_token):
+        """The call of a whole prompt. A run of image tokens, often thousands, is tokenized as one and then repeated."""
+        run = re.compile(f"(?:{re.escape(self.image_token)})+")
+        repeats = [len(found) // len(self.image_token) for found in run.findall(prompt)]
+        encoded = self.tokenizer(run.sub(lambda _: self.image_token, prompt), return_tensors="pt")
+        image_token_id = find_token(self.tokenizer, self.image_token)
+        places = [place for place, token_id in enumerate(encoded.input_ids[0].tolist()) if token_id == image_token_id]
+        if len(places) != len(repeats):
             raise ValueError(f"{self.image_token} is not one token of this tokenizer. Use the checkpoint's own.")
-        return Sa2VAInputs(prompt, encoded.input_ids, encoded.attention_mask, **picture)
+        times = torch.ones_like(encoded.input_ids[0])
+        times[places] = times.new_tensor(repeats)
+        input_ids, mask = (x.repeat_interleave(times, dim=1) for x in (encoded.input_ids, encoded.attention_mask))
+        return Sa2VAInputs(prompt, input_ids, mask, **picture)
 
     def __call__(
         self,
@@ -2330,6 +2343,7 @@ __all__ = [
     "collate_inputs",
     "decode_rle",
     "draw_overlay",
+    "find_token",
     "load_image",
     "masks_to_rle",
     "object_color",

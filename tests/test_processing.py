@@ -81,6 +81,17 @@ def test_golden_input_ids_are_equal(name, processor, pictures, golden):
     assert np.array_equal(inputs.input_ids[0], golden[f"{name}__input_ids"])
 
 
+@pytest.mark.parametrize("family", ["ivl_internlm2", "ivl_qwen2", "qwen25vl", "qwen3vl"])
+def test_image_tokens_are_tokenized_as_if_each_stood_there(family):
+    """A run of them, often thousands, is tokenized as one and repeated."""
+    processor = Sa2VAProcessor.from_pretrained(GOLDEN / family)
+    one, start = processor.image_token, processor.image_start
+    prompt = f"{one * 7} a{one}é \n{start}{one * 300}\n\n {one}. {one * 2}[SEG]{one * 3}"
+    inputs, whole = processor._tokenize(prompt), processor.tokenizer(prompt, return_tensors="pt")
+    assert inputs.prompt == prompt and torch.equal(inputs.input_ids, whole.input_ids)
+    assert torch.equal(inputs.attention_mask, whole.attention_mask)
+
+
 def test_a_tag_without_a_picture_is_left_out_and_told(processor, heard):
     """As recorded in the official edge case `text_only_with_tag`, which says nothing of it."""
     prompt = processor.prepare(text="<image>Hello").prompt

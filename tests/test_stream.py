@@ -182,6 +182,18 @@ def test_the_reading_thread_makes_numbers_for_a_cpu_and_bytes_for_other_devices(
     assert (pixel_values.dtype, pixel_values.device.type, len(pixel_values)) == (torch.float32, device, 2)
 
 
+def test_every_frame_is_resized_in_a_thread_key_frames_too(golden_model, golden_processor, arguments, monkeypatch):
+    resize, threads = golden_processor.resize_for_grounding, []
+
+    def noted(frames):
+        threads.append(threading.current_thread().name)
+        return resize(frames)
+
+    monkeypatch.setattr(golden_processor, "resize_for_grounding", noted)
+    golden_model.predict_forward(**arguments, processor=golden_processor)
+    assert len(threads) == 7 and all(name.startswith("read_ahead") for name in threads)
+
+
 def test_a_stream_of_no_objects_can_be_gone_on_with(golden_model, golden_processor, small):
     ids = golden_processor.tokenizer("None.<|im_end|>").input_ids
     stream = golden_model.predict_stream(video=small, text="?", logits_processor=[Prescribed(ids)])
