@@ -11,15 +11,19 @@
 import json
 import math
 import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig, PreTrainedConfig
 
 FRAME_SAMPLINGS = ("first", "uniform")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 QWEN_VL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 # What the official code of these language models accepts in a rope_scaling of a kind that it knows; it refuses more.
 _ROPE_SCALING_KEYS = {
@@ -105,8 +109,18 @@ def copy_code(folder: str | Path) -> list[Path]:
     copies = {source: folder / source.name for source in sources if source.is_file()}
     for source, target in copies.items():
         if not (target.exists() and target.samefile(source)):
-            shutil.copyfile(source, target)
+            _put(source, target)
     return list(copies.values())
+
+
+def _put(source: Path, target: Path) -> None:
+    """Puts a copy of a file into the place of another at once. A link there is replaced, not followed."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Sa2VAVisionConfig(PreTrainedConfig):
@@ -479,6 +493,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "Sa2VAChatConfig":
         """transformers' `from_pretrained`; see `from_dict` for what is read beside config.json."""
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        kwargs["hub_arguments"] = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -501,6 +516,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
 
         Their config.json are alike, but the weights of Sa2VA-i hold a second mask decoder. So if `config_dict` does not
         say whether there is one, the checkpoint at `name_or_path` is asked: its weight index or safetensors header.
+        `hub_arguments` are those of `HUB_ARGUMENTS` that it was found with.
 
         The file may come from anyone. Paths, code and kernels that it names are not followed, and numbers far beyond
         every released checkpoint are refused before anything of that size is made.
@@ -508,6 +524,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
         Raises:
             ValueError: the file belongs to another kind of model, or describes none that can be built.
         """
+        where = kwargs.pop("hub_arguments", {})
         if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"The config's model_type is {model_type!r}; that of Sa2VA is {cls.model_type!r}.")
         for name in ("dtype", "torch_dtype"):  # an argument of `from_pretrained`
@@ -517,8 +534,8 @@ class Sa2VAChatConfig(PreTrainedConfig):
             config_dict = _plausible("config", config_dict)
             grounding = dict(config_dict.get("grounding_config") or {})
             if (name := kwargs.get("name_or_path")) and grounding.get("separate_prompt_decoder") is None:
-                revision = config_dict.get("_commit_hash")
-                grounding["separate_prompt_decoder"] = has_prompt_decoder(str(name), revision)
+                revision = config_dict.get("_commit_hash") or where.get("revision")
+                grounding["separate_prompt_decoder"] = has_prompt_decoder(str(name), {**where, "revision": revision})
                 config_dict = {**config_dict, "grounding_config": grounding}
             return super().from_dict(config_dict, **kwargs)
 
@@ -528,8 +545,13 @@ class Sa2VAChatConfig(PreTrainedConfig):
         Where this code came from a checkpoint, of which nothing but the config was loaded, it saves that file alone.
         """
         self.auto_map = auto_map(self.is_qwen_vl)
-        super().save_pretrained(save_directory)
-        copy_code(save_directory)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            super().save_pretrained(temporary)
+            for file in Path(temporary).iterdir():
+                _put(file, folder / file.name)
+        copy_code(folder)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -650,19 +672,19 @@ def _qwen_config(text_config: Any, vision_config: Any) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](text_config=text_config, vision_config=vision_config, tie_word_embeddings=False)
 
 
-def has_prompt_decoder(name_or_path: str, revision: str | None = None) -> bool:
+def has_prompt_decoder(name_or_path: str, hub_arguments: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Whether a checkpoint's weights hold Sa2VA-i's second mask decoder; no weights are read.
 
     Args:
         name_or_path: folder, or name on the Hugging Face Hub (asked over the network only for headers).
-        revision: of the Hub repository.
+        hub_arguments: of `HUB_ARGUMENTS`, what says which files of it are meant.
 
     Raises:
         OSError: the weights or their index can't be read, or the index names files elsewhere.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return _hub_has_prompt_decoder(name_or_path, revision)
+    if not Path(name_or_path).is_dir():
+        return _hub_has_prompt_decoder(name_or_path, hub_arguments)
+    folder = Path(name_or_path, hub_arguments.get("subfolder") or "")
     index, weights = folder / _INDEX, folder / _WEIGHTS
     with reading_weights(name_or_path):
         if weights.is_file():  # which transformers prefers to an index, too
@@ -714,7 +736,7 @@ def reading_weights(name_or_path: str) -> Iterator[None]:
         ) from error
 
 
-def _hub_has_prompt_decoder(name: str, revision: str | None) -> bool:
+def _hub_has_prompt_decoder(name: str, hub_arguments: Mapping[str, Any]) -> bool:
     """Whether a Hub repository's weights do, by the cache if they are there; False if that can't be found out.
 
     Raises:
@@ -723,20 +745,25 @@ def _hub_has_prompt_decoder(name: str, revision: str | None) -> bool:
     from huggingface_hub import file_exists, hf_hub_download, parse_safetensors_file_metadata, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError
 
+    subfolder = hub_arguments.get("subfolder") or ""
+    revision, cache_dir, token = (hub_arguments.get(name) for name in ("revision", "cache_dir", "token"))
     try:
-        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        if (cached / _INDEX).is_file() or (cached / _WEIGHTS).is_file():
-            return has_prompt_decoder(str(cached))
+        cached = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        if any((cached / subfolder / file).is_file() for file in (_INDEX, _WEIGHTS)):
+            return has_prompt_decoder(str(cached), {"subfolder": subfolder})
     except (LocalEntryNotFoundError, HFValidationError):
         pass
+    if hub_arguments.get("local_files_only"):
+        return False
+    weights, index = (str(PurePosixPath(subfolder, file)) for file in (_WEIGHTS, _INDEX))
     try:
-        if file_exists(name, _WEIGHTS, revision=revision):
-            header = parse_safetensors_file_metadata(name, _WEIGHTS, revision=revision)
+        if file_exists(name, weights, revision=revision, token=token):
+            header = parse_safetensors_file_metadata(name, weights, revision=revision, token=token)
             return _PROMPT_DECODER_KEY in header.tensors
-        index = hf_hub_download(name, _INDEX, revision=revision)
+        found = hf_hub_download(name, index, revision=revision, cache_dir=cache_dir, token=token)
     except (HTTPError, HFValidationError, SafetensorsParsingError, OSError):
         return False
-    return _PROMPT_DECODER_KEY in read_index(Path(index))["weight_map"]
+    return _PROMPT_DECODER_KEY in read_index(Path(found))["weight_map"]
 
 
 __all__ = [

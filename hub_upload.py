@@ -30,7 +30,7 @@ import time
 import types
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -380,6 +380,8 @@ def _read_weights(files: _Files) -> tuple[dict[str, _Tensor], list[str]]:
         shards = _shards(files)
     except CheckpointError as error:
         return tensors, [str(error)]
+    if WEIGHTS not in shards and not isinstance(_read_json(files, WEIGHTS_INDEX).get("metadata"), dict):
+        problems.append(f'{WEIGHTS_INDEX} has no metadata, without which it is not read. Add "metadata": {{}}.')
     for file, indexed in shards.items():
         try:
             header, wrong = _read_header(files, file)
@@ -442,6 +444,8 @@ def _header_entries(files: _Files, name: str) -> tuple[dict[str, Any], int]:
     """
     if name not in files.sizes:
         raise CheckpointError(f"is not there, though {WEIGHTS_INDEX} names it.")
+    if not name.endswith(".safetensors"):
+        raise CheckpointError(f"is no .safetensors file, though {WEIGHTS_INDEX} names it. No other is read.")
     size, start = files.sizes[name], files.read(name, 0, 8)
     if start == LFS_POINTER:
         raise CheckpointError("is a Git LFS pointer and not the weights themselves. Fetch them: git lfs pull")
@@ -1021,10 +1025,21 @@ def _pack_weights(
     if layout in REWRITTEN_LAYOUTS or any(files.sizes[name] > max_bytes for name in shards):
         _rewrite_weights(files, tensors, out, config, max_bytes)
         return "rewritten"
-    how = {_link(folder / name, out / name) for name in shards}
+    names = _usual_names(shards)
+    how = {_link(folder / name, out / new) for name, new in names.items()}
     if WEIGHTS not in shards:
-        shutil.copyfile(folder / WEIGHTS_INDEX, out / WEIGHTS_INDEX)
+        index = _read_json(files, WEIGHTS_INDEX)
+        weight_map = {key: names[file] for key, file in index["weight_map"].items()}
+        _write_json(out / WEIGHTS_INDEX, {**index, "weight_map": weight_map})
     return how.pop() if len(how) == 1 else "copied"
+
+
+def _usual_names(shards: Collection[str]) -> dict[str, str]:
+    """The names that the Hub and other tools know weight files by; an index may name them otherwise."""
+    if all(_matches(name, UPLOADED) for name in shards):
+        return {name: name for name in shards}
+    total = len(shards)
+    return {name: f"model-{number:05d}-of-{total:05d}.safetensors" for number, name in enumerate(sorted(shards), 1)}
 
 
 def _link(source: Path, target: Path) -> str:
@@ -1587,7 +1602,8 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
     if any((folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes() for name in CODE_FILES):
         return False
     files = _find_files(str(folder))
-    if any(size > max_bytes for name, size in files.sizes.items() if name.endswith(".safetensors")):
+    weights = {name: size for name, size in files.sizes.items() if name.endswith(".safetensors")}
+    if any(size > max_bytes or not _matches(name, UPLOADED) for name, size in weights.items()):
         return False
     mapped = [_read_json(files, name).get("auto_map") for name in (CONFIG, "processor_config.json")]
     ours = [auto_map(is_qwen_vl) for is_qwen_vl in (False, True)]

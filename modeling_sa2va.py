@@ -72,6 +72,7 @@ from transformers.utils import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_sa2va import (
+    HUB_ARGUMENTS,
     PROMPT_DECODER,
     Sa2VAChatConfig,
     Sa2VAChatConfigQwen,
@@ -83,7 +84,6 @@ from .configuration_sa2va import (
     reading_weights,
 )
 from .processing_sa2va import (
-    HUB_ARGUMENTS,
     IMAGE_TOKEN,
     REGION_END,
     REGION_START,

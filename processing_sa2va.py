@@ -46,7 +46,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from .configuration_sa2va import FRAME_SAMPLINGS, Sa2VAChatConfig, Sa2VAInternLM2Config, blaming, copy_code
+from .configuration_sa2va import (
+    FRAME_SAMPLINGS,
+    HUB_ARGUMENTS,
+    Sa2VAChatConfig,
+    Sa2VAInternLM2Config,
+    blaming,
+    copy_code,
+)
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
@@ -78,7 +85,6 @@ _PICTURE_SUFFIXES = {  # of files that Pillow reads; some hold several frames
 _SLACK = 0.0019  # of a range, under half a grey level: bicubic resizing and undone normalisation miss its ends by less
 _MOST_BROKEN = 10_000  # frames that can't be decoded, after which a file counts as cut off
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -1349,7 +1355,8 @@ class Sa2VAProcessor(ProcessorMixin):
             return None
         if not found:
             return None
-        return Sa2VAChatConfig.from_dict(found, name_or_path=str(pretrained_model_name_or_path))
+        name = str(pretrained_model_name_or_path)
+        return Sa2VAChatConfig.from_dict(found, name_or_path=name, hub_arguments=hub_kwargs)
 
     @classmethod
     def get_processor_dict(

@@ -89,7 +89,8 @@ def write_checkpoint(folder: Path, name: str, shapes: dict[str, list[int]], shar
         part = dict(list(shapes.items())[i::shards])
         write_sparse(folder / file, part)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -261,6 +262,24 @@ def test_an_index_without_a_weight_map_is_a_problem(sharded, index):
     (sharded / "model.safetensors.index.json").write_text(index)
     (problem,) = check_checkpoint(sharded).problems
     assert "model.safetensors.index.json" in problem
+
+
+@pytest.mark.parametrize("metadata", [None, [], "pt"])
+def test_an_index_without_metadata_is_a_problem(sharded, metadata):
+    """It is not read."""
+    file = sharded / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": index_of(sharded), "metadata": metadata}))
+    (problem,) = check_checkpoint(sharded).problems
+    assert problem.startswith(f"{file.name} has no metadata")
+
+
+def test_an_index_of_files_with_other_endings_is_a_problem(sharded):
+    """They are not read, though they may hold what they should."""
+    file, index = index_of(sharded)[NORM], sharded / "model.safetensors.index.json"
+    (sharded / file).rename(sharded / "weights.bin")
+    index.write_text(index.read_text().replace(file, "weights.bin"))
+    (problem,) = check_checkpoint(sharded).problems
+    assert problem.startswith("weights.bin: is no .safetensors file")
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,20 @@ def test_a_packed_folder_whose_weights_no_longer_fit_is_not_sent(hub, folder):
     assert hub.repos == {}
 
 
+def test_weights_of_any_names_arrive_under_those_that_the_hub_knows(hub, folder):
+    """An index may name files as it likes; what belongs into a repository is told by names."""
+    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("model-*.safetensors"))
+    for number, file in enumerate(files):
+        file.rename(folder / f"part-{number}.safetensors")
+        index.write_text(index.read_text().replace(file.name, f"part-{number}.safetensors"))
+    push(folder, hub)
+    sent = {name for name in hub.repos["model", "me/tiny"].at().files if name.endswith(".safetensors")}
+    assert sent == {file.name for file in files}
+    assert set(json.loads(content(hub, index.name))["weight_map"].values()) == sent
+    for number, file in enumerate(files):
+        assert content(hub, file.name) == (folder / f"part-{number}.safetensors").read_bytes()
+
+
 def test_secrets_stay_at_home(hub, folder):
     with (folder / "README.md").open("a") as card:
         card.write("hf_" + "x" * 34)

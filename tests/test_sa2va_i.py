@@ -4,19 +4,37 @@ The recordings of the official code are compared stage by stage in `test_golden.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, GoldenFamily
+from hub_server import running_hub
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
-from sa2va.processing_sa2va import open_video, select_key_frames
+from sa2va.processing_sa2va import Sa2VAProcessor, open_video, select_key_frames
 
 FOLDER = GOLDEN / "sa2vai_qwen2"
+CACHE_SCRIPT = """
+import sys
+import httpx
+from huggingface_hub import snapshot_download
+from sa2va import Sa2VAProcessor
+
+where = {"cache_dir": sys.argv[1]}
+print(Sa2VAProcessor.from_pretrained("me/i", **where).frame_sampling)
+snapshot_download("me/i", **where)
+asked = []
+send = httpx.Client.send
+httpx.Client.send = lambda client, *args, **kwargs: asked.append(args) or send(client, *args, **kwargs)
+print(Sa2VAProcessor.from_pretrained("me/i", local_files_only=True, **where).frame_sampling, len(asked))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +89,23 @@ def test_it_is_recognised_where_its_weights_are_found_late(tmp_path, place):
     late, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True, **where)
     assert late.config.grounding_config.separate_prompt_decoder and not report["unexpected_keys"]
     assert late.load_processor().frame_sampling == "uniform"
+
+
+def test_a_processor_by_itself_is_recognised_in_a_subfolder(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "inner", ignore=shutil.ignore_patterns("golden*"))
+    assert Sa2VAProcessor.from_pretrained(tmp_path, subfolder="inner").frame_sampling == "uniform"
+
+
+def test_a_processor_by_itself_is_recognised_in_a_cache_without_network(tmp_path):
+    """No other place is looked into, and nobody is asked."""
+    files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if not path.name.startswith("golden")}
+    with running_hub() as hub:
+        hub.add_repo("me/i", files=files)
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        command = [sys.executable, "-c", CACHE_SCRIPT, str(tmp_path / "cache")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["uniform", "uniform", "0"], done.stderr
 
 
 def test_saving_gives_the_released_layout_bit_for_bit(model, tmp_path):
