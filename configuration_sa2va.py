@@ -422,6 +422,11 @@ class Sa2VAChatConfig(PreTrainedConfig):
         "llm_config": AutoConfig,
         "grounding_config": Sa2VAGroundingConfig,
     }
+    # By `Trainer.predict`, for which metrics are computed: other outputs differ in number from batch to batch.
+    keys_to_ignore_at_inference = [
+        *("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss", "pred_masks"),
+        *("seg_hidden_states", "image_hidden_states", "hidden_states", "attentions"),
+    ]
 
     __eq__ = PreTrainedConfig.__eq__  # transformers would put one here that compares the fields of its own class alone
 

@@ -877,6 +877,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         mask_labels: Sequence[Tensor] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_masks_in_batch: Tensor | int | None = None,
+        image_grid_thw: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
@@ -899,13 +901,15 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             num_items_in_batch: supervised tokens over all gradient accumulation steps and processes, from `Trainer`;
                 the text loss is then the sum over this batch divided by it.
             num_masks_in_batch: the same for the mask losses: objects x frames. Without it they are means over this
-                batch, which count more often the more batches make a step.
+                batch, which count by its share of the supervised tokens.
+            image_grid_thw: int64 [pictures, 3], with `pixel_values` around Qwen-VL, where those are [patches, values].
+            position_ids: as the language model takes them.
             inputs_embeds: None; pictures and `[SEG]` are found by their tokens.
             use_cache: as other models have it; a whole conversation is read, so nothing is cached.
             return_dict: False gives a tuple.
             logits_to_keep: compute logits of the last so many tokens only, or of these positions (int64 [n]); 0 of all,
                 which a text loss needs.
-            **kwargs: what the language model takes: `output_hidden_states`, `output_attentions`, `position_ids`...
+            **kwargs: what the language model takes: `output_hidden_states`, `output_attentions`...
 
         Returns:
             `Sa2VATrainingOutput`.
@@ -918,8 +922,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("forward needs input_ids [B, L], not inputs_embeds; build them with the processor.")
-        if pixel_values is not None:
-            kwargs["pixel_values"] = pixel_values
+        given = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "position_ids": position_ids}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
         if prompt_masks is not None:
             kwargs |= {"prompt_masks": prompt_masks, "prompt_mask_tiles": prompt_mask_tiles}
         known = self.config.get_text_config().vocab_size
@@ -936,7 +940,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         output.seg_hidden_states = states.seg_states[is_seg.to(states.seg_states.device)]
         if grounding_pixel_values is not None:
             objects = is_seg.sum(dim=-1).tolist()
-            self._add_masks(output, objects, grounding_pixel_values, mask_labels, num_masks_in_batch)
+            share = 1.0 if num_masks_in_batch is not None else _share_of_step(labels, num_items_in_batch)
+            self._add_masks(output, objects, grounding_pixel_values, mask_labels, num_masks_in_batch, share)
         output.loss = self._total_loss(output)
         return output.to_tuple() if return_dict is False else output
 
@@ -979,6 +984,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         clips: Sequence[Tensor] | Tensor,
         mask_labels: Sequence[Tensor] | None,
         num_masks: Tensor | int | None,
+        share: Tensor | float,
     ) -> None:
         """Segments the objects of all samples, clips of equal length together, and averages the losses over objects."""
         side = self.config.grounding_config.image_size
@@ -1002,7 +1008,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             if mask_labels is not None:
                 targets = [_mask_target(mask_labels[i], len(prompts[i]), length) for i in samples]
                 losses.append(self._mask_losses(predictions, targets))
-        self._average_losses(output, losses, num_masks)
+        self._average_losses(output, losses, num_masks, share)
 
     def _segment_samples(self, clips: Tensor, prompts: list[Tensor]) -> list[MaskPrediction]:
         clips = clips.to(prompts[0])
@@ -1031,12 +1037,17 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return sums
 
     def _average_losses(
-        self, output: Sa2VATrainingOutput, losses: list[dict[str, Tensor]], num_masks: Tensor | int | None
+        self,
+        output: Sa2VATrainingOutput,
+        losses: list[dict[str, Tensor]],
+        num_masks: Tensor | int | None,
+        share: Tensor | float,
     ) -> None:
         if losses:
             count = sum(group["count"] for group in losses) if num_masks is None else num_masks
             for name in ("mask_loss", "dice_loss", "iou_loss", "object_score_loss"):
-                output[name] = sum(group[name] for group in losses) / count
+                mean = sum(group[name] for group in losses) / count
+                output[name] = mean * (share.to(mean.device) if isinstance(share, Tensor) else share)
 
     def _total_loss(self, output: Sa2VATrainingOutput) -> Tensor | None:
         weights = {
@@ -1547,7 +1558,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         for question in inputs:
             self._check_vocabulary(question.input_ids, token_ids)
         prompt = self._prompt(token_ids, inputs)
-        with _setting(_WRITTEN, _WrittenStates(len(inputs))) as written:
+        with _setting(_WRITTEN, _WrittenStates(*prompt["attention_mask"].shape)) as written:
             generated = self._write(prompt, arguments)
         given = prompt["input_ids"].shape[1] if "input_ids" in prompt else 0  # embeddings are not given back
         answers = _without_padding(generated.sequences[:, given:], arguments["generation_config"])
@@ -1566,6 +1577,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def _generation_arguments(self, processor: Sa2VAProcessor, given: dict[str, Any]) -> dict[str, Any]:
         """The model's settings, the template's stop words and the caller's arguments, as `generate` wants them."""
         given = dict(given)
+        if given.get("max_new_tokens") is None:
+            given.pop("max_new_tokens", None)  # as if it were not given; transformers would stop after 20
         own = self.generation_config or GenerationConfig()
         config = _call_config(given.pop("generation_config", None), own)
         _check_generation(config, given, self.config.get_text_config().vocab_size)
@@ -1686,8 +1699,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         own_sizes: dict[int, tuple[int, int]] = {}  # of frames that are read and not handed out yet
         tracking = TrackingState() if tracking is None else tracking
         count = options.encode_batch_size or _encode_batch_size(self.grounding_encoder)
-        look, preprocess = _frame_steps(processor, prompts)
         start, wanted = tracking.next_frame, len(prompts) > 0
+        look, preprocess = _frame_steps(processor, prompts, waits=inputs.is_video and start < min(inputs.key_frames))
         with closing(_ready_frames(inputs, look, start, wanted, 2 * count)) as ready:
             frames = _without_sizes(ready, start, own_sizes)
             if not len(prompts):
@@ -1932,17 +1945,18 @@ def _setting(variable: ContextVar, value: Any) -> Iterator[Any]:
 class _WrittenStates:
     """States of an answer's tokens, kept as the model read each in order to write the next."""
 
-    def __init__(self, num_answers: int):
+    def __init__(self, num_answers: int, prompt_length: int):
         self._shape = (num_answers, 1)
-        self._calls = 0
+        self._prompt_left = prompt_length
         self._steps: list[Tensor] | None = []
 
     def add(self, states: Tensor) -> None:
-        """Takes the states [B, L, hidden] of one call; those of the first, the prompt's, are not kept."""
-        self._calls += 1
-        if self._calls == 1 or self._steps is None:
+        """Takes the states [B, L, hidden] of one call; those of the prompt, which may come in parts, are not kept."""
+        if self._steps is None:
             return
-        if states.shape[:2] == self._shape:
+        if self._prompt_left > 0:
+            self._prompt_left -= states.shape[1]
+        elif states.shape[:2] == self._shape:
             self._steps.append(states)
         else:  # beams, an assistant or no cache: nothing of it can be used
             self._steps = None
@@ -1952,8 +1966,8 @@ class _WrittenStates:
 
         None if they weren't written token by token, or by a compiled step.
         """
-        surplus = self._calls - max(map(len, answers))  # on MPS one call is made before it is known that all have ended
-        if not self._steps or surplus not in (0, 1):
+        unread = max(map(len, answers)) - len(self._steps or ())
+        if not self._steps or unread not in (0, 1):  # on MPS one call is made before it is known that all have ended
             return None
         return torch.cat(self._steps, dim=1)
 
@@ -2055,14 +2069,17 @@ def _check_quantized(name_or_path: str | os.PathLike, model: PreTrainedModel) ->
 
 
 def _frame_steps(
-    processor: Sa2VAProcessor, prompts: Tensor
+    processor: Sa2VAProcessor, prompts: Tensor, waits: bool = False
 ) -> tuple[Callable[[list[Image.Image]], Tensor], Callable[[Sequence[Tensor]], Tensor]]:
     """What is done to a video's frame as it is read, in a thread, and then to several, where SAM 2 is.
 
-    A GPU is sent bytes, of which it makes numbers by itself. For a CPU the thread does that, while the networks work.
+    A GPU is sent bytes, of which it makes numbers by itself. For a CPU the thread does that, while the networks work,
+    unless frames may be many that have to wait for the first key frame: numbers take four times as much memory.
     """
     pixel_values = partial(processor.grounding_pixel_values, dtype=prompts.dtype, device=prompts.device, is_video=True)
-    return (pixel_values, torch.cat) if prompts.device.type == "cpu" else (processor.resize_for_grounding, pixel_values)
+    if prompts.device.type == "cpu" and not waits:
+        return pixel_values, torch.cat
+    return processor.resize_for_grounding, pixel_values
 
 
 def _ready_frames(
@@ -2636,6 +2653,8 @@ def _prompt_cache(cache: Any, num_prompts: int, length: int) -> DynamicCache | N
     if not isinstance(cache, (DynamicCache, StaticCache)) or any(getattr(x, "is_sliding", False) for x in cache.layers):
         return None
     if isinstance(cache, StaticCache):
+        if cache.offloading:  # its layers lie on the CPU
+            return None
         cache = DynamicCache([(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers])
     if surplus := cache.get_seq_length() - length:
         cache.crop(-surplus)
@@ -2768,6 +2787,11 @@ def _as_clip(frames: Tensor, side: int) -> Tensor:
             "frame, as processor.grounding_pixel_values makes them."
         )
     return frames.reshape(-1, 3, side, side)
+
+
+def _share_of_step(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:
+    """Which part of a step's supervised tokens a batch has; a batch by itself is the whole step."""
+    return 1.0 if labels is None or num_items is None else (labels[:, 1:] != IGNORE_INDEX).sum() / num_items
 
 
 def _mask_target(masks: Tensor, num_objects: int, num_frames: int) -> Tensor:

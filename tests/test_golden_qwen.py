@@ -6,6 +6,7 @@ answer's).
 """
 
 import copy
+import inspect
 import json
 
 import numpy as np
@@ -144,6 +145,27 @@ def test_without_a_cache_nothing_is_kept_and_the_answer_is_read_again(models, pi
     expected, found = (models[family].predict_forward(**arguments, use_cache=use) for use in (True, False))
     assert held[0] and held[1] is None
     np.testing.assert_allclose(found.mask_logits[0], expected.mask_logits[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("last", [1, 5])
+def test_a_prompt_read_in_parts_gives_the_same_masks(models, picture, family, last):
+    """However many tokens the last part has: one looks like a token of the answer."""
+    arguments = {"image": picture, "text": "Please segment the red square."}
+    length = models[family].load_processor().prepare(**arguments).input_ids.shape[1]
+    arguments["return_mask_logits"] = True
+    whole = models[family].predict_forward(**arguments)
+    parts = models[family].predict_forward(**arguments, prefill_chunk_size=length - last)
+    assert parts.prediction == whole.prediction and "[SEG]" in whole.prediction
+    np.testing.assert_allclose(parts.mask_logits[0], whole.mask_logits[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_names_what_a_trainer_must_keep(models, family):
+    """It drops the columns of a data set that the signature does not name."""
+    model = models[family]
+    names = set(model.load_processor().model_input_names)
+    assert names <= inspect.signature(model.forward).parameters.keys()
 
 
 def test_mask_prompts_name_the_families_that_know_regions(models, picture):

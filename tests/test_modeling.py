@@ -23,13 +23,14 @@ from transformers import (
     AutoModelForMultimodalLM,
     GenerationConfig,
     PreTrainedTokenizerFast,
+    StaticCache,
     TextIteratorStreamer,
     pipeline,
 )
 from transformers.trainer_utils import align_special_tokens
 
 from sa2va import Sa2VAChatModel, Sa2VAOutput
-from sa2va.modeling_sa2va import _WrittenStates
+from sa2va.modeling_sa2va import _prompt_cache, _WrittenStates
 from sa2va.processing_sa2va import rle_to_masks
 
 
@@ -102,6 +103,15 @@ def test_an_answer_of_beams_is_read_again(golden_model, golden, monkeypatch):
     assert held[0] and not held[1]
     for ours, others in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, others, atol=1e-3)
+
+
+def test_an_offloaded_static_cache_is_not_read_on(golden_model):
+    """Its layers lie on the CPU, whatever computes."""
+    cache = StaticCache(golden_model.config.get_text_config(), max_cache_len=8)
+    cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+    assert _prompt_cache(cache, 1, 4) is not None
+    cache.offloading = True
+    assert _prompt_cache(cache, 1, 4) is None
 
 
 def test_a_seg_that_ends_a_cut_answer_is_read_once_more(golden_model, golden, readings):
@@ -213,6 +223,12 @@ def test_a_partial_generation_config_is_filled_up(golden_model, golden):
     partial = golden_model.predict_forward(**arguments, generation_config=GenerationConfig(num_beams=1), **script)
     assert partial.prediction == golden_model.predict_forward(**arguments, **script).prediction
     assert len(golden_model.load_processor().tokenizer(partial.prediction).input_ids) > 30
+
+
+def test_a_limit_of_none_is_none_that_was_given(golden_model):
+    """As programs pass it on that leave it open; transformers would end answers after 20 tokens."""
+    arguments = golden_model._generation_arguments(golden_model.load_processor(), {"max_new_tokens": None})
+    assert arguments["generation_config"].max_new_tokens == golden_model.generation_config.max_new_tokens > 20
 
 
 def test_what_the_generation_config_of_a_call_leaves_open_is_the_models(golden_model, monkeypatch):

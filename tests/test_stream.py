@@ -173,9 +173,14 @@ def test_closing_in_the_middle_frees_everything(golden_model, arguments):
         stream.state()
 
 
-@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("meta", torch.uint8)])
-def test_the_reading_thread_makes_numbers_for_a_cpu_and_bytes_for_other_devices(golden_processor, device, dtype):
-    look, preprocess = modeling_sa2va._frame_steps(golden_processor, torch.zeros(1, 64, device=device))
+@pytest.mark.parametrize(
+    "device, waits, dtype",
+    [("cpu", False, torch.float32), ("cpu", True, torch.uint8), ("meta", False, torch.uint8)],
+)
+def test_the_reading_thread_makes_numbers_for_a_cpu_alone_and_of_frames_that_do_not_wait(
+    golden_processor, device, waits, dtype
+):
+    look, preprocess = modeling_sa2va._frame_steps(golden_processor, torch.zeros(1, 64, device=device), waits)
     frame = look([Image.new("RGB", (40, 30))])
     pixel_values = preprocess([frame, frame])
     assert (frame.dtype, frame.device.type) == (dtype, "cpu")

@@ -94,6 +94,39 @@ def test_a_plain_trainer_is_told_that_labels_may_come_alone(tiny, tmp_path, name
     assert ("eval_loss" in metrics) == named
 
 
+def test_a_plain_trainer_computes_metrics_of_batches_with_and_without_masks(tiny, tmp_path):
+    """Of the outputs those are gathered that every batch has."""
+    model, processor = tiny
+    scenes = [make_sample(0, index, task=task) for index, task in enumerate(("refer", "absent"))]
+    settings = TrainingArguments(
+        str(tmp_path), label_names=["labels"], use_cpu=True, per_device_eval_batch_size=1, remove_unused_columns=False
+    )
+
+    def collate(batch):
+        given = arguments_of(SceneCollator(processor)(batch))
+        has_masks = given["mask_labels"][0].numel()
+        return {k: v for k, v in given.items() if has_masks or k not in ("grounding_pixel_values", "mask_labels")}
+
+    seen = []
+    trainer = Trainer(model, settings, collate, compute_metrics=lambda found: seen.append(found.predictions) or {})
+    trainer.evaluate(scenes)
+    (logits,) = seen
+    assert logits.shape[0] == 2 and logits.shape[2] == model.config.get_text_config().vocab_size
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_mask_losses_weigh_the_same_however_many_batches_make_a_step(tiny, batches):
+    """`Trainer` adds up the losses of a step's batches, each over the supervised tokens of all of them."""
+    model, processor = tiny
+    model.eval()
+    batch = arguments_of(batch_of(processor, "refer"))
+    whole = model(**batch)
+    tokens = int((batch["labels"][:, 1:] != -100).sum())
+    parts = [model(**batch, num_items_in_batch=batches * tokens) for _ in range(batches)]
+    for name in ("loss", "lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss"):
+        torch.testing.assert_close(sum(part[name] for part in parts), whole[name])
+
+
 def test_frozen_parts_and_gradient_checkpointing_work():
     model, processor = build_model(0)
     model.vision_model.requires_grad_(False)
