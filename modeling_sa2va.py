@@ -120,6 +120,7 @@ _CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).param
 # Bytes of activations that encoding a frame of 1024 x 1024 is reckoned to take: twice what float32 took on a CPU.
 _ENCODING_MEMORY = 2**30
 _MOST_ENCODED = 8
+_MOST_MASK_PIXELS = 2**25  # of masks that are resized at a time; logits, probabilities and masks of each are 9 bytes
 _MOST_ON_THEIR_WAY = 8  # frames whose masks go to the host while a GPU works on
 _PROCESSOR_LOADING = threading.Lock()
 _ADAPTER_PREFIX = "base_model.model."
@@ -1324,11 +1325,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """Collects the masks of all frames; `prediction` is that of an image which was looked at already."""
         arriving = _Arriving()
         if len(answer.prompts):  # else not even the frames need be read
-            for logits, predicted in self._segment(inputs, processor, answer.prompts, options, prediction):
-                frame = {"masks": options.keep(logits, processor), **_scores(predicted)}
-                if options.logits:
-                    frame["logits"] = _to_host(logits)
-                arriving.add(frame, logits.device)
+            for parts, predicted in self._segment(inputs, processor, answer.prompts, options, prediction):
+                arriving.add({**options.keep(parts, processor), **_scores(predicted)}, predicted.logits.device)
         frames = arriving.wait()
         plain = replace(options, output_format="torch" if options.output_format == "torch" else "numpy")
         objects = range(len(answer.prompts))
@@ -1423,9 +1421,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         answer = progress.answer
         frames = self._segment(inputs, processor, answer.prompts, options, tracking=progress.tracking)
         with closing(frames):
-            for index, (logits, prediction) in enumerate(frames, start=progress.tracking.next_frame):
+            for index, (parts, prediction) in enumerate(frames, start=progress.tracking.next_frame):
                 arriving = _Arriving()
-                arriving.add({"masks": options.finish(logits, processor), **_scores(prediction)}, logits.device)
+                arriving.add({**options.keep(parts, processor), **_scores(prediction)}, prediction.logits.device)
                 (frame,) = arriving.wait()
                 yield Sa2VAFrame(
                     frame_index=index,
@@ -1690,8 +1688,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         options: "_MaskOptions",
         prediction: MaskPrediction | None = None,
         tracking: TrackingState | None = None,
-    ) -> Generator[tuple[Tensor, MaskPrediction], None, None]:
-        """Yields logits float32 [N, h, w] at the user's size and the prediction they come from, for every frame.
+    ) -> Generator[tuple[Iterator[Tensor], MaskPrediction], None, None]:
+        """Yields logits at the user's size, as `_resized_parts`, and the prediction they come from, for every frame.
 
         `prediction` is that of an image which was looked at already; `tracking` is moved along, from where it stands.
         """
@@ -1700,7 +1698,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         tracking = TrackingState() if tracking is None else tracking
         count = options.encode_batch_size or _encode_batch_size(self.grounding_encoder)
         start, wanted = tracking.next_frame, len(prompts) > 0
-        look, preprocess = _frame_steps(processor, prompts, waits=inputs.is_video and start < min(inputs.key_frames))
+        look, preprocess = _frame_steps(processor, prompts, waits=start < min(inputs.key_frames, default=0))
         with closing(_ready_frames(inputs, look, start, wanted, 2 * count)) as ready:
             frames = _without_sizes(ready, start, own_sizes)
             if not len(prompts):
@@ -1716,12 +1714,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             for index, prediction in predictions:
                 own_size = own_sizes.pop(index)
                 size = own_size if options.mask_sizes == "own" else inputs.size
-                if len(prompts):
-                    two_steps = inputs.is_video or not is_sa2va_i
-                    logits = processor.resize_logits(prediction.logits, size, two_steps=two_steps)
-                else:
-                    logits = prompts.new_zeros(0, *size, dtype=torch.float32)
-                yield logits, prediction
+                two_steps = inputs.is_video or not is_sa2va_i
+                yield _resized_parts(processor, prediction.logits, size, two_steps), prediction
 
     def _segment_images(
         self,
@@ -2015,15 +2009,19 @@ class _MaskOptions:
         if self.output_format == "rle":
             coco_masks()  # if it is not installed, that is told before an answer is written
 
-    def finish(self, logits: Tensor, processor: Sa2VAProcessor) -> Tensor:
-        """Logits [N, h, w] of a frame -> bool or float32 probabilities, as `_to_host` gives them."""
-        return _to_host(logits.sigmoid() if self.raw else processor.binarize(logits, self.threshold))
+    def keep(self, parts: Iterable[Tensor], processor: Sa2VAProcessor) -> dict[str, list[Any]]:
+        """The "masks" of a frame, and its "logits" if they are asked for, as `_Arriving` takes them.
 
-    def keep(self, logits: Tensor, processor: Sa2VAProcessor) -> Any:
-        """What `pack` wants of a frame: its N masks, run-length encoded at once if that is asked for."""
-        if self.output_format == "rle":
-            return self.convert(processor.binarize(logits, self.threshold).cpu())
-        return self.finish(logits, processor)
+        Args:
+            parts: logits [n, h, w] of some objects after others. Of each come bool or float32 probabilities, as
+                `_to_host` gives them, or one RLE dict for each object.
+        """
+        kept: dict[str, list[Any]] = {"masks": [], "logits": []}
+        for logits in parts:
+            masks = logits.sigmoid() if self.raw else processor.binarize(logits, self.threshold)
+            kept["masks"] += masks_to_rle(masks.cpu()) if self.output_format == "rle" else [_to_host(masks)]
+            kept["logits"] += [_to_host(logits)] if self.logits else []
+        return kept
 
     def pack(self, frames: Sequence[Any]) -> Any:
         """One object's mask of every frame -> what the caller asked for; frames of their own sizes stay a list."""
@@ -2033,11 +2031,9 @@ class _MaskOptions:
             return [mask for frame in frames for mask in self.convert(frame[None])]
         return self.convert(torch.stack(tuple(frames)))
 
-    def convert(self, masks: Tensor) -> Any:
-        """Masks [n, h, w] on the CPU -> array, tensor or list of n RLE dicts."""
-        if self.output_format == "torch":
-            return masks
-        return masks_to_rle(masks) if self.output_format == "rle" else masks.numpy()
+    def convert(self, masks: Any) -> Any:
+        """Masks [n, h, w] on the CPU -> array or tensor; a list of n RLE dicts stays."""
+        return masks.numpy() if self.output_format == "numpy" else masks
 
 
 def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **kwargs) -> tuple[PreTrainedModel, dict]:
@@ -2107,6 +2103,16 @@ def _without_sizes(
     for index, (size, frame) in enumerate(frames, start):
         sizes[index] = size
         yield frame
+
+
+def _resized_parts(
+    processor: Sa2VAProcessor, logits: Tensor, size: tuple[int, int], two_steps: bool
+) -> Iterator[Tensor]:
+    """Logits [N, 1, s, s] -> float32 [n, h, w] at the user's size, of so many objects at a time as memory holds."""
+    if not len(logits):
+        return iter([logits.new_zeros(0, *size, dtype=torch.float32)])
+    count = max(1, _MOST_MASK_PIXELS // max(math.prod(size), processor.grounding_image_size**2))
+    return (processor.resize_logits(part, size, two_steps=two_steps) for part in logits.split(count))
 
 
 def _same_for_all(
@@ -2748,8 +2754,9 @@ def _to_host(tensor: Tensor) -> Tensor:
 class _Arriving:
     """Frames of a video, whose tensors `_to_host` sent: a few may be on their way, so that the GPU need not wait.
 
-    Those that have come leave pinned memory, of which there is little: torch takes a power of two for each tensor, and
-    keeps it for ever.
+    A frame holds by name tensors, lists of a tensor's parts, which are joined, and lists of anything else. Those that
+    have come leave pinned memory, of which there is little: torch takes a power of two for each tensor, and keeps it
+    for ever.
     """
 
     def __init__(self):
@@ -2758,7 +2765,7 @@ class _Arriving:
 
     def add(self, frame: dict[str, Any], device: torch.device) -> None:
         """Takes the next frame, whose tensors come from `device`."""
-        self._frames.append(frame)
+        self._frames.append(frame if device.type == "cuda" else {name: _joined(x) for name, x in frame.items()})
         if device.type == "cuda":
             self._on_their_way.append(torch.cuda.current_stream(device).record_event())
             if len(self._on_their_way) > _MOST_ON_THEIR_WAY:
@@ -2773,8 +2780,15 @@ class _Arriving:
     def _receive(self) -> None:
         index = len(self._frames) - len(self._on_their_way)
         self._on_their_way.popleft().synchronize()
-        given = self._frames[index].items()
-        self._frames[index] = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given}
+        self._frames[index] = {name: _joined(x, copied=True) for name, x in self._frames[index].items()}
+
+
+def _joined(value: Tensor | list[Any], copied: bool = False) -> Any:
+    """A tensor, or the parts [n, ...] of one put together; a list of anything else stays."""
+    parts = [value] if isinstance(value, Tensor) else value
+    if not (parts and isinstance(parts[0], Tensor)):
+        return value
+    return torch.cat(parts) if copied or len(parts) > 1 else parts[0]
 
 
 def _as_clip(frames: Tensor, side: int) -> Tensor:

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_utils import align_special_tokens
 
-from sa2va import Sa2VAChatModel, Sa2VAOutput
+from sa2va import Sa2VAChatModel, Sa2VAOutput, Sa2VAProcessor, modeling_sa2va
 from sa2va.modeling_sa2va import _prompt_cache, _WrittenStates
 from sa2va.processing_sa2va import rle_to_masks
 
@@ -132,6 +132,30 @@ def test_objects_in_chunks_give_the_same_masks(golden_model, clip, monkeypatch):
     monkeypatch.setattr(golden_model.grounding_encoder.config, "max_objects_per_batch", 2)
     chunked = golden_model.predict_forward(**arguments)
     np.testing.assert_allclose(chunked.mask_logits, together.mask_logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("output_format", ["numpy", "torch", "rle"])
+@pytest.mark.parametrize("most", [1, 2 * 256**2], ids=["one by one", "two"])
+def test_masks_of_few_objects_at_a_time_are_the_same(golden_model, clip, monkeypatch, most, output_format):
+    """A large picture of many objects must not need all their logits at once."""
+    arguments = {"video": clip[:6], "text": "all", "output_format": output_format, **answer_with(golden_model, THREE)}
+    wanted = golden_model.predict_forward(**arguments, return_mask_logits=True)
+    sizes, resize = [], Sa2VAProcessor.resize_logits
+
+    def noted(self, logits, *args, **kwargs):
+        sizes.append(len(logits))
+        return resize(self, logits, *args, **kwargs)
+
+    monkeypatch.setattr(Sa2VAProcessor, "resize_logits", noted)
+    monkeypatch.setattr(modeling_sa2va, "_MOST_MASK_PIXELS", most)
+    found = golden_model.predict_forward(**arguments, return_mask_logits=True)
+    assert sizes == ([1, 1, 1] if most == 1 else [2, 1]) * 6
+    streamed = [frame.masks for frame in golden_model.predict_stream(**arguments)]
+    for i, masks in enumerate(wanted.prediction_masks):
+        np.testing.assert_array_equal(found.mask_logits[i], wanted.mask_logits[i])
+        np.testing.assert_array_equal(found.prediction_masks[i], masks)
+        for t in range(6):
+            np.testing.assert_array_equal(streamed[t][i], masks[t])
 
 
 def test_three_objects_get_the_masks_each_gets_alone(golden_model, golden_processor, clip, monkeypatch):

@@ -68,13 +68,15 @@ def test_frames_leave_pinned_memory_as_they_come(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     sent, arriving = [], modeling_sa2va._Arriving()
     for number in range(20):
-        sent.append({"masks": torch.full((2,), number), "rle": ["text"]})
+        parts = [torch.full((1,), number), torch.full((2,), number)]
+        sent.append({"masks": torch.full((2,), number), "logits": parts, "rle": ["text"]})
         arriving.add(dict(sent[-1]), torch.device("cuda"))
         assert arrived == list(range(number + 1 - modeling_sa2va._MOST_ON_THEIR_WAY))
     frames = arriving.wait()
     assert arrived == list(range(20))
     for number, (frame, pinned) in enumerate(zip(frames, sent, strict=True)):
         assert frame["masks"].tolist() == [number] * 2 and frame["rle"] == ["text"]
+        assert frame["logits"].tolist() == [number] * 3
         assert frame["masks"].data_ptr() != pinned["masks"].data_ptr()
 
 
