@@ -21,6 +21,7 @@ from sa2va.processing_sa2va import CORRUPT_FILE_ERRORS, VideoFrames, load_image,
 
 DEFAULT_FPS = 8.0  # where the source says nothing
 ANIMATIONS = frozenset({".gif", ".webp", ".apng"})
+STREAMS = frozenset({".mjpeg", ".mjpg", ".m1v", ".m2v", ".mpv"})  # bare ones, which Pillow takes for single pictures
 # H.264 plays everywhere, but OpenCV's Linux wheels hold no encoder for it; VP9 plays in browsers, VLC, mpv and
 # Windows; the last, MPEG-4 part 2, is always there but browsers refuse it.
 CODECS = ("avc1", "vp09", "mp4v")
@@ -78,7 +79,7 @@ def open_source(path: str | os.PathLike) -> Source:
 
 def _is_video(path: Path) -> bool:
     """Folders, animations and all files that are no picture to Pillow."""
-    if path.is_dir():
+    if path.is_dir() or path.suffix.lower() in STREAMS:
         return True
     try:
         with Image.open(path) as picture:
@@ -225,7 +226,7 @@ def _open_encoder(path: Path, size: tuple[int, int], fps: float) -> Any:
 
     with _silent_opencv():
         for codec in CODECS:
-            writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, size)
+            writer = cv2.VideoWriter(os.path.abspath(path), cv2.VideoWriter_fourcc(*codec), fps, size)
             if writer.isOpened():
                 return writer
             writer.release()
@@ -240,7 +241,7 @@ def _check_readable(written: Path, path: Path) -> None:
     import cv2
 
     with _silent_opencv():
-        capture = cv2.VideoCapture(str(written))
+        capture = cv2.VideoCapture(os.path.abspath(written))
         readable = capture.isOpened()
         capture.release()
     if not readable:

@@ -40,6 +40,7 @@ DRAWING_CONCURRENCY = 4  # of what needs no model
 MAX_QUESTION = 4000  # characters
 THRESHOLDS = (0.01, 0.99)
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError, ArgumentTypeError)
+PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<MPD")  # that FFmpeg follows
 PRIVATE = {"api_visibility": "private"}
 QUICK = {**PRIVATE, "show_progress": "hidden", "trigger_mode": "always_last"}
 
@@ -65,6 +66,22 @@ def told() -> Iterator[None]:
     except USER_ERRORS as error:
         message = re.sub(rf"{re.escape(gr.utils.get_upload_folder())}[^'\s]*/", "", str(error))
         raise gr.Error(html.escape(message, quote=False), print_exception=False) from error
+
+
+def _uploaded(path: str) -> str:
+    """The path, if a visitor uploaded that file. gradio looks at this only where it preprocesses.
+
+    Raises:
+        ValueError: it lies elsewhere, or is a playlist, which can name any file of the server.
+    """
+    folder = Path(gr.utils.get_upload_folder()).resolve()
+    if not Path(path).resolve().is_relative_to(folder):
+        raise ValueError("Only files that were uploaded can be opened. Upload the image or the video.")
+    with Path(path).open("rb") as file:
+        head = file.read(1024)
+        if any(mark in head for mark in PLAYLISTS):
+            raise ValueError("This is a playlist, which only names other files. Upload the video itself.")
+    return path
 
 
 class Visit:
@@ -239,7 +256,7 @@ class Page:
             visit.session = Session()
             return self._whole(visit.session, 0)
         with told():
-            visit.session = open_session(file["path"], self.max_frames)
+            visit.session = open_session(_uploaded(file["path"]), self.max_frames)
             return {**self._whole(visit.session, 0), other: None}
 
     def restart(self, visit: Visit) -> dict[Any, Any]:
@@ -266,7 +283,8 @@ class Page:
             marks = parse_marks(marks)
             if not session.goes_on(marks, reading):
                 gr.Info("The marks or the frames to be read have changed, so this is a new conversation.")
-            for answered in ask(self.model, session, question, reading, marks, **self.generate_kwargs):
+            answers = ask(self.model, session, question, reading, marks, **self.generate_kwargs)
+            for answered, picture in zip(answers, session.source.frames, strict=False):  # each frame is read once more
                 if visit.session is not session:  # what is given last stays
                     yield self._whole(visit.session, max(0, len(visit.session.turns) - 1))
                     return
@@ -277,8 +295,8 @@ class Page:
                 if not index:
                     yield {**self._whole(answered, number, threshold), self.question: ""}
                 else:
-                    stage = self.redraw(visit, number, index, threshold, shown)
-                    yield {self.frame: index, self.stage: stage}
+                    stage = stage_html(answered, index, number, threshold, shown, picture)
+                    yield {self.frame: index, self.stage: gr.HTML(picture=stage)}
             yield {self.frame: 0}
 
     def choose(self, visit: Visit, threshold: float, event: gr.SelectData) -> dict[Any, Any]:
@@ -341,7 +359,7 @@ class Page:
         with told():
             if picture is None or not 0 < threshold < 1:
                 raise ValueError("An image or a video is needed, and a threshold between 0 and 1.")
-            session = open_session(picture, self.max_frames)
+            session = open_session(_uploaded(picture), self.max_frames)
             reading = {"num_frames": num_frames, "frame_sampling": parse_sampling(frame_sampling)}
             for answered in ask(
                 self.model, session, text, reading, parse_marks(marks), past_text, **self.generate_kwargs

@@ -6,7 +6,7 @@
 The second also works with no GPU at all (accelerate's own --cpu starts one process). Each process takes every n-th
 file. The output has one line for each file, in the order of their names:
 
-    {"file", "question", "prediction", "phrases", "size": [height, width], "fps": number or null,
+    {"file", "settings", "question", "prediction", "phrases", "size": [height, width], "fps": number or null,
      "objects": [{"phrase", "scores": {"iou": [...], "object": [...]}, "areas": [...], "rle": [...]}]}
 
 with one number and one COCO run-length encoding for each frame. A file that can't be read gets
@@ -92,8 +92,7 @@ def run(arguments: argparse.Namespace, state: PartialState) -> list[dict[str, An
     if todo:  # also those whose share is empty: all have to wait equally often
         _answer_all(todo[state.process_index :: state.num_processes], arguments, state)
     elif state.is_main_process:
-        told = "which may be of another model or other options; remove it to ask again"
-        print(f"{str(arguments.output)!r} has an answer for every file, {told}.", file=sys.stderr)
+        print(f"{str(arguments.output)!r} has an answer for every file; remove it to ask again.", file=sys.stderr)
     state.wait_for_everyone()
     failed = _merge(names, arguments) if state.is_main_process else []
     state.wait_for_everyone()  # a launcher stops all processes when one ends with an error
@@ -117,12 +116,13 @@ def _parts(output: Path) -> list[Path]:
 
 
 def _results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """All records so far by file name, later ones over earlier.
+    """All records so far by file name, later ones over earlier, but no failure over an answer.
 
     Raises:
-        ValueError: they answer another question, or are no records.
+        ValueError: they answer another question, are of another model or other options, or are no records.
     """
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    settings = _settings(arguments)
     for path in (arguments.output, *_parts(arguments.output)):
         for record in _read(path):
             if not isinstance(record, dict) or not isinstance(record.get("file"), str):
@@ -131,8 +131,19 @@ def _results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 raise ValueError(
                     f"{str(path)!r} holds answers to {record.get('question')!r}. Give another --output, or remove it."
                 )
-            results[record["file"]] = record
+            if (made_with := record.get("settings", settings)) != settings:
+                raise ValueError(
+                    f"{str(path)!r} holds answers made with {made_with}, now asked for are {settings}. Give another "
+                    "--output, or remove it."
+                )
+            if "error" not in record or "error" in results.get(record["file"], record):
+                results[record["file"]] = record
     return results
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What answers depend on besides the question."""
+    return {"model": arguments.model, "dtype": arguments.dtype, **predict_options(arguments)}
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
@@ -166,7 +177,7 @@ def _answer(name: str, model: Sa2VAChatModel, arguments: argparse.Namespace) -> 
                 record = new_record(arguments.text, frame, source)
                 del record["overlay"]
             add_frame(record["objects"], frame)
-        return {"file": name, **record}
+        return {"file": name, "settings": _settings(arguments), **record}
     except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
         return {"file": name, "question": arguments.text, "error": str(error)}
 

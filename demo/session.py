@@ -225,7 +225,8 @@ def region_masks(marks: Sequence[Mark], size: tuple[int, int], grid: int) -> np.
         elif mark.kind == "point":
             cv2.circle(canvas, points[0].tolist(), BRUSH // 2, 1.0, cv2.FILLED)
         else:
-            cv2.polylines(canvas, [points], False, 1.0, BRUSH)
+            ends = points[[0, *range(len(points))]]  # of a single point OpenCV draws nothing
+            cv2.polylines(canvas, [ends], False, 1.0, BRUSH)
         coverage = cv2.resize(canvas, (grid, grid), interpolation=cv2.INTER_AREA)
         regions.append(coverage >= min(0.5, coverage.max()))
     return np.stack(regions)
@@ -260,7 +261,14 @@ def _class(number: int, index: int) -> str:
     return f"turn{number}-object{index}"
 
 
-def stage_html(session: Session, index: int, number: int, threshold: float, shown: Collection[int]) -> str:
+def stage_html(
+    session: Session,
+    index: int,
+    number: int,
+    threshold: float,
+    shown: Collection[int],
+    picture: Image.Image | None = None,
+) -> str:
     """A frame with its masks: SVG whose unit is a pixel of the picture, and CSS that links masks and phrases.
 
     Args:
@@ -269,7 +277,9 @@ def stage_html(session: Session, index: int, number: int, threshold: float, show
         number: of the turn whose masks are shown; none are if it doesn't exist or hasn't come to this frame.
         threshold: probability above which a pixel belongs to an object.
         shown: indices of the objects that are not hidden.
+        picture: the frame, where it is at hand: a video is read from its beginning for it.
     """
+    picture = session.picture(index) if picture is None else picture
     width, height = session.size
     shapes, rules = [], []
     if number < len(session.turns) and index < len(session.turns[number].frames):
@@ -281,7 +291,7 @@ def stage_html(session: Session, index: int, number: int, threshold: float, show
             )
             hover = f"body:has(.{name}:hover)"
             rules.append(f"{hover} .mask:not(.{name}) {{ opacity: 0 }} {hover} mark.{name} {{ outline: 2px solid }}")
-    image = f'<image href="{_data_url(session.picture(index))}" width="{width}" height="{height}"/>'
+    image = f'<image href="{_data_url(picture)}" width="{width}" height="{height}"/>'
     drawn = "".join([image, *shapes, '<g class="marks"></g>'])
     svg = f'<svg viewBox="0 0 {width} {height}" data-frame="{index}">{drawn}</svg>'
     return f"{svg}<style>{' '.join(rules)}</style>"

@@ -26,13 +26,18 @@ from sa2va.data.registry import Dataset
 from sa2va.data.samples import Media, Sample
 from sa2va.demo.media import append_lines, finished_lines
 from sa2va.demo.predict import check_regions_are_seen
-from sa2va.processing_sa2va import rle_to_masks
+from sa2va.processing_sa2va import IMAGE_TAG, rle_to_masks
 
 # ---------- one sample
 
 
 def answer_sample(
-    model: Sa2VAChatModel, processor: Sa2VAProcessor, sample: Sample, dialogue: bool = False, **options: Any
+    model: Sa2VAChatModel,
+    processor: Sa2VAProcessor,
+    sample: Sample,
+    dialogue: bool = False,
+    before: str = "",
+    **options: Any,
 ) -> dict[str, Any]:
     """Puts a sample's questions to the model.
 
@@ -40,6 +45,7 @@ def answer_sample(
         model, processor: a loaded checkpoint.
         sample: of any data set.
         dialogue: each question comes after the model's own answers to the earlier ones; else each is asked afresh.
+        before: what stands between the picture and a question.
         **options: for `predict_forward`, such as num_frames, frame_sampling, max_new_tokens.
 
     Returns:
@@ -55,10 +61,11 @@ def answer_sample(
         if regions and sample.media.is_video:
             check_regions_are_seen(options.get("frame_sampling"))
     turns, past_text = [], ""
+    head = IMAGE_TAG + before if before and sample.media else ""
     for turn in sample.turns:
         output = model.predict_forward(
             **_picture(sample.media),
-            text=turn.question,
+            text=head + turn.question,
             past_text=past_text,
             mask_prompts=np.stack(regions) if regions else None,
             processor=processor,

@@ -421,6 +421,11 @@ PROTOCOL_OF: Mapping[str, str] = {
     "region_captions": "words",
     "jsonl": "mixed",
 }
+# What Sa2VA's evaluation writes between a picture and the question; nothing where data are not a published benchmark.
+BEFORE_QUESTIONS: Mapping[str, str] = {
+    **dict.fromkeys(("refcoco", "refcoco+", "refcocog", "grefcoco", "reasonseg"), "\n "),
+    **dict.fromkeys(("mevis", "ref_youtube_vos", "revos", "ref_davis17", "ref_sav", "gcg"), "\n"),
+}
 _MADE_FOR = {"ref_davis17": "ref_davis17", "gcg": "gcg", "scenes": "jsonl"}  # metric: the data that have what it needs
 
 

@@ -29,6 +29,7 @@ from sa2va.demo.predict import USER_ERROR, add_answer_options, load_model
 from sa2va.evaluation.captions import TEXT_ENCODER
 from sa2va.evaluation.predict import Predictions, missing, predict_dataset, subset
 from sa2va.evaluation.protocols import (
+    BEFORE_QUESTIONS,
     PROTOCOL_OF,
     PROTOCOLS,
     Measurement,
@@ -62,6 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("root", required=True, type=Path, metavar="DIR", help="its folder, as docs/data.md has it")
     add("split", default="val", help="such as val, testA or valid_u; default: val")
     add("metric", choices=sorted(PROTOCOLS), help="default: that of the data set")
+    add("before", metavar="TEXT", help="between a picture and the question; default: as in Sa2VA's evaluation")
     add("merge", default="official", choices=("official", "union"), help="masks of a video's answer: the first, or all")
     add("text_encoder", default=TEXT_ENCODER, help="compares phrases of gcg as GLaMM does; '' leaves it out")
     add("limit", type=int, metavar="N", help="that many samples, drawn at random")
@@ -87,7 +89,8 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict[str, Any] | 
     indices = subset(len(dataset), arguments.limit, arguments.seed)
     output = arguments.output or OUTPUTS / Path(arguments.model).name / f"{arguments.data}-{arguments.split}"
     if not arguments.metrics_only:
-        _predict(arguments, {"dialogue": protocol.dialogue}, dataset, indices, output, state)
+        before = BEFORE_QUESTIONS.get(arguments.data, "") if arguments.before is None else arguments.before
+        _predict(arguments, {"dialogue": protocol.dialogue, "before": before}, dataset, indices, output, state)
     return _score(arguments, protocol, dataset, indices, output) if state.is_main_process else None
 
 

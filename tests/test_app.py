@@ -158,6 +158,11 @@ def test_mark_covers_the_cells_it_lies_on():
     assert stroke[2:].all()
 
 
+def test_a_click_with_the_brush_marks_what_a_point_does():
+    brush, point = region_masks([Mark(kind, ((200, 50),)) for kind in ("brush", "point")], (400, 400), 16)
+    assert brush.any() and (brush == point).all()
+
+
 BAD_MARKS = [
     "box", [1], [{"kind": "box"}], [{"kind": "lasso", "points": [[1, 2]]}], [{"kind": "point", "points": []}],
     [{"kind": "point", "points": [[1, 2, 3]]}], [{"kind": "point", "points": [[1, float("nan")]]}],
@@ -278,6 +283,32 @@ def test_program_is_told_what_is_wrong_and_nothing_of_the_server(address, tmp_pa
     kind, message = http_predict(address, tmp_path / "broken.png", STAR, "", [], 5, "first", 0.5)
     assert kind == "error"
     assert message["error"].startswith("'broken.png' is a damaged image")
+
+
+def queue_event(address, kind, value):
+    """What the page's server says to the event of an image or a video that has come, without any client."""
+    config = json.loads(urllib.request.urlopen(f"{address}/config").read())
+    (component,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == kind]
+    (event,) = [part for part in config["dependencies"] if [component, "change"] in part["targets"]]
+    data = {"data": [value, None], "fn_index": event["id"], "session_hash": "visitor"}
+    post(f"{address}/gradio_api/queue/join", json.dumps(data).encode(), "application/json")
+    events = urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=visitor").read().decode()
+    found = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: ")]
+    return next(event for event in found if event["msg"] == "process_completed")
+
+
+@pytest.mark.parametrize("path", [IMAGE, VIDEO, SAMPLES])
+def test_a_visitor_sees_no_files_of_the_server(address, path):
+    """gradio leaves paths of images that come without its own mark as they are; those of videos it refuses."""
+    for kind, told in (("image", "Only files that were uploaded"), ("video", "")):
+        done = queue_event(address, kind, {"path": str(path)})
+        assert not done["success"] and (done["output"]["error"] or "").startswith(told)
+
+
+def test_a_playlist_is_not_followed(address, tmp_path):
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\n{VIDEO}\n#EXT-X-ENDLIST\n")
+    kind, message = http_predict(address, tmp_path / "list.m3u8", CROSS, "", [], 5, "first", 0.5)
+    assert kind == "error" and message["error"].startswith("This is a playlist")
 
 
 def test_program_is_told_of_frames_that_are_no_numbers(address):

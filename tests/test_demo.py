@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from sa2va.demo import make_figure, make_samples, predict
-from sa2va.demo.media import open_source
+from sa2va.demo.media import open_source, video_writer
 from sa2va.demo.predict import main
 from sa2va.finetune.tiny import build_model
 from sa2va.processing_sa2va import open_video, rle_to_masks
@@ -312,6 +313,23 @@ def test_weights_go_straight_onto_a_gpu_and_onto_the_one_that_is_current(monkeyp
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     assert [options["device_map"] for options in asked] == [None, second, None, second, first]
     assert [options["dtype"] for options in asked] == ["float32", "auto", "float32", "float16", "auto"]
+
+
+def test_a_bare_stream_of_jpegs_is_a_video(tmp_path):
+    """To Pillow it is the first picture."""
+    frames = [cv2.imencode(".jpg", np.full((32, 48, 3), 50 * number, np.uint8))[1] for number in range(4)]
+    (tmp_path / "clip.mjpeg").write_bytes(b"".join(frame.tobytes() for frame in frames))
+    source = open_source(tmp_path / "clip.mjpeg")
+    assert source.is_video and len(list(source.frames)) == 4
+
+
+def test_a_video_is_written_into_a_folder_named_by_the_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("12:30:00", "clip.mp4")
+    path.parent.mkdir()
+    with video_writer(path, (32, 48), 8.0) as write:
+        write(Image.new("RGB", (48, 32)))
+    assert open_source(path).length == 1
 
 
 def test_what_a_video_named_by_the_time_says_of_itself_is_read(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -449,6 +450,32 @@ def test_turns_of_a_dialogue_hear_the_earlier_answers_and_others_do_not(tiny):
     alone, after = (answer_sample(*tiny, sample, dialogue=d, max_new_tokens=32)["turns"] for d in (False, True))
     assert alone[0] == after[0]
     assert alone[1] != after[1]
+
+
+@pytest.mark.parametrize(
+    "data, more, asked",
+    [
+        ("refcoco", [], "<image>\n Please segment"),
+        ("mevis", [], "<image>\nPlease segment"),
+        ("refcoco", ["--before", ""], "Please segment"),
+        ("jsonl", [], ""),
+    ],
+)
+def test_questions_stand_behind_the_picture_as_in_sa2vas_evaluation(tiny, tmp_path, monkeypatch, data, more, asked):
+    """The released models were trained with the newline."""
+    texts = []
+
+    def noted(**given):
+        texts.append(given["text"])
+        return tiny[0].predict_forward(**given)
+
+    model = SimpleNamespace(predict_forward=noted, load_processor=tiny[0].load_processor, device="cpu", dtype="float32")
+    monkeypatch.setattr(run, "load_model", lambda *_: model)
+    split = SPLITS.get(data, "train")
+    place = ["--data", data, "--root", str(EXAMPLES / data), "--split", split, "--output", str(tmp_path)]
+    assert run.main([*place, "--device", "cpu", "--max_new_tokens", "8", "--limit", "1", *more]) == 0
+    assert texts[0].startswith(asked) and ("<image>" in texts[0]) == ("<image>" in asked)
+    assert "<image>" not in (tmp_path / "predictions" / "process-0.jsonl").read_text()
 
 
 def _one_of_two(tiny, output):

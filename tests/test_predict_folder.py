@@ -104,6 +104,24 @@ def test_files_with_an_answer_are_not_asked_again_and_failures_are(folder, tmp_p
     assert lines_of(output)[2]["prediction"].endswith("<|im_end|>")
 
 
+def test_an_answer_of_the_second_run_stays_whatever_process_failed_in_the_first(folder, tmp_path):
+    """The file may have been mended meanwhile, and have gone to another process."""
+    answer, failure = {"prediction": "of the second run"}, {"error": "of the first"}
+    for process, found in ((0, answer), (1, failure)):
+        part = tmp_path / f".out.jsonl.{process}.part"
+        part.write_text(json.dumps({"file": "b.png", "question": QUESTION, **found}) + "\n")
+    main([str(folder), QUESTION, "--output", str(tmp_path / "out.jsonl")])
+    assert lines_of(tmp_path / "out.jsonl")[1]["prediction"] == "of the second run"
+
+
+@pytest.mark.parametrize("option", [("--model", "elsewhere"), ("--threshold", "0.7"), ("--num-frames", "2")])
+def test_answers_made_in_different_ways_are_not_mixed(folder, tmp_path, capsys, option):
+    command = [str(folder), QUESTION, "--output", str(tmp_path / "out.jsonl")]
+    main(command)
+    assert main([*command, *option]) == 2
+    assert "holds answers made with" in capsys.readouterr().err
+
+
 def test_a_run_that_is_stopped_as_it_begins_keeps_all_answers(folder, tmp_path, monkeypatch):
     part = tmp_path / ".out.jsonl.0.part"
     part.write_text(json.dumps({"file": "b.png", "question": QUESTION, "prediction": "kept"}) + "\n")
