@@ -108,7 +108,13 @@ def _mask_problems(sample: Sample) -> Iterator[str]:
 
 
 def _annotation_problems(sample: Sample, length: int) -> Iterator[str]:
-    """Clips of which nothing can be learned or measured: all objects of a turn must be annotated in the same frames."""
+    """Clips of which nothing can be learned or measured: all objects of a turn must be annotated in the same frames.
+
+    So must all of a conversation with turns that point at nothing, as its turns stay together.
+    """
+    whole = [thing for turn in sample.turns for thing in turn.objects]
+    if not all(turn.objects for turn in sample.turns) and not annotated_frames(whole, length):
+        yield "there is no frame in which all objects of the conversation are annotated."
     for number, turn in enumerate(sample.turns):
         counted = annotated_frames(turn.objects, length)
         if not counted:

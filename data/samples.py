@@ -164,7 +164,7 @@ class MaskFile:
 
     Attributes:
         path: a file without loss (PNG).
-        value: palette index or grey value of the object; None takes all that is not 0 (black).
+        value: palette index or grey value of the object; None takes all that is not black.
     """
 
     path: Path
@@ -174,7 +174,8 @@ class MaskFile:
         """Bool [h, w]; ValueError for colours where a single value is sought, OSError for no readable picture."""
         try:
             with Image.open(self.path) as picture:
-                labels = np.asarray(picture.convert("RGB") if picture.mode in ("RGBA", "LA", "PA", "CMYK") else picture)
+                has_colors = picture.mode in ("RGBA", "LA", "PA", "CMYK", *(("P",) if self.value is None else ()))
+                labels = np.asarray(picture.convert("RGB") if has_colors else picture)
         except OSError:
             raise
         except CORRUPT_FILE_ERRORS as error:

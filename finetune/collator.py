@@ -86,7 +86,10 @@ class SampleCollator:
 
     def _row(self, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
         """What one sample adds to a batch."""
+        if sample.info.get("captions"):
+            raise ValueError("it only has captions to compare with. Learn from a split with answers; see docs/data.md.")
         turns = choose_turns(sample.turns, self.max_objects, rng)
+        turns = seen_together(turns, len(sample.media), rng) if sample.media else turns
         objects = [thing for turn in turns for thing in turn.objects]
         frames, pictures = [], []
         if sample.media:
@@ -187,6 +190,20 @@ def choose_turns(turns: Sequence[Turn], max_objects: int, rng: np.random.Generat
     order = rng.permutation(len(turns)) if independent else np.arange(len(turns))
     counts = np.cumsum([len(turns[i].objects) for i in order])
     return [turns[i] for i in sorted(order[: max(1, int((counts <= max_objects).sum()))])]
+
+
+def seen_together(turns: Sequence[Turn], length: int, rng: np.random.Generator) -> list[Turn]:
+    """Those of independent turns (as in `choose_turns`) that some of `length` frames has annotations of all of."""
+
+    def are(some: Sequence[int]) -> bool:
+        return bool(annotated_frames([thing for i in some for thing in turns[i].objects], length))
+
+    kept = list(range(len(turns)))
+    if not are(kept) and all(turn.objects for turn in turns):
+        kept = []
+        for i in rng.permutation(len(turns)).tolist():
+            kept += [i] if are([*kept, i]) else []
+    return [turns[i] for i in sorted(kept)] or list(turns)
 
 
 def choose_frames(

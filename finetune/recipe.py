@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import ConcatDataset, SequentialSampler
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.integrations import deepspeed
@@ -87,7 +87,9 @@ class RecipeArguments:
     lora_dropout: float = 0.05
     lora_targets: list[str] = field(
         default_factory=lambda: [ALL_LINEAR],
-        metadata={"help": "names of modules, as here or in the released code; all-linear: of the language model"},
+        metadata={
+            "help": "names of modules, as here or in the released code, in all parts; all-linear: of the language model"
+        },
     )
     train_modules: list[str] = field(
         default_factory=lambda: ["embed_tokens", "lm_head", "mlp1", "text_hidden_fcs", "mask_decoder"],
@@ -142,6 +144,11 @@ def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
         raise ValueError(
             "--label_smoothing_factor would have Trainer take the loss of words alone, and no mask would be learned. "
             "Leave it out."
+        )
+    if not training.average_tokens_across_devices:
+        raise ValueError(
+            "--average_tokens_across_devices False would have the losses of words and of masks weigh differently on "
+            "several devices. Leave it out."
         )
     if (strategy := getattr(training, "train_sampling_strategy", "random")) not in ("random", "sequential"):
         raise ValueError(
@@ -227,14 +234,20 @@ def plan_mixture(
 ) -> Mixture:
     """The samples of all steps as one sequence; sets `max_steps` where only epochs were given.
 
-    An epoch is as many samples as the data sets have together, whatever their weights.
+    An epoch is as many samples as the data sets have together, whatever their weights. What is to happen after each is
+    set to happen after so many steps: to `Trainer`, the mixture is a single one.
     """
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    samples = sum(len(dataset) for dataset in datasets.values())
     if training.max_steps <= 0:
         if training.num_train_epochs <= 0:
             raise ValueError(f"num_train_epochs={training.num_train_epochs} is no training: give more than 0.")
-        samples = training.num_train_epochs * sum(len(dataset) for dataset in datasets.values())
-        training.max_steps = max(1, math.ceil(samples / batch))
+        training.max_steps = max(1, math.ceil(training.num_train_epochs * samples / batch))
+    for name in ("save", "eval", "logging"):
+        strategy = getattr(training, f"{name}_strategy")
+        if strategy == "epoch":
+            setattr(training, f"{name}_strategy", type(strategy)("steps"))
+            setattr(training, f"{name}_steps", max(1, math.ceil(samples / batch)))
     return Mixture(datasets, weights, training.max_steps * batch, training.seed)
 
 
@@ -250,7 +263,7 @@ def load_model(recipe: RecipeArguments, training: TrainingArguments) -> tuple[nn
         if getattr(recipe, name) is not None:
             setattr(model.config, name, getattr(recipe, name))
     processor = model.load_processor()
-    run_idle_parts(model)
+    run_idle_parts(model, _is_sharded(training))
     return prepare_model(model, recipe), processor
 
 
@@ -315,13 +328,14 @@ def _is_sharded(training: TrainingArguments) -> bool:
     return bool(training.fsdp or training.deepspeed or any(os.environ.get(name) == "true" for name in launched))
 
 
-def run_idle_parts(model: Sa2VAChatModel) -> None:
+def run_idle_parts(model: Sa2VAChatModel, is_sharded: bool = False) -> None:
     """Makes `forward` give every part that learns a gradient, if only of zero, whatever is in the batch.
 
     A process that has no picture, or no object, runs those parts on nothing, at no weight in the loss, and where the
     others run them: else processes that train together would wait for it for ever, or mistake one part for another.
     Clips of different lengths are segmented in turn, so the number of turns must be equal, too. One process alone does
-    as they do, without the work.
+    as they do, without the work. So do processes with what no batch may need, as memory in pictures, unless its weights
+    are sharded: FSDP and DeepSpeed do not mind.
     """
     forward = model.forward
 
@@ -344,6 +358,8 @@ def run_idle_parts(model: Sa2VAChatModel) -> None:
             if not prompts:
                 model.text_hidden_fcs(_no_state(model, device))
         idle += [_segment_nothing(model, prompts[0]) for _ in range(int(turns) - len(lengths))]
+        if not is_sharded:
+            idle += [p.sum() for p in model.grounding_encoder.parameters() if p.requires_grad]
         if idle:
             output.loss = output.loss + 0.0 * sum(idle)
         return output
@@ -434,7 +450,7 @@ class RecipeTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, each with the number of masks in all of them, of all processes."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_items = super().get_batch_samples(map(_in_own_memory, epoch_iterator), num_batches, device)
         count = sum(m.shape[0] * m.shape[1] for batch in batches for m in batch["mask_labels"] if m is not None)
         count = self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
         for batch in batches:
@@ -497,6 +513,11 @@ class RecipeTrainer(Trainer):
         return {name: p for name, p in named if ".modules_to_save." in name and not p.requires_grad}
 
 
+def _in_own_memory(batch: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what worker processes share: each tensor holds a file open, and a step keeps hundreds."""
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) and value.is_shared() else value, batch)
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; a kill, or a full disk, may leave others behind."""
     found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.glob("*")}
@@ -548,12 +569,14 @@ def _find_start(training: TrainingArguments, recipe: RecipeArguments) -> str | N
     if not recipe.resume and not training.resume_from_checkpoint:
         raise ValueError(f"{output} holds {checkpoint.name}. Add --resume to go on from there, or name a new folder.")
     adapter = checkpoint / "adapter_config.json"
-    rank = json.loads(adapter.read_text())["r"] if adapter.is_file() else 0
+    saved = json.loads(adapter.read_text()) if adapter.is_file() else {"r": 0, "lora_alpha": recipe.lora_alpha}
     is_readable = adapter.is_file() or any(checkpoint.glob("*.safetensors"))  # what FSDP and DeepSpeed write is not
-    if is_readable and rank != recipe.lora_rank:
-        raise ValueError(
-            f"{checkpoint} has --lora_rank {rank}, not {recipe.lora_rank}. Resume with the arguments it began with."
-        )
+    for option, before in (("lora_rank", saved["r"]), ("lora_alpha", saved["lora_alpha"])):
+        if is_readable and before != getattr(recipe, option):
+            raise ValueError(
+                f"{checkpoint} has --{option} {before}, not {getattr(recipe, option)}. Resume with the arguments it "
+                "began with."
+            )
     return str(checkpoint)
 
 

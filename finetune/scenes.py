@@ -84,6 +84,7 @@ class SceneTrainer(Trainer):
 
     def __init__(self, *args, settings: dict[str, Any], **kwargs):
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # losses are means over a batch, which `Trainer` averages over a step's
         self._settings = settings
         self._parts: dict[str, list[float]] = defaultdict(list)
 

@@ -368,6 +368,14 @@ def test_mask_files_hold_values_or_colours(tmp_path):
         MaskFile(tmp_path / "colour.png", 9).decode((1, 2))
 
 
+def test_a_palette_may_have_black_anywhere(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
+    picture.putpalette([255, 255, 255, 0, 0, 0, 9, 0, 0])
+    picture.save(tmp_path / "white first.png")
+    assert MaskFile(tmp_path / "white first.png").decode((1, 3)).tolist() == [[True, False, True]]
+    assert MaskFile(tmp_path / "white first.png", 1).decode((1, 3)).tolist() == [[False, True, False]]
+
+
 def test_frames_without_mask_do_not_show_the_object():
     masks = ObjectMasks({1: (Polygons.box(0, 0, 1, 1), Polygons.box(1, 1, 2, 2))})
 
@@ -455,13 +463,15 @@ def _rename_first(entries, name):
     entries[name] = entries.pop(next(iter(entries)))
 
 
-def _annotated_clip(root, *annotated, **more):
+def _annotated_clip(root, *annotated, more_turns=(), **more):
     names = ["a.png", "b.png"]
     for name in names:
         Image.new("RGB", (64, 48)).save(root / name)
     objects = [{"masks": {frames[0]: [0, 0, 9, 9]}, "annotated": frames} for frames in annotated]
     turn = {"question": "Where?", "answer": "[SEG] [SEG]", "objects": [0, 1]}
-    edit_line(root / "train.jsonl", 2, json.dumps({"frames": names, "objects": objects, "turns": [turn], **more}))
+    edit_line(
+        root / "train.jsonl", 2, json.dumps({"frames": names, "objects": objects, "turns": [turn, *more_turns], **more})
+    )
 
 
 BROKEN = {
@@ -513,6 +523,23 @@ BROKEN = {
     "objects that are never annotated together": (
         ("jsonl", "train", lambda r: _annotated_clip(r, [0], [1])),
         ["train.jsonl:2: turn 0: there is no frame in which all its objects are annotated."],
+    ),
+    "objects of a conversation that are never annotated together": (
+        (
+            "jsonl",
+            "train",
+            lambda r: _annotated_clip(
+                r,
+                [0],
+                [0],
+                [1],
+                more_turns=[
+                    {"question": "And?", "answer": "[SEG]", "objects": [2]},
+                    {"question": "Who?", "answer": "A cat."},
+                ],
+            ),
+        ),
+        ["train.jsonl:2: there is no frame in which all objects of the conversation are annotated."],
     ),
     "regions on a frame that nobody annotated": (
         ("jsonl", "train", lambda r: _annotated_clip(r, [1], [0, 1], regions=[1])),

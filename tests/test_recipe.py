@@ -25,7 +25,7 @@ from sa2va.data.export_scenes import export_scenes
 from sa2va.data.registry import open_dataset
 from sa2va.data.samples import Media, ObjectMasks, Polygons, Sample, Turn
 from sa2va.finetune import merge, one_shot, recipe, train
-from sa2va.finetune.collator import SampleCollator, choose_frames, choose_turns
+from sa2va.finetune.collator import SampleCollator, choose_frames, choose_turns, seen_together
 from sa2va.hub_upload import check_checkpoint
 
 peft = pytest.importorskip("peft")
@@ -167,6 +167,53 @@ def test_frames_are_drawn_where_all_objects_are_annotated_and_regions_are_marked
         choose_frames(clip, labelled[1:], 5, rng, with_first=True)
 
 
+def test_of_independent_expressions_those_are_learned_that_were_annotated_together():
+    rng = np.random.default_rng(0)
+    turns = [Turn(name, "[SEG]", (ObjectMasks({}, frozenset({frame})),)) for name, frame in (("a", 0), ("b", 1))]
+    drawn = {tuple(turn.question for turn in seen_together(turns, 2, rng)) for _ in range(20)}
+    assert drawn == {("a",), ("b",)}
+    together = [turns[0], Turn("c", "[SEG]", (ObjectMasks({}, frozenset({0, 1})),))]
+    assert seen_together(together, 2, rng) == together
+    talk = [*turns, Turn("What is it?", "A thing.")]  # its turns may depend on each other
+    assert seen_together(talk, 2, rng) == talk
+
+
+def test_captions_to_compare_with_are_nothing_to_learn(samples):
+    dataset = open_dataset("gcg", ROOT / "data" / "examples" / "gcg", "val")
+    with pytest.raises(ValueError, match="only has captions to compare with"):
+        SampleCollator(Sa2VAProcessor.from_pretrained(TINY))([(0, dataset[0])])
+
+
+def test_batches_of_workers_are_taken_out_of_shared_memory():
+    """Each shared tensor holds a file open, of which a process may have few."""
+    shared = {"labels": torch.ones(2).share_memory_(), "mask_labels": [torch.ones(2).share_memory_(), None]}
+    own = recipe._in_own_memory(shared)
+    assert not own["labels"].is_shared() and not own["mask_labels"][0].is_shared()
+    assert own["mask_labels"][1] is None and torch.equal(own["labels"], shared["labels"])
+
+
+@pytest.mark.parametrize("name", ["save", "eval", "logging"])
+def test_what_happens_after_every_epoch_happens_after_so_many_steps(data, samples, tmp_path, name):
+    """To `Trainer` all steps are one epoch."""
+    options = {"max_steps": -1, "num_train_epochs": 3, f"{name}_strategy": "epoch", "eval_split": "train"}
+    _, training, _ = recipe.parse_arguments(command(data, tmp_path, **options))
+    mixture = recipe.plan_mixture({"all": samples}, None, training)
+    steps = -(-len(samples) // 4)
+    assert getattr(training, f"{name}_strategy") == "steps" and getattr(training, f"{name}_steps") == steps
+    assert training.max_steps == -(-3 * len(samples) // 4) == len(mixture) / 4
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "v_proj"]])
+def test_all_that_learns_gets_a_gradient_from_any_batch(picture, alone, targets):
+    """Processes that train together wait for it; pictures have no use for memory, which the second targets reach."""
+    model = AutoModel.from_pretrained(GOLDEN / "ivl_qwen2", dtype=torch.float32)
+    processor = model.load_processor()
+    recipe.run_idle_parts(model)
+    model = recipe.prepare_model(model, recipe.RecipeArguments("M", lora_rank=2, lora_targets=targets)).train()
+    model(**training_batch(processor, picture)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_independent_expressions_beyond_five_objects_are_left_out():
     rng = np.random.default_rng(0)
     turns = [Turn(f"{i}", None, (ObjectMasks({}),) * 2) for i in range(4)]
@@ -295,7 +342,7 @@ dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 os.environ["ACCELERATE_USE_FSDP"] = "true"
 model = AutoModel.from_pretrained(GOLDEN / sys.argv[1], dtype=torch.float32)
 processor, is_first = model.load_processor(), dist.get_rank() == 0
-recipe.run_idle_parts(model)
+recipe.run_idle_parts(model, is_sharded=True)
 model = recipe.prepare_model(model, recipe.RecipeArguments(model=sys.argv[1], lora_rank=4, lora_alpha=8))
 plugin = FullyShardedDataParallelPlugin(
     fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
@@ -473,6 +520,12 @@ def test_a_run_is_not_resumed_with_another_adapter(whole, data, tmp_path, rank, 
         train.main([*command(data, tmp_path, lora_rank=rank), *resume])
 
 
+def test_a_run_is_not_resumed_with_an_adapter_of_another_weight(whole, data, tmp_path):
+    shutil.copytree(whole / "checkpoint-1", tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match="--lora_alpha 8, not 512"):
+        train.main([*command(data, tmp_path, lora_alpha=512), "--resume"])
+
+
 @pytest.mark.parametrize("named", ["True", "checkpoint-1", None])
 def test_the_checkpoint_to_go_on_from_may_be_named_or_be_the_newest(whole, data, named):
     named = str(whole / named) if named == "checkpoint-1" else named
@@ -489,6 +542,7 @@ def test_the_checkpoint_to_go_on_from_may_be_named_or_be_the_newest(whole, data,
         ({"label_smoothing_factor": 0.1}, "no mask would be learned"),
         ({"train_sampling_strategy": "group_by_length"}, "order that the mixture draws"),
         ({"eval_strategy": "steps"}, "--eval_strategy steps needs --eval_split"),
+        ({"average_tokens_across_devices": False}, "weigh differently on several devices"),
     ],
 )
 def test_arguments_by_which_nothing_sensible_is_learned_are_refused(data, tmp_path, options, told):

@@ -226,6 +226,7 @@ def test_the_learning_rate_warms_up_again_where_words_begin(tmp_path):
     dataset = ScheduledScenes(0, 100, 4, 2, 6, (Stage(0.3, {}), Stage(1.0, {"refer": 1.0})))
     trainee_ = trainee.SceneTrainee(model)
     trainer = train.SceneTrainer(model=trainee_, args=arguments, train_dataset=dataset, settings={})
+    assert not trainer.model_accepts_loss_kwargs  # so that it divides the losses of a step's batches by their number
     trainer.create_optimizer_and_scheduler(100)
     rate, *_ = trainer.lr_scheduler.lr_lambdas
     assert rate(29) > 0.5 and rate(30) < 0.1 and rate(40) > 0.5 and rate(99) < 0.01
