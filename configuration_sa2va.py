@@ -430,6 +430,13 @@ class Sa2VAChatConfig(PreTrainedConfig):
 
     __eq__ = PreTrainedConfig.__eq__  # transformers would put one here that compares the fields of its own class alone
 
+    def __init_subclass__(cls, **kwargs):
+        """Subclasses inherit these, too; transformers would give them some that know none of the fields here."""
+        for name in ("__init__", "__eq__"):
+            if name not in vars(cls):
+                setattr(cls, name, getattr(cls, name))
+        super().__init_subclass__(**kwargs)
+
     def __init__(
         self,
         vision_config=None,
@@ -587,8 +594,6 @@ class Sa2VAChatConfigQwen(Sa2VAChatConfig):
     is_qwen_vl = True
     attribute_map = {"llm_config": "text_config"}
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig, "grounding_config": Sa2VAGroundingConfig}
-
-    __eq__ = PreTrainedConfig.__eq__  # transformers would put one here that compares the fields of its own class alone
 
     def __init__(
         self,

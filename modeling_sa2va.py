@@ -60,6 +60,7 @@ from transformers.modeling_utils import _add_variant
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -529,8 +530,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         chosen = kwargs.get("dtype") is not None
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        source = _base_of(pretrained_model_name_or_path)
         if isinstance(kwargs.get("device_map"), dict) or kwargs.get("quantization_config") is not None:
-            names = ModuleNames.of_checkpoint(pretrained_model_name_or_path, kwargs.get("config"), hub_arguments)
+            names = ModuleNames.of_checkpoint(source, kwargs.get("config"), hub_arguments)
             kwargs |= _with_native_names(names, kwargs)
         wants_report = kwargs.pop("output_loading_info", False)
         load = partial(_load, super().from_pretrained, pretrained_model_name_or_path, *model_args)
@@ -541,8 +543,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             del model  # there may not be room for two
             model, report = load(**{**kwargs, "config": config})
         model._hub_arguments = hub_arguments
-        if os.path.isdir(pretrained_model_name_or_path or ""):
-            model._folder = os.path.abspath(pretrained_model_name_or_path)
+        if os.path.isdir(source or ""):
+            model._folder = os.path.abspath(source)
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
         _pack_what_fits(model)
@@ -650,7 +652,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         hub |= {"max_shard_size": max_shard_size, "tags": tags}
         hub |= {"commit_message": message, "commit_description": commit_description}
         if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
-            return super().push_to_hub(repo_id, **hub)
+            return super().push_to_hub(repo_id, **{name: value for name, value in hub.items() if value is not None})
         from .hub_upload import push_model
 
         return push_model(self, repo_id, **hub).url
@@ -761,6 +763,14 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the language model's token embeddings."""
         self.causal_model.set_input_embeddings(value)
+
+    def _get_resized_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """New rows are drawn as the language model draws its own."""
+        return self.causal_model._get_resized_embeddings(*args, **kwargs)
+
+    def _get_resized_lm_head(self, *args, **kwargs) -> nn.Linear:
+        """New rows are drawn as the language model draws its own."""
+        return self.causal_model._get_resized_lm_head(*args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         """The language model's head."""
@@ -2305,6 +2315,14 @@ def _check_index(name_or_path: str | os.PathLike | None, arguments: dict[str, An
     )
     if path is not None and "metadata" not in read_index(Path(path)):
         raise OSError(f'{path} has no metadata, without which transformers reads no index. Add "metadata": {{}}.')
+
+
+def _base_of(name_or_path: str | os.PathLike | None) -> str | os.PathLike | None:
+    """The checkpoint itself; in place of an adapter's folder the checkpoint it belongs to, as transformers has it."""
+    adapter = Path(name_or_path or "", ADAPTER_CONFIG_NAME)
+    if name_or_path is None or not adapter.is_file():
+        return name_or_path
+    return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or name_or_path
 
 
 def _where(arguments: dict[str, Any]) -> dict[str, Any]:

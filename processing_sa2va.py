@@ -1683,6 +1683,7 @@ class Sa2VAProcessor(ProcessorMixin):
         return_tensors: str | None = None,
         padding: bool | str = True,
         padding_side: str = "left",
+        audio: None = None,
     ) -> BatchFeature:
         """`prepare` in the manner of transformers: the arguments of the model's `generate` and `forward`.
 
@@ -1697,6 +1698,7 @@ class Sa2VAProcessor(ProcessorMixin):
             return_tensors: "pt" (also None), or "np", which the model does not take.
             padding: True or "longest" fills shorter texts up; False refuses a batch that would need it.
             padding_side: "left" to `generate`, "right" for `forward`.
+            audio: None; pipelines name it.
 
         Returns:
             `input_ids`, `attention_mask` and what there is of `pixel_values`, `image_grid_thw`, `prompt_masks`,
@@ -1709,6 +1711,8 @@ class Sa2VAProcessor(ProcessorMixin):
         """
         if padding not in (True, False, "longest") or padding_side not in ("left", "right"):
             raise ValueError(f"{padding=}, {padding_side=}: padding is True or False, on the 'left' or 'right'.")
+        if audio is not None:
+            raise ValueError("audio can't be heard. Leave it out.")
         shared = {"num_frames": num_frames, "frame_sampling": frame_sampling}
         given = {"images": images, "videos": videos, "past_text": past_text, "mask_prompts": mask_prompts}
         if isinstance(text, list | tuple):

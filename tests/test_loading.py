@@ -339,3 +339,36 @@ def test_a_subclass_reads_and_writes_the_released_layout(family, tmp_path):
     mine.save_pretrained(tmp_path)
     released, written = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
     assert all(torch.equal(written[name], tensor) for name, tensor in released.items())
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_a_subclass_of_the_config_knows_its_fields_and_those_of_the_checkpoint(family, tmp_path):
+    folder = ROOT / "tests" / "golden" / family
+    plain = AutoConfig.from_pretrained(folder)
+
+    class Mine(type(plain)):
+        flag: bool = False
+
+    mine = Mine.from_pretrained(folder, flag=True)
+    assert mine.flag and mine.get_text_config() == plain.get_text_config()
+    assert mine.grounding_config == plain.grounding_config and not Mine().flag and Mine().grounding_config.d_model
+    mine.save_pretrained(tmp_path)
+    assert Mine.from_pretrained(tmp_path).flag and Mine.from_pretrained(tmp_path) != plain
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "ivl_internlm2", "qwen3vl"])
+@pytest.mark.parametrize("mean_resizing", [True, False])
+def test_a_vocabulary_may_grow(family, mean_resizing, tmp_path, picture):
+    """New rows are drawn as the language model draws its own, or from the others' mean."""
+    model = AutoModel.from_pretrained(ROOT / "tests" / "golden" / family).eval()
+    before = model.get_input_embeddings().num_embeddings
+    inputs = model.load_processor()(picture, "Where is it?")
+    wanted = model(**inputs).logits
+    model.resize_token_embeddings(before + 8, mean_resizing=mean_resizing)
+    assert model.get_input_embeddings().weight[before:].std() < 0.2
+    torch.testing.assert_close(model(**inputs).logits[..., :before], wanted)
+    model.save_pretrained(tmp_path)
+    model.load_processor().save_pretrained(tmp_path)
+    grown = AutoModel.from_pretrained(tmp_path).eval()
+    assert grown.config.get_text_config().vocab_size == before + 8
+    torch.testing.assert_close(grown(**inputs).logits, model(**inputs).logits)

@@ -657,6 +657,13 @@ def test_a_pipeline_answers_messages(golden_model, golden_processor, picture):
     assert said["generated_text"] == "Yes."
 
 
+def test_a_pipeline_for_anything_answers_about_a_picture(golden_model, golden_processor, picture):
+    script = answer_with(golden_model, "Yes.<|im_end|>")
+    pipe = pipeline("any-to-any", model=golden_model, processor=golden_processor, device="cpu")
+    (said,) = pipe(images=[picture], text=["A square?"], return_full_text=False, generate_kwargs=script)
+    assert said["generated_text"] == "Yes."
+
+
 @pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
 def test_a_pipeline_answers_a_batch_as_it_does_one_by_one(family):
     model = AutoModel.from_pretrained(GOLDEN / family)

@@ -260,3 +260,11 @@ def test_a_merged_internlm2_is_saved_in_the_released_layout(golden, tmp_path):
     assert saved.keys() == released.keys()
     assert changed == {f"language_model.model.layers.{i}.attention.wqkv.weight" for i in range(2)}
     assert np.isfinite(saved["language_model.model.layers.0.attention.wqkv.weight"].numpy()).all()
+
+
+@pytest.mark.parametrize("placed", [{}, {"device_map": {"": "cpu"}}], ids=["plain", "placed"])
+def test_the_class_itself_takes_the_folder_of_an_adapter(tmp_path, placed):
+    """And its tokenizer from the checkpoint that the adapter belongs to, as AutoModel."""
+    peft.get_peft_model(load("ivl_qwen2"), lora("q_proj")).save_pretrained(tmp_path)
+    model = Sa2VAChatModel.from_pretrained(tmp_path, **placed)
+    assert adapted(model) and model.predict_forward(text="Hi", max_new_tokens=2).prediction

@@ -447,6 +447,28 @@ def run(script: str, *arguments, hub, cwd, **environment) -> subprocess.Complete
     return subprocess.run(script, cwd=cwd, env=kept | own, capture_output=True, text=True)
 
 
+PUSH_ADAPTER = """
+import importlib.metadata, sys
+import peft
+import sa2va
+from transformers import AutoModel
+from transformers.integrations import peft as integration
+
+integration.MIN_PEFT_VERSION = importlib.metadata.version("peft")
+model = AutoModel.from_pretrained(sys.argv[1])
+model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+model.push_to_hub("me/adapter", token="hf_me")
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_alone_is_pushed_as_transformers_does(hub, tmp_path):
+    pytest.importorskip("peft")
+    done = run(PUSH_ADAPTER, TINY, hub=hub, cwd=tmp_path, PYTHONPATH=os.pathsep.join(sys.path))
+    assert done.returncode == 0, done.stderr
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= hub.repos["model", "me/adapter"].at().files.keys()
+
+
 MERGE = "import sys; from sa2va.hub_upload import main; sys.exit(main(['pack', 'adapter', 'out', '--skip-test']))"
 
 
