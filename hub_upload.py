@@ -536,7 +536,10 @@ def _model_without_memory(config):
     from .modeling_sa2va import Sa2VAChatModel
 
     if getattr(config, "quantization_config", None):
-        raise CheckpointError("The weights are quantized; check the checkpoint they were made from.")
+        raise CheckpointError(
+            "The weights are quantized, and only transformers can tell whether they fit. Take the checkpoint they were "
+            "made from; quantized ones go to the Hub by model.push_to_hub."
+        )
     with _as_checkpoint_error(), torch.device("meta"):
         return Sa2VAChatModel(config)
 
@@ -702,7 +705,7 @@ class CardFacts:
         base_model: names on the Hub of what this was made from; default: the adapter's base model, else what the
             source's own card says, else what the released checkpoint of this size was made from.
         base_model_relation: "finetune", "merge", "adapter" or "quantized"; default fits `base_model`.
-        license: as the Hub spells it, "apache-2.0"; default that of the source's card or released checkpoint.
+        license: as the Hub spells it, "apache-2.0"; default that of the source's card.
         language: ISO codes, or "multilingual".
         datasets: names on the Hub of what it was trained on.
         tags: more tags than every Sa2VA has.
@@ -811,7 +814,7 @@ def pack_checkpoint(
         files = _find_files(str(origin.folder))
         report, config, tensors = _inspect(files)
         if not report.ok:
-            raise CheckpointError(f"Not packed, since it would not load.\n{report}")
+            raise CheckpointError(f"Not packed, since something is wrong:\n{report}")
         _pack_settings(files, target, config)
         card, notes = _pack_card(target, config, report, origin, old_text, facts, model_id)
         # The weights last: they may take long, and what is before may be refused.
@@ -1298,7 +1301,7 @@ def _render_card(config, report: CheckpointReport, origin: _Origin, old, facts: 
     bases, relation = _lineage(config, origin, old, facts, known)
     results = [EvalResult(**_result(values)) for values in facts.results]
     data = ModelCardData(
-        license=facts.license or old.license or ("apache-2.0" if known else None),
+        license=facts.license or old.license,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         base_model=bases or None,

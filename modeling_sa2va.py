@@ -542,6 +542,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             config = _as_sa2va_i(model.config)
             del model  # there may not be room for two
             model, report = load(**{**kwargs, "config": config})
+        _check_encoder(report, pretrained_model_name_or_path)
         model._hub_arguments = hub_arguments
         if os.path.isdir(source or ""):
             model._folder = os.path.abspath(source)
@@ -2060,6 +2061,16 @@ def _load(from_pretrained: Callable, name_or_path: str | os.PathLike, *args, **k
         ) from error
     _check_quantized(name_or_path, model)
     return model, report
+
+
+def _check_encoder(report: Mapping[str, Any], name_or_path: str | os.PathLike) -> None:
+    """Raises ValueError for weights with another image encoder than SAM 2's, which would be drawn at random."""
+    lacks_trunk = any(".image_encoder.trunk." in name for name in report["missing_keys"])
+    if lacks_trunk and any("grounding_encoder." in name for name in report["unexpected_keys"]):
+        raise ValueError(
+            f"The grounding encoder of {name_or_path} is not SAM 2.0's, which is the only one known here. `python "
+            f"hub_upload.py check {name_or_path}` names every weight that is missing or unknown."
+        )
 
 
 def _check_quantized(name_or_path: str | os.PathLike, model: PreTrainedModel) -> None:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        hint = " Install the page's packages: pip install -e '.[app]'" if isinstance(error, ImportError) else ""
+        hint = " Install the page's packages: pip install -e '.[app]'" if isinstance(error, ModuleNotFoundError) else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return USER_ERROR
     return 0

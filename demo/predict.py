@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        hint = '. The demo needs more packages: pip install "sa2va[demo]"' if isinstance(error, ImportError) else ""
+        hint = (
+            '. The demo needs more packages: pip install "sa2va[demo]"'
+            if isinstance(error, ModuleNotFoundError)
+            else ""
+        )
         print(f"error: {error}{hint}", file=sys.stderr)
         return USER_ERROR
     return 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hub_server import running_hub
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_imports
 
@@ -372,3 +372,13 @@ def test_a_vocabulary_may_grow(family, mean_resizing, tmp_path, picture):
     grown = AutoModel.from_pretrained(tmp_path).eval()
     assert grown.config.get_text_config().vocab_size == before + 8
     torch.testing.assert_close(grown(**inputs).logits, model(**inputs).logits)
+
+
+def test_another_image_encoder_in_the_place_of_sam2s_is_told(golden, tmp_path):
+    """Else it would be drawn at random, and give masks of nothing."""
+    shutil.copytree(golden.folder, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("golden*"))
+    weights = load_file(golden.folder / "model.safetensors")
+    other = {name.replace("image_encoder.trunk", "image_encoder.vision_backbone"): w for name, w in weights.items()}
+    save_file(other, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is not SAM 2\.0's, which is the only one known here"):
+        AutoModel.from_pretrained(tmp_path)

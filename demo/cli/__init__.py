@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(name, words[1:])
     except ImportError as error:
-        extra = COMMANDS[name].extra
+        extra = COMMANDS[name].extra if isinstance(error, ModuleNotFoundError) else None
         return _fail(
             f"{error}." + (f' sa2va {name} needs more packages: pip install "sa2va[{extra}]"' if extra else "")
         )
