@@ -109,12 +109,12 @@ def copy_code(folder: str | Path) -> list[Path]:
     copies = {source: folder / source.name for source in sources if source.is_file()}
     for source, target in copies.items():
         if not (target.exists() and target.samefile(source)):
-            _put(source, target)
+            _replace_with_copy(source, target)
     return list(copies.values())
 
 
-def _put(source: Path, target: Path) -> None:
-    """Puts a copy of a file into the place of another at once. A link there is replaced, not followed."""
+def _replace_with_copy(source: Path, target: Path) -> None:
+    """Replaces a file by a copy of another, at once. A link is replaced, not followed."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         shutil.copyfile(source, temporary)
@@ -422,7 +422,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
         "llm_config": AutoConfig,
         "grounding_config": Sa2VAGroundingConfig,
     }
-    # By `Trainer.predict`, for which metrics are computed: other outputs differ in number from batch to batch.
+    # `Trainer` gathers the outputs of all batches for metrics; of these, not every batch has as many.
     keys_to_ignore_at_inference = [
         *("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_loss", "pred_masks"),
         *("seg_hidden_states", "image_hidden_states", "hidden_states", "attentions"),
@@ -431,7 +431,10 @@ class Sa2VAChatConfig(PreTrainedConfig):
     __eq__ = PreTrainedConfig.__eq__  # transformers would put one here that compares the fields of its own class alone
 
     def __init_subclass__(cls, **kwargs):
-        """Subclasses inherit these, too; transformers would give them some that know none of the fields here."""
+        """Subclasses inherit `__init__` and `__eq__`, too: those of transformers would know none of the fields here.
+
+        A field of theirs has a plain default (`flag: bool = False`), no `dataclasses.field`.
+        """
         for name in ("__init__", "__eq__"):
             if name not in vars(cls):
                 setattr(cls, name, getattr(cls, name))
@@ -562,7 +565,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
         with tempfile.TemporaryDirectory() as temporary:
             super().save_pretrained(temporary)
             for file in Path(temporary).iterdir():
-                _put(file, folder / file.name)
+                _replace_with_copy(file, folder / file.name)
         copy_code(folder)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
@@ -756,7 +759,7 @@ def _hub_has_prompt_decoder(name: str, hub_arguments: Mapping[str, Any]) -> bool
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError
 
     subfolder = hub_arguments.get("subfolder") or ""
-    revision, cache_dir, token = (hub_arguments.get(name) for name in ("revision", "cache_dir", "token"))
+    revision, cache_dir, token = (hub_arguments.get(key) for key in ("revision", "cache_dir", "token"))
     try:
         cached = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
         if any((cached / subfolder / file).is_file() for file in (_INDEX, _WEIGHTS)):

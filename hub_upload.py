@@ -1605,8 +1605,11 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
     if any((folder / name).read_bytes() != Path(__file__).with_name(name).read_bytes() for name in CODE_FILES):
         return False
     files = _find_files(str(folder))
-    weights = {name: size for name, size in files.sizes.items() if name.endswith(".safetensors")}
-    if any(size > max_bytes or not _matches(name, UPLOADED) for name, size in weights.items()):
+    try:
+        weights = _shards(files)
+    except CheckpointError:  # packing tells more
+        return False
+    if any(files.sizes.get(name, 0) > max_bytes or not _matches(name, UPLOADED) for name in weights):
         return False
     mapped = [_read_json(files, name).get("auto_map") for name in (CONFIG, "processor_config.json")]
     ours = [auto_map(is_qwen_vl) for is_qwen_vl in (False, True)]

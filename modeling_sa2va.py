@@ -21,6 +21,7 @@ import shlex
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -61,6 +62,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -79,6 +81,7 @@ from .configuration_sa2va import (
     Sa2VAChatConfigQwen,
     Sa2VAInternLM2Config,
     Sa2VAVisionConfig,
+    blaming,
     blaming_config,
     by_own_names,
     read_index,
@@ -96,6 +99,7 @@ from .processing_sa2va import (
     coco_masks,
     collate_inputs,
     find_token,
+    has_tokenizer,
     masks_to_rle,
     open_video,
     prepare_samples,
@@ -517,10 +521,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 weights are pickles (`.bin`), which are never read.
             ValueError: config.json describes no model that can be built, or another than the weights are of.
         """
-        _refuse_pickles(pretrained_model_name_or_path, kwargs)
-        _check_index(pretrained_model_name_or_path, kwargs)
+        source = _base_of(pretrained_model_name_or_path)
+        _refuse_pickles(source, kwargs)
+        _check_index(source, kwargs)
         # None: safetensors first, and on the Hub True would have transformers ask a service for a conversion.
-        kwargs["use_safetensors"] = os.path.isdir(pretrained_model_name_or_path or "") or None
+        kwargs["use_safetensors"] = os.path.isdir(source or "") or None
         kwargs.pop("use_flash_attn", None)
         kwargs.pop("low_cpu_mem_usage", None)
         for bits in ("load_in_8bit", "load_in_4bit"):
@@ -530,7 +535,6 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         chosen = kwargs.get("dtype") is not None
         hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        source = _base_of(pretrained_model_name_or_path)
         if isinstance(kwargs.get("device_map"), dict) or kwargs.get("quantization_config") is not None:
             names = ModuleNames.of_checkpoint(source, kwargs.get("config"), hub_arguments)
             kwargs |= _with_native_names(names, kwargs)
@@ -544,8 +548,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             model, report = load(**{**kwargs, "config": config})
         _check_encoder(report, pretrained_model_name_or_path)
         model._hub_arguments = hub_arguments
-        if os.path.isdir(source or ""):
-            model._folder = os.path.abspath(source)
+        for folder in (source, pretrained_model_name_or_path):  # an adapter may have brought a tokenizer of its own
+            if os.path.isdir(folder or "") and (folder == source or has_tokenizer(Path(folder))):
+                model._folder = os.path.abspath(folder)
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
         _pack_what_fits(model)
@@ -653,7 +658,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         hub |= {"max_shard_size": max_shard_size, "tags": tags}
         hub |= {"commit_message": message, "commit_description": commit_description}
         if getattr(self, "_hf_peft_config_loaded", False) or getattr(self, "hf_quantizer", None) is not None:
-            return super().push_to_hub(repo_id, **{name: value for name, value in hub.items() if value is not None})
+            given = {name: value for name, value in hub.items() if value is not None}  # tags=None would be gone through
+            return super().push_to_hub(repo_id, **given)
         from .hub_upload import push_model
 
         return push_model(self, repo_id, **hub).url
@@ -1334,25 +1340,24 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         prediction: MaskPrediction | None = None,
     ) -> Sa2VAOutput:
         """Collects the masks of all frames; `prediction` is that of an image which was looked at already."""
-        arriving = _Arriving()
+        arriving = _Arriving(options.output_format == "rle")
         if len(answer.prompts):  # else not even the frames need be read
             for parts, predicted in self._segment(inputs, processor, answer.prompts, options, prediction):
                 arriving.add({**options.keep(parts, processor), **_scores(predicted)}, predicted.logits.device)
         frames = arriving.wait()
         plain = replace(options, output_format="torch" if options.output_format == "torch" else "numpy")
+        masks, logits = ([frame.pop(name) for frame in frames] for name in ("masks", "logits"))
         objects = range(len(answer.prompts))
         return Sa2VAOutput(
             prediction=answer.prediction,
-            prediction_masks=[options.pack([frame["masks"][i] for frame in frames]) for i in objects],
+            prediction_masks=options.pack(masks, len(objects)),
             past_text=answer.past_text,
             phrases=answer.phrases,
             mask_scores=[
                 {name: torch.stack([frame[name][i] for frame in frames]).numpy() for name in ("iou", "object")}
                 for i in objects
             ],
-            mask_logits=[plain.pack([frame["logits"][i] for frame in frames]) for i in objects]
-            if options.logits
-            else None,
+            mask_logits=plain.pack(logits, len(objects)) if options.logits else None,
             sample_idx=list(inputs.key_frames),
             problems=list(inputs.frames.problems) if inputs.is_video else None,
         )
@@ -1433,7 +1438,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         frames = self._segment(inputs, processor, answer.prompts, options, tracking=progress.tracking)
         with closing(frames):
             for index, (parts, prediction) in enumerate(frames, start=progress.tracking.next_frame):
-                arriving = _Arriving()
+                arriving = _Arriving(options.output_format == "rle")
                 arriving.add({**options.keep(parts, processor), **_scores(prediction)}, prediction.logits.device)
                 (frame,) = arriving.wait()
                 yield Sa2VAFrame(
@@ -1710,7 +1715,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         count = options.encode_batch_size or _encode_batch_size(self.grounding_encoder)
         start, wanted = tracking.next_frame, len(prompts) > 0
         look, preprocess = _frame_steps(processor, prompts, waits=start < min(inputs.key_frames, default=0))
-        with closing(_ready_frames(inputs, look, start, wanted, 2 * count)) as ready:
+        with closing(_ready_frames(inputs, look, start, wanted, 2 * count, prompts.device.type != "cpu")) as ready:
             frames = _without_sizes(ready, start, own_sizes)
             if not len(prompts):
                 prediction = _no_objects(prompts)
@@ -1760,7 +1765,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Prompts the objects of a video on its key frames, where `tracking` then begins; with `_frame_steps`."""
         images = inputs.key_images or inputs.frames.select(inputs.key_frames)
-        with closing(ReadAhead((look([image]) for image in images), 2 * encode_batch_size)) as ready:
+        with closing(_look_at_all(images, look, 2 * encode_batch_size)) as ready:
             keys = ((index, preprocess([frame])) for index, frame in zip(inputs.key_frames, ready, strict=True))
             conditioned = self.grounding_encoder.condition(keys, prompts, inputs.size, encode_batch_size)
         tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions
@@ -2025,22 +2030,32 @@ class _MaskOptions:
 
         Args:
             parts: logits [n, h, w] of some objects after others. Of each come bool or float32 probabilities, as
-                `_to_host` gives them, or one RLE dict for each object.
+                `_to_host` gives them.
         """
         kept: dict[str, list[Any]] = {"masks": [], "logits": []}
         for logits in parts:
             masks = logits.sigmoid() if self.raw else processor.binarize(logits, self.threshold)
-            kept["masks"] += masks_to_rle(masks.cpu()) if self.output_format == "rle" else [_to_host(masks)]
+            kept["masks"].append(_to_host(masks))
             kept["logits"] += [_to_host(logits)] if self.logits else []
         return kept
 
-    def pack(self, frames: Sequence[Any]) -> Any:
-        """One object's mask of every frame -> what the caller asked for; frames of their own sizes stay a list."""
-        if self.output_format == "rle":
-            return list(frames)
+    def pack(self, frames: list[Any], num_objects: int) -> list[Any]:
+        """For each object what the caller asked for, of all frames; those of their own sizes stay a list.
+
+        Args:
+            frames: [N, h, w] or N RLE dicts of each. They are taken out of the list, so that memory does not hold all
+                of them twice.
+        """
+        if self.output_format == "rle" or not (frames and num_objects):
+            return [[frame[i] for frame in frames] for i in range(num_objects)]
         if self.mask_sizes == "own":
-            return [mask for frame in frames for mask in self.convert(frame[None])]
-        return self.convert(torch.stack(tuple(frames)))
+            return [[mask for frame in frames for mask in self.convert(frame[i][None])] for i in range(num_objects)]
+        objects = [frames[0].new_empty(len(frames), *frames[0].shape[1:]) for _ in range(num_objects)]
+        for number in range(len(frames)):
+            frame, frames[number] = frames[number], None
+            for masks, mask in zip(objects, frame, strict=True):
+                masks[number] = mask
+        return [self.convert(masks) for masks in objects]
 
     def convert(self, masks: Any) -> Any:
         """Masks [n, h, w] on the CPU -> array or tensor; a list of n RLE dicts stays."""
@@ -2099,18 +2114,39 @@ def _frame_steps(
     return processor.resize_for_grounding, pixel_values
 
 
+def _look_at_all(
+    images: Sequence[Image.Image], look: Callable[[list[Image.Image]], Tensor], ahead: int
+) -> Generator[Tensor, None, None]:
+    """What `look` makes of each of some pictures, so many of them `ahead`, by a few threads."""
+    with ThreadPoolExecutor(min(ahead, 4), thread_name_prefix="read_ahead") as pool:
+        waiting: deque[Future] = deque()
+        for image in images:
+            waiting.append(pool.submit(look, [image]))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def _ready_frames(
-    inputs: Sa2VAInputs, look: Callable[[list[Image.Image]], Tensor], start: int, wanted: bool, ahead: int
+    inputs: Sa2VAInputs,
+    look: Callable[[list[Image.Image]], Tensor],
+    start: int,
+    wanted: bool,
+    ahead: int,
+    decode_apart: bool = False,
 ) -> ReadAhead | Generator[tuple[tuple[int, int], Any], None, None]:
     """Sizes (h, w) of the frames from `start` on, and the frames [1, 3, S, S] as SAM 2 will `look` at them.
 
     None stands for what it need not look at: key frames, which it has seen, and all if none are `wanted`. A video is
-    read and resized in a thread, so far `ahead` that the frames to be encoded together next are there in time.
+    read and resized in a thread, so far `ahead` that the frames to be encoded together next are there in time. A GPU is
+    faster than both together for large frames, so that another thread may decode them.
     """
     encoded = set(inputs.key_frames)
 
     def ready() -> Generator[tuple[tuple[int, int], Any], None, None]:
-        with closing(inputs.frames.read(start)) as frames:
+        decoded = inputs.frames.read(start)
+        with closing(ReadAhead(decoded) if decode_apart and inputs.is_video else decoded) as frames:
             for index, frame in enumerate(frames, start):
                 yield (frame.height, frame.width), look([frame]) if wanted and index not in encoded else None
 
@@ -2329,11 +2365,16 @@ def _check_index(name_or_path: str | os.PathLike | None, arguments: dict[str, An
 
 
 def _base_of(name_or_path: str | os.PathLike | None) -> str | os.PathLike | None:
-    """The checkpoint itself; in place of an adapter's folder the checkpoint it belongs to, as transformers has it."""
+    """The checkpoint itself; in place of an adapter's folder the checkpoint it belongs to, as transformers has it.
+
+    Raises:
+        OSError: the adapter's config can't be read.
+    """
     adapter = Path(name_or_path or "", ADAPTER_CONFIG_NAME)
-    if name_or_path is None or not adapter.is_file():
+    if name_or_path is None or adapter.with_name(CONFIG_NAME).is_file() or not adapter.is_file():
         return name_or_path
-    return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or name_or_path
+    with blaming(OSError, f"{adapter} can't be read", "Is it whole? Save or download it again."):
+        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] or name_or_path
 
 
 def _where(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -2688,7 +2729,7 @@ def _prompt_cache(cache: Any, num_prompts: int, length: int) -> DynamicCache | N
     if not isinstance(cache, (DynamicCache, StaticCache)) or any(getattr(x, "is_sliding", False) for x in cache.layers):
         return None
     if isinstance(cache, StaticCache):
-        if cache.offloading:  # its layers lie on the CPU
+        if cache.offloading:  # the CPU holds its layers, and the decoder is elsewhere
             return None
         cache = DynamicCache([(layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in cache.layers])
     if surplus := cache.get_seq_length() - length:
@@ -2783,18 +2824,22 @@ def _to_host(tensor: Tensor) -> Tensor:
 class _Arriving:
     """Frames of a video, whose tensors `_to_host` sent: a few may be on their way, so that the GPU need not wait.
 
-    A frame holds by name tensors, lists of a tensor's parts, which are joined, and lists of anything else. Those that
-    have come leave pinned memory, of which there is little: torch takes a power of two for each tensor, and keeps it
-    for ever.
+    A frame holds by name tensors, or lists of a tensor's parts, which are joined, and masks encoded if that is asked
+    for. Those that have come leave pinned memory, of which there is little: torch takes a power of two for each tensor,
+    and keeps it for ever.
+
+    Args:
+        as_rle: make "masks" run-length encodings.
     """
 
-    def __init__(self):
+    def __init__(self, as_rle: bool = False):
+        self._as_rle = as_rle
         self._frames: list[dict[str, Any]] = []
         self._on_their_way: deque[torch.cuda.Event] = deque()  # of the last frames
 
     def add(self, frame: dict[str, Any], device: torch.device) -> None:
         """Takes the next frame, whose tensors come from `device`."""
-        self._frames.append(frame if device.type == "cuda" else {name: _joined(x) for name, x in frame.items()})
+        self._frames.append(frame if device.type == "cuda" else self._complete(frame))
         if device.type == "cuda":
             self._on_their_way.append(torch.cuda.current_stream(device).record_event())
             if len(self._on_their_way) > _MOST_ON_THEIR_WAY:
@@ -2809,10 +2854,15 @@ class _Arriving:
     def _receive(self) -> None:
         index = len(self._frames) - len(self._on_their_way)
         self._on_their_way.popleft().synchronize()
-        self._frames[index] = {name: _joined(x, copied=True) for name, x in self._frames[index].items()}
+        self._frames[index] = self._complete(self._frames[index], copied=True)
+
+    def _complete(self, frame: dict[str, Any], copied: bool = False) -> dict[str, Any]:
+        if self._as_rle:
+            frame["masks"] = [code for part in frame["masks"] for code in masks_to_rle(part)]
+        return {name: _joined(value, copied) for name, value in frame.items()}
 
 
-def _joined(value: Tensor | list[Any], copied: bool = False) -> Any:
+def _joined(value: Tensor | list[Any], copied: bool) -> Any:
     """A tensor, or the parts [n, ...] of one put together; a list of anything else stays."""
     parts = [value] if isinstance(value, Tensor) else value
     if not (parts and isinstance(parts[0], Tensor)):
@@ -2833,7 +2883,7 @@ def _as_clip(frames: Tensor, side: int) -> Tensor:
 
 
 def _share_of_step(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:
-    """Which part of a step's supervised tokens a batch has; a batch by itself is the whole step."""
+    """Which part of a step's supervised tokens a batch has: a tensor, or 1 where nobody tells of a step."""
     return 1.0 if labels is None or num_items is None else (labels[:, 1:] != IGNORE_INDEX).sum() / num_items
 
 

@@ -83,7 +83,8 @@ _PICTURE_SUFFIXES = {  # of files that Pillow reads; some hold several frames
     *(".gif", ".webp", ".avif", ".tif", ".tiff"),
 }
 _SLACK = 0.0019  # of a range, under half a grey level: bicubic resizing and undone normalisation miss its ends by less
-_MOST_BROKEN = 10_000  # frames that can't be decoded, after which a file counts as cut off
+_MOST_BROKEN = 10_000  # frames in a row that can't be decoded, after which a file counts as cut off
+_FAILURES_AT_END = 64  # the same where the header tells no number of frames, or too low a one
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -544,14 +545,15 @@ def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _De
             )
         sides = (int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         check_area(*(max(side, 1) for side in sides), what="video")  # 0 stands for unknown
-        announced, seen, broken = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0, 0
+        announced, seen, lost, failed = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0, 0, 0
         # Past a damaged frame the next call may succeed again, so a failure alone doesn't mean the end.
-        while broken == 0 or (seen + broken < announced and broken < _MOST_BROKEN):
+        while failed <= min(max(announced - seen, _FAILURES_AT_END), _MOST_BROKEN):
             if capture.grab():
+                lost, failed = lost + failed, 0
                 yield partial(_retrieve, capture, path)
                 seen += 1
             else:
-                broken += 1
+                failed += 1
         if not seen:
             raise ValueError(
                 f"OpenCV can decode no frame of {str(path)!r}: it is empty or damaged, or OpenCV was built without its "
@@ -559,6 +561,8 @@ def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _De
             )
         if seen < announced:
             _report(problems, f"{str(path)!r} announces {announced} frames, {seen} could be read and are used.")
+        elif lost:
+            _report(problems, f"{str(path)!r} is damaged in {lost} places; the {seen} frames between them are used.")
     finally:
         capture.release()
 
@@ -1198,9 +1202,14 @@ def find_token(tokenizer: Any, token: str) -> int | None:
     return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token else None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds any file of a tokenizer."""
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
 def _check_tokenizer_is_there(folder: Path) -> None:
     """What transformers says of a folder without a tokenizer speaks of packages that are missing."""
-    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    if folder.is_dir() and not has_tokenizer(folder):
         raise OSError(
             f"{folder} holds no tokenizer. Save one there, processor.save_pretrained(folder), or give the processor of "
             "the checkpoint it comes from: processor=."
@@ -1529,7 +1538,10 @@ class Sa2VAProcessor(ProcessorMixin):
         there, an image is computed in `dtype` throughout, a video in float32 and rounded at the end.
         """
         is_resized = isinstance(next(iter(frames), None), Tensor)
-        pixels = (torch.cat(tuple(frames)) if is_resized else self.resize_for_grounding(frames)).to(device)
+        pixels = torch.cat(tuple(frames)) if is_resized else self.resize_for_grounding(frames)
+        if device is not None and torch.device(device).type == "cuda":
+            pixels = pixels.pin_memory().to(device, non_blocking=True)  # else it waits for what the GPU has yet to do
+        pixels = pixels.to(device)
         return _normalized(pixels.to(torch.float32 if is_video else dtype), torch.bfloat16).to(dtype)
 
     def prepare(
@@ -1698,7 +1710,7 @@ class Sa2VAProcessor(ProcessorMixin):
             return_tensors: "pt" (also None), or "np", which the model does not take.
             padding: True or "longest" fills shorter texts up; False refuses a batch that would need it.
             padding_side: "left" to `generate`, "right" for `forward`.
-            audio: None; pipelines name it.
+            audio: None, as pipelines pass it; nothing can be heard.
 
         Returns:
             `input_ids`, `attention_mask` and what there is of `pixel_values`, `image_grid_thw`, `prompt_masks`,
@@ -2355,6 +2367,7 @@ __all__ = [
     "decode_rle",
     "draw_overlay",
     "find_token",
+    "has_tokenizer",
     "load_image",
     "masks_to_rle",
     "object_color",

@@ -170,11 +170,12 @@ class SharedPositionEmbedding(PositionEmbeddingSine):
     """
 
     def _pe(self, B: int, device: torch.device, *size: int) -> Tensor:
+        """[1, C, h, w], whatever the batch."""
         if (key := (*size, device)) not in self.cache:
             with torch.inference_mode(False):
                 # From the host it is complete for threads on other streams, too.
                 self.cache[key] = super()._pe(1, torch.device("cpu"), *size).to(device)
-        return self.cache[key].expand(B, -1, -1, -1)
+        return self.cache[key]
 
     def prepare(self, device: torch.device, *sides: int) -> None:
         """Makes what square maps of these sides will need.
@@ -948,9 +949,22 @@ def _most_frames(config: Sa2VAGroundingConfig) -> int:
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Neighbours in lists of `size`, the last of what is left; drawn as they are asked for."""
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
+    """Neighbours in lists of `size`, the last of what is left; drawn as they are asked for.
+
+    What `items` raise comes behind those that were drawn before.
+    """
+    chunk: list[Any] = []
+    try:
+        for item in items:
+            chunk.append(item)
+            if len(chunk) == size:
+                yield chunk
+                chunk = []
+    except Exception:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
         yield chunk
 
 

@@ -75,10 +75,10 @@ def _problems(sample: Sample, learned: bool) -> Iterator[str]:
     if missing:
         yield f"there is no file {str(missing[0])!r}" + (f" (and {len(missing) - 1} more)." if missing[1:] else ".")
     elif sample.media:
-        yield from _mask_problems(sample)
+        yield from _mask_problems(sample, learned)
 
 
-def _mask_problems(sample: Sample) -> Iterator[str]:
+def _mask_problems(sample: Sample, learned: bool) -> Iterator[str]:
     try:
         size, length = sample.media.size(), len(sample.media)
         sample.media.read([length - 1])  # a video may be shorter than its data set says
@@ -92,7 +92,7 @@ def _mask_problems(sample: Sample) -> Iterator[str]:
         for number, turn in enumerate(sample.turns)
         for place, masks in enumerate(turn.objects)
     ]
-    yield from _annotation_problems(sample, length)
+    yield from _annotation_problems(sample, length, learned)
     named += [(f"region {number}", masks) for number, masks in enumerate(sample.regions, 1)]
     for name, masks in named:
         if beyond := [frame for frame in masks.frames if not 0 <= frame < length]:
@@ -107,13 +107,14 @@ def _mask_problems(sample: Sample) -> Iterator[str]:
             yield f"{name}: the mask is empty; an object needs at least one pixel."
 
 
-def _annotation_problems(sample: Sample, length: int) -> Iterator[str]:
+def _annotation_problems(sample: Sample, length: int, learned: bool) -> Iterator[str]:
     """Clips of which nothing can be learned or measured: all objects of a turn must be annotated in the same frames.
 
-    So must all of a conversation with turns that point at nothing, as its turns stay together.
+    To be learned, so must all of a conversation with turns that point at nothing, as its turns stay together.
     """
     whole = [thing for turn in sample.turns for thing in turn.objects]
-    if not all(turn.objects for turn in sample.turns) and not annotated_frames(whole, length):
+    stays_whole = learned and not all(turn.objects for turn in sample.turns)
+    if stays_whole and not annotated_frames(whole, length):
         yield "there is no frame in which all objects of the conversation are annotated."
     for number, turn in enumerate(sample.turns):
         counted = annotated_frames(turn.objects, length)

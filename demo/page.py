@@ -79,7 +79,7 @@ def _uploaded(path: str) -> str:
         raise ValueError("Only files that were uploaded can be opened. Upload the image or the video.")
     with Path(path).open("rb") as file:
         head = file.read(1024)
-        if any(mark in head for mark in PLAYLISTS):
+        if head.startswith(b"ID3") or any(mark in head for mark in PLAYLISTS):  # FFmpeg looks behind such a tag
             raise ValueError("This is a playlist, which only names other files. Upload the video itself.")
     return path
 

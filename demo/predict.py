@@ -15,6 +15,7 @@ read, tracked and written frame by frame, so memory does not grow with its lengt
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import re
@@ -229,6 +230,13 @@ def predict_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_new_tokens": arguments.max_new_tokens,
     }
     return {name: value for name, value in options.items() if value is not None}
+
+
+def weights_version(folder: Path) -> str | None:
+    """Tells the weights in a folder from others that stood there before, by size and time; None if there are none."""
+    files = ((file.name, file.stat()) for file in sorted(folder.glob("*.safetensors")))
+    told = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16] if told else None
 
 
 def predict(

@@ -36,6 +36,7 @@ from sa2va.demo.predict import (
     new_record,
     predict,
     predict_options,
+    weights_version,
 )
 
 SOME_FAILED = 1
@@ -143,7 +144,9 @@ def _results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What answers depend on besides the question."""
-    return {"model": arguments.model, "dtype": arguments.dtype, **predict_options(arguments)}
+    folder = Path(arguments.model).expanduser()
+    model = {"model": str(folder.resolve()) if folder.is_dir() else arguments.model, "weights": weights_version(folder)}
+    return {**model, "dtype": arguments.dtype, **predict_options(arguments)}
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

@@ -225,8 +225,8 @@ def region_masks(marks: Sequence[Mark], size: tuple[int, int], grid: int) -> np.
         elif mark.kind == "point":
             cv2.circle(canvas, points[0].tolist(), BRUSH // 2, 1.0, cv2.FILLED)
         else:
-            ends = points[[0, *range(len(points))]]  # of a single point OpenCV draws nothing
-            cv2.polylines(canvas, [ends], False, 1.0, BRUSH)
+            stroke = points[[0, *range(len(points))]]  # of a single point OpenCV draws nothing
+            cv2.polylines(canvas, [stroke], False, 1.0, BRUSH)
         coverage = cv2.resize(canvas, (grid, grid), interpolation=cv2.INTER_AREA)
         regions.append(coverage >= min(0.5, coverage.max()))
     return np.stack(regions)

@@ -65,7 +65,7 @@ def answer_sample(
     for turn in sample.turns:
         output = model.predict_forward(
             **_picture(sample.media),
-            text=head + turn.question,
+            text=("" if past_text else head) + turn.question,
             past_text=past_text,
             mask_prompts=np.stack(regions) if regions else None,
             processor=processor,

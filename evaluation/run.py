@@ -10,7 +10,6 @@ It prints a table (what is measured of which data set: `evaluation/protocols.py`
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from transformers.utils import logging
 
 from sa2va.data.registry import DATASETS, Dataset, open_dataset
 from sa2va.demo.media import replacing, write_json
-from sa2va.demo.predict import USER_ERROR, add_answer_options, load_model
+from sa2va.demo.predict import USER_ERROR, add_answer_options, load_model, weights_version
 from sa2va.evaluation.captions import TEXT_ENCODER
 from sa2va.evaluation.predict import Predictions, missing, predict_dataset, subset
 from sa2va.evaluation.protocols import (
@@ -90,7 +89,8 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict[str, Any] | 
     output = arguments.output or OUTPUTS / Path(arguments.model).name / f"{arguments.data}-{arguments.split}"
     if not arguments.metrics_only:
         before = BEFORE_QUESTIONS.get(arguments.data, "") if arguments.before is None else arguments.before
-        _predict(arguments, {"dialogue": protocol.dialogue, "before": before}, dataset, indices, output, state)
+        asked = {"dialogue": protocol.dialogue, **({"before": before} if before else {})}
+        _predict(arguments, asked, dataset, indices, output, state)
     return _score(arguments, protocol, dataset, indices, output) if state.is_main_process else None
 
 
@@ -111,7 +111,7 @@ def _predict(
     asked = {name: getattr(arguments, name) for name in ("data", "split", "dtype")} | options
     folder = Path(arguments.model).expanduser()
     asked |= {"model": str(folder.resolve()) if folder.is_dir() else arguments.model}
-    asked |= {"root": str(arguments.root.resolve()), "weights": _weights_version(arguments.model)}
+    asked |= {"root": str(arguments.root.resolve()), "weights": weights_version(folder)}
     _check_settings(asked, output)
     todo = missing(dataset, indices, output / PREDICTIONS)
     state.wait_for_everyone()  # all have read the same before anyone writes
@@ -140,13 +140,6 @@ def _check_settings(asked: dict[str, Any], output: Path) -> None:
     if differing := [name for name in asked | before if asked.get(name) != before.get(name)]:
         told = ", ".join(f"{name} {before.get(name)!r} and not {asked.get(name)!r}" for name in differing)
         raise ValueError(f"{str(output)!r} holds predictions with {told}. Give another --output, or remove it.")
-
-
-def _weights_version(model: str) -> str | None:
-    """Tells the weights in a folder from others that stood there before, by size and time; None for a name."""
-    files = sorted(Path(model).expanduser().glob("*.safetensors"))
-    told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16] if told else None
 
 
 def _versions() -> dict[str, Any]:

@@ -87,7 +87,7 @@ class SampleCollator:
     def _row(self, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
         """What one sample adds to a batch."""
         if sample.info.get("captions"):
-            raise ValueError("it only has captions to compare with. Learn from a split with answers; see docs/data.md.")
+            raise ValueError("there are only captions to compare with. Use a split with answers; see docs/data.md.")
         turns = choose_turns(sample.turns, self.max_objects, rng)
         turns = seen_together(turns, len(sample.media), rng) if sample.media else turns
         objects = [thing for turn in turns for thing in turn.objects]
@@ -193,16 +193,16 @@ def choose_turns(turns: Sequence[Turn], max_objects: int, rng: np.random.Generat
 
 
 def seen_together(turns: Sequence[Turn], length: int, rng: np.random.Generator) -> list[Turn]:
-    """Those of independent turns (as in `choose_turns`) that some of `length` frames has annotations of all of."""
+    """Of independent turns, as in `choose_turns`, some whose objects are all annotated in one of `length` frames."""
 
-    def are(some: Sequence[int]) -> bool:
+    def annotated_together(some: Sequence[int]) -> bool:
         return bool(annotated_frames([thing for i in some for thing in turns[i].objects], length))
 
     kept = list(range(len(turns)))
-    if not are(kept) and all(turn.objects for turn in turns):
+    if not annotated_together(kept) and all(turn.objects for turn in turns):
         kept = []
         for i in rng.permutation(len(turns)).tolist():
-            kept += [i] if are([*kept, i]) else []
+            kept += [i] if annotated_together([*kept, i]) else []
     return [turns[i] for i in sorted(kept)] or list(turns)
 
 

@@ -5,8 +5,9 @@
 
 `--data` names data sets of `data/registry.py` as NAME:FOLDER[:WEIGHT], or a YAML or JSON file that lists them under
 "datasets" with their options; it may be repeated. Every argument of `transformers.TrainingArguments` works (but label
-smoothing) and wins over the recipe. In OUTPUT_DIR land checkpoints, previews/ (pictures of what the model answers),
-adapter/ (what was learned, for PEFT) and final/ (the whole model in the released layout).
+smoothing, sampling strategies, and losses that are not averaged over devices) and wins over the recipe. In OUTPUT_DIR
+land checkpoints, previews/ (pictures of what the model answers), adapter/ (what was learned, for PEFT) and final/ (the
+whole model in the released layout).
 
 By default a step sees 256 samples, by gradient accumulation. It is the same step however they are spread over
 processes and accumulated: each loss is summed over tokens, or over objects and frames, and divided by how many there
@@ -88,7 +89,8 @@ class RecipeArguments:
     lora_targets: list[str] = field(
         default_factory=lambda: [ALL_LINEAR],
         metadata={
-            "help": "names of modules, as here or in the released code, in all parts; all-linear: of the language model"
+            "help": "names of modules, as here or in the released code, wherever they are; all-linear: all of the "
+            "language model"
         },
     )
     train_modules: list[str] = field(
@@ -145,7 +147,7 @@ def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
             "--label_smoothing_factor would have Trainer take the loss of words alone, and no mask would be learned. "
             "Leave it out."
         )
-    if not training.average_tokens_across_devices:
+    if training.world_size > 1 and not training.average_tokens_across_devices:
         raise ValueError(
             "--average_tokens_across_devices False would have the losses of words and of masks weigh differently on "
             "several devices. Leave it out."
@@ -243,11 +245,13 @@ def plan_mixture(
         if training.num_train_epochs <= 0:
             raise ValueError(f"num_train_epochs={training.num_train_epochs} is no training: give more than 0.")
         training.max_steps = max(1, math.ceil(training.num_train_epochs * samples / batch))
+    steps = max(1, round(samples / batch))
     for name in ("save", "eval", "logging"):
         strategy = getattr(training, f"{name}_strategy")
         if strategy == "epoch":
             setattr(training, f"{name}_strategy", type(strategy)("steps"))
-            setattr(training, f"{name}_steps", max(1, math.ceil(samples / batch)))
+            setattr(training, f"{name}_steps", steps)
+            training.eval_delay *= steps if name == "eval" else 1
     return Mixture(datasets, weights, training.max_steps * batch, training.seed)
 
 
@@ -569,7 +573,8 @@ def _find_start(training: TrainingArguments, recipe: RecipeArguments) -> str | N
     if not recipe.resume and not training.resume_from_checkpoint:
         raise ValueError(f"{output} holds {checkpoint.name}. Add --resume to go on from there, or name a new folder.")
     adapter = checkpoint / "adapter_config.json"
-    saved = json.loads(adapter.read_text()) if adapter.is_file() else {"r": 0, "lora_alpha": recipe.lora_alpha}
+    saved = {"r": 0, "lora_alpha": recipe.lora_alpha}  # without an adapter, no weight of one can differ
+    saved = json.loads(adapter.read_text()) if adapter.is_file() else saved
     is_readable = adapter.is_file() or any(checkpoint.glob("*.safetensors"))  # what FSDP and DeepSpeed write is not
     for option, before in (("lora_rank", saved["r"]), ("lora_alpha", saved["lora_alpha"])):
         if is_readable and before != getattr(recipe, option):

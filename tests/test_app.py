@@ -27,6 +27,7 @@ from sa2va.demo.media import open_source, video_writer
 from sa2va.demo.predict import DEFAULT_MODEL, load_model
 from sa2va.demo.session import (
     Mark,
+    Session,
     answer_html,
     ask,
     object_color,
@@ -156,6 +157,14 @@ def test_mark_covers_the_cells_it_lies_on():
     assert np.argwhere(box).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert np.argwhere(point).tolist() == [[3, 3]]
     assert stroke[2:].all()
+
+
+def test_a_frame_that_is_at_hand_is_not_read_again(captioned, photo, monkeypatch):
+    """Of a video each would be read from its beginning."""
+    wanted = stage_html(captioned, 0, 0, 0.5, [0])
+    picture = photo.picture(0)
+    monkeypatch.setattr(Session, "picture", None)
+    assert stage_html(captioned, 0, 0, 0.5, [0], picture) == wanted
 
 
 def test_a_click_with_the_brush_marks_what_a_point_does():
@@ -305,8 +314,10 @@ def test_a_visitor_sees_no_files_of_the_server(address, path):
         assert not done["success"] and (done["output"]["error"] or "").startswith(told)
 
 
-def test_a_playlist_is_not_followed(address, tmp_path):
-    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:1,\n{VIDEO}\n#EXT-X-ENDLIST\n")
+@pytest.mark.parametrize("tag", [b"", b"ID3\x04\x00\x00\x00\x00\x0a\x00" + bytes(1280)], ids=["bare", "behind a tag"])
+def test_a_playlist_is_not_followed(address, tmp_path, tag):
+    words = f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{VIDEO}\n#EXT-X-ENDLIST\n"
+    (tmp_path / "list.m3u8").write_bytes(tag + words.encode())
     kind, message = http_predict(address, tmp_path / "list.m3u8", CROSS, "", [], 5, "first", 0.5)
     assert kind == "error" and message["error"].startswith("This is a playlist")
 

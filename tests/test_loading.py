@@ -382,3 +382,14 @@ def test_another_image_encoder_in_the_place_of_sam2s_is_told(golden, tmp_path):
     save_file(other, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"is not SAM 2\.0's, which is the only one known here"):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_saving_a_config_replaces_links_and_follows_none(golden, tmp_path):
+    """They may lead into a cache, or to another's code."""
+    for name in ("config.json", "modeling_sa2va.py"):
+        (tmp_path / f"other {name}").write_text("untouched")
+        (tmp_path / name).symlink_to(tmp_path / f"other {name}")
+    AutoConfig.from_pretrained(golden.folder).save_pretrained(tmp_path)
+    for name in ("config.json", "modeling_sa2va.py"):
+        assert (tmp_path / f"other {name}").read_text() == "untouched" and not (tmp_path / name).is_symlink()
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "sa2va_chat" and not list(tmp_path.glob(".*"))

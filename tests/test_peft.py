@@ -268,3 +268,18 @@ def test_the_class_itself_takes_the_folder_of_an_adapter(tmp_path, placed):
     peft.get_peft_model(load("ivl_qwen2"), lora("q_proj")).save_pretrained(tmp_path)
     model = Sa2VAChatModel.from_pretrained(tmp_path, **placed)
     assert adapted(model) and model.predict_forward(text="Hi", max_new_tokens=2).prediction
+
+
+def test_a_whole_checkpoint_beside_an_adapters_config_is_that_checkpoint(tmp_path):
+    """As transformers has it; the base is for an adapter alone."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    assert modeling_sa2va._base_of(tmp_path) == "someone/base"
+    (tmp_path / "config.json").write_text("{}")
+    assert modeling_sa2va._base_of(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("words", ["{", "[]", "{}"])
+def test_a_damaged_config_of_an_adapter_is_named(tmp_path, words):
+    (tmp_path / "adapter_config.json").write_text(words)
+    with pytest.raises(OSError, match=r"adapter_config\.json can't be read"):
+        Sa2VAChatModel.from_pretrained(tmp_path)

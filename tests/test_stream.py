@@ -69,15 +69,15 @@ def test_frames_leave_pinned_memory_as_they_come(monkeypatch):
     sent, arriving = [], modeling_sa2va._Arriving()
     for number in range(20):
         parts = [torch.full((1,), number), torch.full((2,), number)]
-        sent.append({"masks": torch.full((2,), number), "logits": parts, "rle": ["text"]})
+        sent.append({"iou": torch.full((2,), number), "logits": parts, "masks": []})
         arriving.add(dict(sent[-1]), torch.device("cuda"))
         assert arrived == list(range(number + 1 - modeling_sa2va._MOST_ON_THEIR_WAY))
     frames = arriving.wait()
     assert arrived == list(range(20))
     for number, (frame, pinned) in enumerate(zip(frames, sent, strict=True)):
-        assert frame["masks"].tolist() == [number] * 2 and frame["rle"] == ["text"]
+        assert frame["iou"].tolist() == [number] * 2 and frame["masks"] == []
         assert frame["logits"].tolist() == [number] * 3
-        assert frame["masks"].data_ptr() != pinned["masks"].data_ptr()
+        assert frame["iou"].data_ptr() != pinned["iou"].data_ptr()
 
 
 def through_torch(state, folder):
@@ -341,6 +341,16 @@ def test_what_the_reading_thread_raises_comes_after_the_frames_before_it():
     assert not readers()
 
 
+@pytest.mark.parametrize("encode_batch_size", [1, 4])
+def test_frames_before_a_broken_one_are_handed_out(golden_model, arguments, small, encode_batch_size):
+    video = {"video": [*small[:6], "no-such-file.png"], "encode_batch_size": encode_batch_size}
+    seen = []
+    with pytest.raises(FileNotFoundError, match="no-such-file"):
+        for frame in golden_model.predict_stream(**{**arguments, **video}):
+            seen.append(frame.frame_index)
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_broken_frame_surfaces_in_the_caller(golden_model, arguments, small):
     stream = golden_model.predict_stream(**{**arguments, "video": [*small[:5], "no-such-file.png"]})
     with pytest.raises(FileNotFoundError, match="no-such-file"):
@@ -409,6 +419,16 @@ def test_a_file_that_was_cut_off_gives_what_it_has_with_one_warning(golden_model
     count = len(output.prediction_masks[0])
     assert 1 <= count < 8
     assert output.problems == said == [f"'{path}' announces 8 frames, {count} could be read and are used."]
+
+
+def test_a_file_that_tells_no_number_of_frames_is_read_beyond_its_damage(tmp_path):
+    pictures = [cv2.imencode(".jpg", np.full((48, 64, 3), 6 * number, np.uint8))[1].tobytes() for number in range(40)]
+    pictures[20] = pictures[20].replace(b"\xff\xc0", b"\xff\x01")  # its size is no longer told
+    (tmp_path / "clip.mjpeg").write_bytes(b"".join(pictures))
+    frames = open_video(tmp_path / "clip.mjpeg")
+    assert len(list(iter(frames))) == 39
+    told = f"'{tmp_path / 'clip.mjpeg'}' is damaged in 1 places; the 39 frames between them are used."
+    assert frames.problems == [told]
 
 
 def test_a_whole_file_has_no_problems(tmp_path):
