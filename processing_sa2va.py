@@ -547,7 +547,7 @@ def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _De
         check_area(*(max(side, 1) for side in sides), what="video")  # 0 stands for unknown
         announced, seen, lost, failed = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0, 0, 0
         # Past a damaged frame the next call may succeed again, so a failure alone doesn't mean the end.
-        while failed <= min(max(announced - seen, _FAILURES_AT_END), _MOST_BROKEN):
+        while failed <= _patience(announced, seen):
             if capture.grab():
                 lost, failed = lost + failed, 0
                 yield partial(_retrieve, capture, path)
@@ -565,6 +565,11 @@ def _read_video_file(path: Path, problems: list[str], keep: bool = False) -> _De
             _report(problems, f"{str(path)!r} is damaged in {lost} places; the {seen} frames between them are used.")
     finally:
         capture.release()
+
+
+def _patience(announced: int, seen: int) -> int:
+    """How many frames in a row may fail before a file has ended: those that a header still promises, if it knows."""
+    return min(announced - seen, _MOST_BROKEN) if announced >= max(seen, 1) else _FAILURES_AT_END
 
 
 def _retrieve(capture: Any, path: Path) -> Image.Image:
