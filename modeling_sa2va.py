@@ -63,6 +63,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
+    PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -99,7 +100,6 @@ from .processing_sa2va import (
     coco_masks,
     collate_inputs,
     find_token,
-    has_tokenizer,
     masks_to_rle,
     open_video,
     prepare_samples,
@@ -548,8 +548,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             model, report = load(**{**kwargs, "config": config})
         _check_encoder(report, pretrained_model_name_or_path)
         model._hub_arguments = hub_arguments
-        for folder in (source, pretrained_model_name_or_path):  # an adapter may have brought a tokenizer of its own
-            if os.path.isdir(folder or "") and (folder == source or has_tokenizer(Path(folder))):
+        for folder in (source, pretrained_model_name_or_path):  # an adapter may have brought a processor of its own
+            if os.path.isdir(folder or "") and (folder == source or Path(folder, PROCESSOR_NAME).is_file()):
                 model._folder = os.path.abspath(folder)
         if getattr(model, "hf_quantizer", None) is None:  # which has rules of its own
             model._weight_conversions = _released_layout(model)
@@ -2118,14 +2118,17 @@ def _look_at_all(
     images: Sequence[Image.Image], look: Callable[[list[Image.Image]], Tensor], ahead: int
 ) -> Generator[Tensor, None, None]:
     """What `look` makes of each of some pictures, so many of them `ahead`, by a few threads."""
-    with ThreadPoolExecutor(min(ahead, 4), thread_name_prefix="read_ahead") as pool:
-        waiting: deque[Future] = deque()
+    waiting: deque[Future] = deque()
+    pool = ThreadPoolExecutor(min(ahead, 4), thread_name_prefix="read_ahead")
+    try:
         for image in images:
             waiting.append(pool.submit(look, [image]))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _ready_frames(

@@ -1207,14 +1207,9 @@ def find_token(tokenizer: Any, token: str) -> int | None:
     return token_id if token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token else None
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds any file of a tokenizer."""
-    return any((folder / name).exists() for name in _TOKENIZER_FILES)
-
-
 def _check_tokenizer_is_there(folder: Path) -> None:
     """What transformers says of a folder without a tokenizer speaks of packages that are missing."""
-    if folder.is_dir() and not has_tokenizer(folder):
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise OSError(
             f"{folder} holds no tokenizer. Save one there, processor.save_pretrained(folder), or give the processor of "
             "the checkpoint it comes from: processor=."
@@ -1544,7 +1539,7 @@ class Sa2VAProcessor(ProcessorMixin):
         """
         is_resized = isinstance(next(iter(frames), None), Tensor)
         pixels = torch.cat(tuple(frames)) if is_resized else self.resize_for_grounding(frames)
-        if device is not None and torch.device(device).type == "cuda":
+        if device is not None and torch.device(device).type == "cuda" and pixels.device.type == "cpu":
             pixels = pixels.pin_memory().to(device, non_blocking=True)  # else it waits for what the GPU has yet to do
         pixels = pixels.to(device)
         return _normalized(pixels.to(torch.float32 if is_video else dtype), torch.bfloat16).to(dtype)
@@ -2372,7 +2367,6 @@ __all__ = [
     "decode_rle",
     "draw_overlay",
     "find_token",
-    "has_tokenizer",
     "load_image",
     "masks_to_rle",
     "object_color",

@@ -87,15 +87,16 @@ def run(arguments: argparse.Namespace, state: PartialState) -> list[dict[str, An
         ValueError, OSError: the folder, the output or the model can't be used.
     """
     names = _file_names(arguments.folder, arguments.output)
-    done = {name for name, record in _results(arguments).items() if "error" not in record}
+    settings = _settings(arguments)  # once: the weights may be replaced meanwhile
+    done = {name for name, record in _results(arguments, settings).items() if "error" not in record}
     state.wait_for_everyone()  # all have read the same results before anyone adds to them
     todo = [name for name in names if name not in done]
     if todo:  # also those whose share is empty: all have to wait equally often
-        _answer_all(todo[state.process_index :: state.num_processes], arguments, state)
+        _answer_all(todo[state.process_index :: state.num_processes], arguments, settings, state)
     elif state.is_main_process:
         print(f"{str(arguments.output)!r} has an answer for every file; remove it to ask again.", file=sys.stderr)
     state.wait_for_everyone()
-    failed = _merge(names, arguments) if state.is_main_process else []
+    failed = _merge(names, arguments, settings) if state.is_main_process else []
     state.wait_for_everyone()  # a launcher stops all processes when one ends with an error
     return failed
 
@@ -116,14 +117,13 @@ def _parts(output: Path) -> list[Path]:
     return sorted(output.parent.glob(f".{glob.escape(output.name)}.[0-9]*.part"))
 
 
-def _results(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def _results(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """All records so far by file name, later ones over earlier, but no failure over an answer.
 
     Raises:
         ValueError: they answer another question, are of another model or other options, or are no records.
     """
     results: dict[str, dict[str, Any]] = {}
-    settings = _settings(arguments)
     for path in (arguments.output, *_parts(arguments.output)):
         for record in _read(path):
             if not isinstance(record, dict) or not isinstance(record.get("file"), str):
@@ -160,17 +160,19 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{str(path)!r} holds no JSON lines ({error}). Give another --output.") from error
 
 
-def _answer_all(names: list[str], arguments: argparse.Namespace, state: PartialState) -> None:
+def _answer_all(names: list[str], arguments: argparse.Namespace, settings: dict[str, Any], state: PartialState) -> None:
     """Appends a record for each file to this process's part, as soon as it is known."""
     device = str(state.device) if arguments.device == "auto" else arguments.device
     with state.main_process_first():  # which downloads the checkpoint for all
         model = load_model(arguments.model, device, arguments.dtype) if names else None
     with append_lines(arguments.output.with_name(f".{arguments.output.name}.{state.process_index}.part")) as file:
         for name in names:
-            print(json.dumps(_answer(name, model, arguments)), file=file, flush=True)
+            print(json.dumps(_answer(name, model, arguments, settings)), file=file, flush=True)
 
 
-def _answer(name: str, model: Sa2VAChatModel, arguments: argparse.Namespace) -> dict[str, Any]:
+def _answer(
+    name: str, model: Sa2VAChatModel, arguments: argparse.Namespace, settings: dict[str, Any]
+) -> dict[str, Any]:
     """The record of one file."""
     try:
         source = open_source(arguments.folder / name)
@@ -180,17 +182,17 @@ def _answer(name: str, model: Sa2VAChatModel, arguments: argparse.Namespace) -> 
                 record = new_record(arguments.text, frame, source)
                 del record["overlay"]
             add_frame(record["objects"], frame)
-        return {"file": name, "settings": _settings(arguments), **record}
+        return {"file": name, "settings": settings, **record}
     except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
         return {"file": name, "question": arguments.text, "error": str(error)}
 
 
-def _merge(names: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _merge(names: list[str], arguments: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Writes all records in the order of file names, removes the parts and returns the failures.
 
     Records of files that are gone stay, at the end.
     """
-    results = _results(arguments)
+    results = _results(arguments, settings)
     order = [*(name for name in names if name in results), *sorted(results.keys() - set(names))]
     with replacing(arguments.output) as temporary:
         temporary.write_text("".join(json.dumps(results[name]) + "\n" for name in order), encoding="utf-8")
