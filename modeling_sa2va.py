@@ -1765,7 +1765,10 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Prompts the objects of a video on its key frames, where `tracking` then begins; with `_frame_steps`."""
         images = inputs.key_images or inputs.frames.select(inputs.key_frames)
-        with closing(_look_at_all(images, look, 2 * encode_batch_size)) as ready:
+        looked_at = (look([image]) for image in images)
+        if prompts.device.type != "cpu":  # which is busy itself
+            looked_at = _look_at_all(images, look, 2 * encode_batch_size)
+        with closing(looked_at) as ready:
             keys = ((index, preprocess([frame])) for index, frame in zip(inputs.key_frames, ready, strict=True))
             conditioned = self.grounding_encoder.condition(keys, prompts, inputs.size, encode_batch_size)
         tracking.banks, tracking.predictions = conditioned.banks, conditioned.predictions

@@ -189,16 +189,19 @@ def test_the_reading_thread_makes_numbers_for_a_cpu_alone_and_of_frames_that_do_
     assert (pixel_values.dtype, pixel_values.device.type, len(pixel_values)) == (torch.float32, device, 2)
 
 
-def test_every_frame_is_resized_in_a_thread_key_frames_too(golden_model, golden_processor, arguments, monkeypatch):
-    resize, threads = golden_processor.resize_for_grounding, []
+def test_key_frames_are_looked_at_by_threads_in_their_order():
+    """Where a GPU would wait for them; what one raises comes in its turn."""
+    threads = set()
 
-    def noted(frames):
-        threads.append(threading.current_thread().name)
-        return resize(frames)
+    def look(pictures):
+        threads.add(threading.current_thread().name)
+        return 1 / pictures[0]
 
-    monkeypatch.setattr(golden_processor, "resize_for_grounding", noted)
-    golden_model.predict_forward(**arguments, processor=golden_processor)
-    assert len(threads) == 7 and all(name.startswith("read_ahead") for name in threads)
+    found = modeling_sa2va._look_at_all([4, 2, 1, 0, 5], look, ahead=2)
+    assert [next(found), next(found), next(found)] == [0.25, 0.5, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+    assert all(name.startswith("read_ahead") for name in threads) and not readers()
 
 
 def test_a_stream_of_no_objects_can_be_gone_on_with(golden_model, golden_processor, small):
