@@ -508,7 +508,7 @@ class Sa2VAChatConfig(PreTrainedConfig):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "Sa2VAChatConfig":
         """transformers' `from_pretrained`; see `from_dict` for what is read beside config.json."""
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
-        kwargs["hub_arguments"] = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        kwargs["hub_arguments"] = hub_arguments_in(kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -683,6 +683,11 @@ def _qwen_config(text_config: Any, vision_config: Any) -> PreTrainedConfig:
     if isinstance(vision_config, dict):
         vision_config = {**vision_config, "model_type": model_type}
     return CONFIG_MAPPING[model_type](text_config=text_config, vision_config=vision_config, tie_word_embeddings=False)
+
+
+def hub_arguments_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of a `from_pretrained` that say which files are meant, and how they are fetched."""
+    return {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
 
 
 def has_prompt_decoder(name_or_path: str, hub_arguments: Mapping[str, Any] = MappingProxyType({})) -> bool:

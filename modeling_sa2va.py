@@ -76,7 +76,6 @@ from transformers.utils import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_sa2va import (
-    HUB_ARGUMENTS,
     PROMPT_DECODER,
     Sa2VAChatConfig,
     Sa2VAChatConfigQwen,
@@ -85,6 +84,7 @@ from .configuration_sa2va import (
     blaming,
     blaming_config,
     by_own_names,
+    hub_arguments_in,
     read_index,
     reading_weights,
 )
@@ -534,7 +534,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         chosen = kwargs.get("dtype") is not None
-        hub_arguments = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub_arguments = hub_arguments_in(kwargs)
         if isinstance(kwargs.get("device_map"), dict) or kwargs.get("quantization_config") is not None:
             names = ModuleNames.of_checkpoint(source, kwargs.get("config"), hub_arguments)
             kwargs |= _with_native_names(names, kwargs)
@@ -698,7 +698,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """
         if peft_config is None and peft_model_id is not None:
             hub = {**getattr(kwargs.get("load_config"), "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {})}
-            hub = {name: value for name, value in {**hub, **kwargs}.items() if name in HUB_ARGUMENTS}
+            hub = hub_arguments_in({**hub, **kwargs})
             config = _peft().PeftConfig.from_pretrained(peft_model_id, **hub)
             if self.adapter_config(config) is not config:
                 weights = _peft().utils.load_peft_weights(peft_model_id, device="cpu", **hub)

@@ -48,11 +48,11 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from .configuration_sa2va import (
     FRAME_SAMPLINGS,
-    HUB_ARGUMENTS,
     Sa2VAChatConfig,
     Sa2VAInternLM2Config,
     blaming,
     copy_code,
+    hub_arguments_in,
 )
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
@@ -1330,7 +1330,7 @@ class Sa2VAProcessor(ProcessorMixin):
         Raises:
             OSError: neither file is there, or no tokenizer; or they can't be read.
         """
-        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        hub_kwargs = hub_arguments_in(kwargs)
         settings = kwargs.keys() - hub_kwargs.keys() - {"config"}
         stored = cls._find_config(pretrained_model_name_or_path, **hub_kwargs)
         if (config := kwargs.get("config")) is None:
