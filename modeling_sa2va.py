@@ -54,6 +54,7 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
+from transformers import __version__ as transformers_version
 from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -144,6 +145,7 @@ _BLIND_TO_PADDING = {  # settings of `generate` that look neither at the tokens 
     *("cache_implementation", "max_cache_len", "compile_config", "disable_compile"),
 }
 _MAX_NEW_TOKENS = 2048  # of the released code
+_PICTURES_IN_PARTS = (5, 23)  # the transformers since which `generate` can read a prompt with pictures in parts
 _SAVED_SETTINGS = {  # of generation_config.json: type, least and most
     "max_new_tokens": (int, 1, 10**6),
     "do_sample": (bool, False, True),
@@ -2647,12 +2649,15 @@ def _check_against_prompt(
         raise ValueError(
             f"max_length={config.max_length} counts the prompt, which takes {length} tokens. Give max_new_tokens."
         )
-    if "input_ids" in prompt:
-        return
-    if arguments.get("assistant_model") is not None:
+    in_parts = getattr(config, "prefill_chunk_size", None) is not None
+    if "input_ids" not in prompt and arguments.get("assistant_model") is not None:
         raise ValueError("assistant_model can't read pictures as this family gives them. Leave it out.")
-    if getattr(config, "prefill_chunk_size", None) is not None:
+    if "input_ids" not in prompt and in_parts:
         raise ValueError("prefill_chunk_size can't cut prompts that are embeddings, as in this family. Leave it out.")
+    if in_parts and tuple(map(int, transformers_version.split(".")[:2])) < _PICTURES_IN_PARTS:
+        raise ValueError(
+            f"transformers {transformers_version} loses pictures where prefill_chunk_size cuts a prompt. Leave it out."
+        )
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
