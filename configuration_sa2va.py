@@ -66,7 +66,7 @@ _BOUNDS = {**_LIMITS, **_NUMBERS}
 _MAX_INTEGER, _MAX_ITEMS, _MAX_PARAMETERS, _MAX_DEPTH = 2**31, 1000, 10**12, 16
 _ENDLESS = ("time_step_limit",)  # of Mamba, infinity by default
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
-# For the caller to say: where code and weights are taken from and which kernels run is no property of a checkpoint.
+# Where code and weights come from and which kernels run is the caller's choice, not the checkpoint's.
 _NOT_OF_A_FILE = frozenset(
     ("name_or_path", "transformers_weights", "attn_implementation", "experts_implementation", "trust_remote_code")
 )
@@ -189,7 +189,8 @@ class Sa2VAGroundingConfig(PreTrainedConfig):
 
     Raises:
         ValueError: an unknown `frame_sampling` or `memory_dtype`, other than 4 `stages`, an `image_size` that SAM 2
-            can't halve and tile (it must be a multiple of 32), or no number of frames.
+            can't halve and tile (it must be a multiple of 32, and of four times the first of `window_spec`), or no
+            number of frames.
     """
 
     model_type = "sa2va_grounding"
@@ -260,8 +261,7 @@ def blaming(kind: type[Exception], fault: str, advice: str, passes: tuple[type[E
     """Whatever goes wrong in the block is the fault of a file, which may hold any value where any other belongs.
 
     Args:
-        kind: what is raised in place of what another wrong value raises, or no JSON. A missing package stays
-            ImportError.
+        kind: what is raised for any wrong value, or for what is no JSON. A missing package stays ImportError.
         fault, advice: what its message says before and after the reason.
         passes: what else stays as it is.
     """

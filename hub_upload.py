@@ -1393,7 +1393,7 @@ def read_results(path: str | Path) -> tuple[dict[str, Any], ...]:
 
 
 def _uploaded_names(folder: Path) -> list[str]:
-    """The files of a folder that belong into a model repository; everything else stays at home."""
+    """The files of a folder that belong into a model repository; everything else is not uploaded."""
     text = _read_card(folder)
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     return [name for name in names if _matches(name, UPLOADED) or _is_shown(name, text)]
@@ -1470,7 +1470,7 @@ class PushReport:
         files: bytes of every file that the repository has in the end.
         uploaded: those of them that are new or changed.
         deleted: files of an earlier version that the new one must not find there.
-        left_out: files of the source that are nobody's business, and stay at home.
+        left_out: files of the source that are not uploaded.
         creates: whether there is no such repository yet.
         card: "generated", or "kept": the one that somebody wrote, here or on the Hub.
         notes: what the user should know, as in `PackReport`.
@@ -1501,7 +1501,7 @@ class PushReport:
                 f"{where}: {len(sizes)} files to upload, {sum(sizes.values()) / 1e6:,.1f} MB; {kept} are there already",
                 *_file_lines(sizes),
                 *(f"  deleted          {name}" for name in self.deleted),
-                *(f"  stays at home    {name}" for name in self.left_out),
+                *(f"  not uploaded     {name}" for name in self.left_out),
                 *(f"note: {note}" for note in self.notes),
             ]
         )
@@ -1588,7 +1588,7 @@ def _packed(given: str | Path, **options: Any) -> Iterator[tuple[Path, tuple[str
 
 
 def _contents(source: Path, folder: Path, repo_id: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What to upload, paths or bytes by name, the card with the repository's name; and what stays at home."""
+    """What to upload, paths or bytes by name, the card with the repository's name; and what is not uploaded."""
     files: dict[str, Any] = {name: folder / name for name in _uploaded_names(folder)}
     files[CARD] = _readdressed(files[CARD].read_text(encoding="utf-8"), folder, repo_id).encode()
     here = {path.name for path in source.iterdir()} if source.is_dir() else set()
@@ -1621,7 +1621,7 @@ def _is_packed(folder: Path, max_bytes: int) -> bool:
 
 
 class _Hub:
-    """A repository on the Hub, as the one who holds the token sees it; passing faults are sat out."""
+    """A repository on the Hub, as the token's owner sees it; what fails for a moment is tried again."""
 
     def __init__(self, repo_id: str, revision: str | None, create_pr: bool, description: str | None, **account: Any):
         from huggingface_hub import HfApi

@@ -106,13 +106,13 @@ from .processing_sa2va import (
     prepare_samples,
     replacing_files,
 )
-from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState, WideLayerNorm2d
+from .sam2_decoder import MaskPrediction, Sam2Decoder, Sam2Model, TrackingState, WideLayerNorm2d, in_batches
 
 logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
 IGNORE_INDEX = -100
 _INTEGERS = (torch.int64, torch.int32)  # what embeddings and tensors can be indexed with
-_NO_PIXELS = "The text shows a picture, or regions of one, but there are no pixel_values. Give those of the processor."
+_NO_PIXELS = "The text shows a picture, or regions of one, but there are no pixel_values. Use the processor's."
 _OF_PROCESSOR = "Build both with the processor, from the same picture."
 _MOST_BEAMS = 1000  # more than anybody searches with; far more take all memory there is
 _MOST_BEAM_TOKENS = 10**7  # beams times tokens, for all of which beam search sets room aside
@@ -256,7 +256,7 @@ class Sa2VATrainingOutput(ModelOutput):
     """What `forward` returns.
 
     Attributes:
-        loss: weighted sum of the parts that the inputs allow; None without labels.
+        loss: weighted sum of the parts that the inputs allow; None without `labels` and `mask_labels`.
         lm_loss, mask_loss, dice_loss, iou_loss, object_score_loss: the parts, unweighted; None where not asked for.
         logits: [B, L, vocab].
         pred_masks: for each sample float32 logits [objects, frames, S/4, S/4]; None without `grounding_pixel_values`.
@@ -305,7 +305,7 @@ class SpecialTokenIds(NamedTuple):
 
 
 class TextStates(NamedTuple):
-    """What the language model made of read text, states [B, L, hidden] that `[SEG]` is taken from, image features."""
+    """One reading of texts: the model's output, the states [B, L, hidden] `[SEG]` is taken from, image features."""
 
     text: ModelOutput
     seg_states: Tensor
@@ -339,13 +339,19 @@ class _Progress:
 class Sa2VAStream(Generator):
     """What `predict_stream` returns: a generator of `Sa2VAFrame`, which can be stopped and gone on with.
 
-    `close()` frees all it holds; so does leaving it.
+    `close()` frees all it holds; so does leaving a `with` block, or letting go of it.
     """
 
     def __init__(self, frames: Generator[Sa2VAFrame, None, None], progress: _Progress, grounding: dict[str, int]):
         self._frames = frames
         self._progress = progress
         self._grounding = grounding
+
+    def __enter__(self) -> "Sa2VAStream":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
 
     def send(self, value: None) -> Sa2VAFrame:
         """Part of a generator's protocol; use `next` or a loop."""
@@ -356,7 +362,7 @@ class Sa2VAStream(Generator):
         return self._frames.throw(*error)
 
     def close(self) -> None:
-        """Stops reading and frees the memory of the video, of which no state can be taken any more."""
+        """Stops reading and frees the memory of the video; `state` can't be called any more."""
         self._frames.close()
         self._progress = _Progress.none()
 
@@ -514,9 +520,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         """transformers' `from_pretrained`, which also takes what users of the released code pass.
 
         `use_flash_attn` and `low_cpu_mem_usage` have no effect here: attention follows `attn_implementation`, and
-        loading never needs the weights twice. `torch_dtype` and `load_in_8bit` are translated. A `quantization_config`
-        quantizes the layers of the language model only, as if its skip list named all else. Its skip list, and a
-        `device_map` that is a dictionary, may name modules as the released code does.
+        loading never needs the weights twice. `torch_dtype`, `load_in_8bit` and `load_in_4bit` are translated. A
+        `quantization_config` quantizes the layers of the language model only, as if its skip list named all else. Its
+        skip list, and a `device_map` that is a dictionary, may name modules as the released code does.
 
         Raises:
             OSError: no such checkpoint, its weights or their index are damaged, the index names files elsewhere, or the
@@ -668,7 +674,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Each library's own initialisation: SAM 2 is not a transformers model and trains badly from a flat normal."""
+        """Each library's own initialisation: SAM 2 trains badly if all its weights are drawn from one normal."""
         if isinstance(module, Sam2Model):
             for name in ("maskmem_tpos_enc", "no_mem_embed", "no_mem_pos_enc", "no_obj_ptr"):
                 nn.init.trunc_normal_(getattr(module, name), std=0.02)
@@ -958,7 +964,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             output.lm_loss = self._text_loss(output.logits, labels, num_items_in_batch)
         is_seg = (input_ids == token_ids.seg) & (labels != IGNORE_INDEX if labels is not None else True)
         output.seg_hidden_states = states.seg_states[is_seg.to(states.seg_states.device)]
-        if grounding_pixel_values is not None:
+        if grounding_pixel_values is not None or mask_labels is not None:
             objects = is_seg.sum(dim=-1).tolist()
             share = 1.0 if num_masks_in_batch is not None else _share_of_step(labels, num_items_in_batch)
             self._add_masks(output, objects, grounding_pixel_values, mask_labels, num_masks_in_batch, share)
@@ -1001,12 +1007,14 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         self,
         output: Sa2VATrainingOutput,
         objects_per_sample: list[int],
-        clips: Sequence[Tensor] | Tensor,
+        clips: Sequence[Tensor] | Tensor | None,
         mask_labels: Sequence[Tensor] | None,
         num_masks: Tensor | int | None,
         share: Tensor | float,
     ) -> None:
         """Segments the objects of all samples, clips of equal length together, and averages the losses over objects."""
+        if clips is None:
+            raise ValueError("mask_labels need grounding_pixel_values, the frames that they belong to.")
         side = self.config.grounding_config.image_size
         clips = [None if clip is None else _as_clip(clip, side) for clip in clips]
         if len(clips) != len(objects_per_sample):
@@ -1103,7 +1111,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             return self._processor
 
     def set_processor(self, processor: Sa2VAProcessor | None) -> None:
-        """Makes `processor` the one that calls without a processor of their own use; None takes the checkpoint's again.
+        """Sets the processor of calls that are given none; None restores the checkpoint's.
 
         Raises:
             TypeError: it is neither a processor nor a tokenizer, of which one is made.
@@ -1174,7 +1182,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         return self.get_inputs_embeds(input_ids.to(device), token_ids, features, prompt_masks, prompt_mask_tiles)
 
     def compile_parts(self, image_encoder: bool = True, decode_step: bool = True, **options) -> None:
-        """Compiles what is called most, by `torch.compile`, in place. Each call decides anew: False takes it back.
+        """Compiles what is called most, by `torch.compile`, in place. Each call decides anew; False undoes it.
 
         The first use of a part takes a minute or more, and so does its second shape (frames encoded together, length of
         the cache), after which shapes are free. Weights, their names and what is saved stay as they are. InternViT and
@@ -1297,13 +1305,14 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         What a sample gets does not depend on its neighbours. Where it would (settings of `generate` that look at the
         prompt or at the whole batch, such as a streamer; a text that outgrows its model's rotary positions) samples are
-        answered one after the other. Draws of `do_sample` are those of a batch. Clips are tracked one by one.
+        answered one after the other. Draws of `do_sample` are those of a batch. Clips are tracked one by
+        one: the frames of each are many enough to be encoded together.
 
         Args:
             samples: dictionaries of `predict_forward`'s `image` or `video`, `text`, `past_text`, `mask_prompts`,
                 `num_frames`, `frame_sampling`; in any mixture. An iterator is read a batch at a time.
             batch_size: how many samples are answered together. When memory runs out it is halved for the rest, with a
-                warning.
+                warning, as `encode_batch_size` is for the frames at hand.
             **generate_kwargs, and the rest: as for `predict_forward`, for all samples.
 
         Returns:
@@ -1329,7 +1338,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         return [
             self._output(inputs, processor, answer, options, prediction)
-            for batch in _in_batches(look, prepared, batch_size)
+            for batch in in_batches(look, prepared, batch_size, "samples")
             for inputs, answer, prediction in batch
         ]
 
@@ -1493,7 +1502,9 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             return given
         tokenizer = getattr(given, "tokenizer", given)
         if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
-            raise TypeError(f"processor= and tokenizer= take such objects, got {given!r}. Leave them out, or load one.")
+            raise TypeError(
+                f"processor= and tokenizer= must be such objects, got {given!r}. Leave them out, or load one."
+            )
         return self._processor_with(tokenizer, given)
 
     def _processor_with(self, tokenizer: Any, given: Any) -> Sa2VAProcessor:
@@ -2268,7 +2279,7 @@ def _separate(model: nn.Module) -> None:
 def _tell_places(model: "Sa2VAChatModel") -> None:
     """Tells the part that writes where its modules are, as accelerate told the model.
 
-    Without, transformers' `generate` would compile a step with a static cache on a GPU though weights are offloaded.
+    Otherwise transformers' `generate` would compile a step with a static cache on a GPU though weights are offloaded.
     """
     if (places := getattr(model, "hf_device_map", None)) is None:
         return
@@ -2521,7 +2532,7 @@ def _saved_settings(loaded: GenerationConfig) -> GenerationConfig:
 
 
 def _check_generation(config: GenerationConfig, given: Mapping[str, Any], known: int) -> None:
-    """Refuses arguments of `generate`, given or in its config, of which it would say less, or too late.
+    """Refuses arguments of `generate`, given or in its config, that it would explain less well, or too late.
 
     Args:
         config: the settings beside those given.
@@ -2713,28 +2724,6 @@ def _as_answer(processor: Sa2VAProcessor, question: Sa2VAInputs, new_ids: Tensor
     )
 
 
-def _in_batches(work: Callable[[Sequence[Any]], Any], items: Iterator[Any], size: int) -> Iterator[Any]:
-    """Yields `work(batch)` for all items in order, in batches of at most `size`, which out of memory halves."""
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
-    waiting: list[Any] = []
-    while waiting := waiting + list(itertools.islice(items, max(0, size - len(waiting)))):
-        batch = waiting[:size]
-        try:
-            result = work(batch)
-        except RuntimeError as error:
-            if len(batch) == 1 or not should_reduce_batch_size(error):
-                raise
-            result = None
-        if result is None:  # only here the error lets go of what it held
-            size = len(batch) // 2
-            logger.warning(f"Out of memory with {len(batch)} samples at once. Going on with {size}.")
-            clear_device_cache(garbage_collection=True)
-        else:
-            waiting = waiting[len(batch) :]
-            yield result
-
-
 def _prompt_cache(cache: Any, num_prompts: int, length: int) -> DynamicCache | None:
     """The prompts' part of a cache that `generate` filled; None if it can't be cut out."""
     if not isinstance(cache, (DynamicCache, StaticCache)) or any(getattr(x, "is_sliding", False) for x in cache.layers):
@@ -2833,7 +2822,7 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 class _Arriving:
-    """Frames of a video, whose tensors `_to_host` sent: a few may be on their way, so that the GPU need not wait.
+    """Frames of a video that `_to_host` copies: a few copies may be on their way, so that the GPU need not wait.
 
     A frame holds by name tensors, or lists of a tensor's parts, which are joined, and masks encoded if that is asked
     for. Those that have come leave pinned memory, of which there is little: torch takes a power of two for each tensor,
@@ -3045,11 +3034,11 @@ class ModuleNames:
 
     @classmethod
     def of_checkpoint(
-        cls, name_or_path: str, config: Sa2VAChatConfig | None, hub_arguments: dict[str, Any]
+        cls, name_or_path: str, config: PreTrainedConfig | str | os.PathLike | None, hub_arguments: dict[str, Any]
     ) -> "ModuleNames":
         """Those of a checkpoint that is yet to be loaded, from its config alone."""
-        if config is None:
-            config = Sa2VAChatConfig.from_pretrained(name_or_path, **hub_arguments)
+        if not isinstance(config, PreTrainedConfig):
+            config = Sa2VAChatConfig.from_pretrained(config or name_or_path, **hub_arguments)
         with torch.device("meta"):
             return cls(Sa2VAChatModel(copy.deepcopy(config)))
 

@@ -286,8 +286,8 @@ _Decoders = Generator[Callable[[], Image.Image], None, None]  # one callable a f
 class VideoFrames:
     """Frames of a video as RGB PIL images, decoded one at a time; every iteration starts at frame 0.
 
-    `len(frames)` is the number of frames that can really be read. A file doesn't know it (its header can be wrong):
-    the first call reads it to its end to count them. `list(frames)` calls it too.
+    `len(frames)` is the number of frames that can really be read. The header of a file can be wrong, so the first
+    call reads it to its end to count them; `list(frames)` calls it, too.
 
     Args:
         source: starts a new pass: a generator of one callable a frame, which decodes the frame. It releases what it
@@ -695,9 +695,9 @@ def _region_sentence(region_tokens: Sequence[int]) -> str:
 
 
 def _token_counts(text: str, start: str, token: str, end: str) -> list[int]:
-    """How often a token stands in every start...end block of a text."""
-    blocks = re.findall(f"{re.escape(start)}(.*?){re.escape(end)}", text, flags=re.DOTALL)
-    return [block.count(token) for block in blocks]
+    """How often a token stands in every start...end block of a text that holds nothing else."""
+    blocks = re.findall(f"{re.escape(start)}((?:{re.escape(token)})*){re.escape(end)}", text)
+    return [len(block) // len(token) for block in blocks]
 
 
 def _check_is_text(name: str, words: Any) -> None:
@@ -724,8 +724,6 @@ def _check_words(text: Any, past_text: Any, reserved: Sequence[str], drops_tags:
             f"text holds {used}, which stand for image content. Give your words alone: the "
             "processor writes what surrounds them."
         )
-    if IMAGE_TAG in past_text:
-        raise ValueError(f"past_text holds {IMAGE_TAG}. Give the past_text that the previous call returned, unchanged.")
 
 
 def _check_no_picture(text: str, past_text: str, mask_prompts: Any, image_token: str) -> None:
@@ -860,13 +858,21 @@ def _as_samples(texts: Sequence[str], **columns: Any) -> list[dict[str, Any]]:
             given = f"{len(items)} in a list" if items is column else f"one {type(column).__name__}"
             raise ValueError(f"{name}={given}, but text is a list of {len(texts)}. Give a list with one for each text.")
         rows[{"images": "image", "videos": "video"}.get(name, name)] = items
-    rows["image"] = [None if isinstance(x, list | tuple) and not x else _single(x) for x in rows["image"]]
+    rows["image"] = [_one_image(image) for image in rows["image"]]
+    rows["video"] = [_one_video(video) for video in rows["video"]]
     return [dict(zip(rows, sample, strict=True)) for sample in zip(*rows.values(), strict=True)]
 
 
 def _single(value: Any) -> Any:
     """The only item of a one-item list, in which batch-minded callers wrap a sample."""
     return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+def _one_image(value: Any) -> Any:
+    """The only item of a list, which may be nested; None for an empty one."""
+    while isinstance(value, list | tuple) and len(value) < 2:
+        value = value[0] if value else None
+    return value
 
 
 def _parts_of(content: Any, may_come: bool) -> dict[str, Any]:
@@ -1460,7 +1466,7 @@ class Sa2VAProcessor(ProcessorMixin):
         if image_tokens is None:
             turn = text.replace(IMAGE_TAG, "")
         elif self._pictures_in(past_text):
-            regions = "" if REGION_START in past_text else regions.lstrip("\n")
+            regions = "" if self._regions_in(past_text) else regions.lstrip("\n")
             turn = regions + text.replace(f"{IMAGE_TAG}\n", "").replace(IMAGE_TAG, "")
         else:
             turn = text if IMAGE_TAG in text else IMAGE_TAG + text
@@ -1650,12 +1656,20 @@ class Sa2VAProcessor(ProcessorMixin):
         return self.build_prompt(text, image_tokens=image_tokens, region_tokens=regions, past_text=past_text)
 
     def _pictures_in(self, text: str) -> list[int]:
-        return _token_counts(text, self.image_start, self.image_token, self.image_end)
+        return [count for count in _token_counts(text, self.image_start, self.image_token, self.image_end) if count]
+
+    def _regions_in(self, text: str) -> list[int]:
+        known = REGION_START in self._reserved_words
+        return _token_counts(text, REGION_START, self.image_token, REGION_END) if known else []
 
     def _check_past_picture(self, past_text: str, given: list[int], given_regions: list[int] | None) -> None:
         """What earlier turns show must be what is given now: its features take the place of their tokens."""
-        shown = self._pictures_in(past_text)
-        regions = _token_counts(past_text, REGION_START, self.image_token, REGION_END)
+        shown, regions = self._pictures_in(past_text), self._regions_in(past_text)
+        if not shown and IMAGE_TAG in past_text:
+            raise ValueError(
+                f"past_text holds {IMAGE_TAG}, where it should show the picture. Give it as the previous call returned "
+                "it, or start anew with past_text=''."
+            )
         if past_text.count(self.image_token) != sum(shown) + sum(regions):
             raise ValueError("past_text is cut inside a picture. Give it as the previous call returned it, unchanged.")
         if shown and shown != given:
@@ -1674,7 +1688,7 @@ class Sa2VAProcessor(ProcessorMixin):
         run = re.compile(f"(?:{re.escape(self.image_token)})+")
         repeats = [len(found) // len(self.image_token) for found in run.findall(prompt)]
         encoded = self.tokenizer(run.sub(lambda _: self.image_token, prompt), return_tensors="pt")
-        image_token_id = find_token(self.tokenizer, self.image_token)
+        image_token_id = self.image_token_id
         places = [place for place, token_id in enumerate(encoded.input_ids[0].tolist()) if token_id == image_token_id]
         if len(places) != len(repeats):
             raise ValueError(f"{self.image_token} is not one token of this tokenizer. Use the checkpoint's own.")
@@ -1696,6 +1710,7 @@ class Sa2VAProcessor(ProcessorMixin):
         padding: bool | str = True,
         padding_side: str = "left",
         audio: None = None,
+        **unknown: Any,
     ) -> BatchFeature:
         """`prepare` in the manner of transformers: the arguments of the model's `generate` and `forward`.
 
@@ -1710,7 +1725,8 @@ class Sa2VAProcessor(ProcessorMixin):
             return_tensors: "pt" (also None), or "np", which the model does not take.
             padding: True or "longest" fills shorter texts up; False refuses a batch that would need it.
             padding_side: "left" to `generate`, "right" for `forward`.
-            audio: None, as pipelines pass it; nothing can be heard.
+            audio: None, as transformers' pipelines pass it.
+            **unknown: must be empty. Prompts are never cut (`truncation`), since that would cut their picture.
 
         Returns:
             `input_ids`, `attention_mask` and what there is of `pixel_values`, `image_grid_thw`, `prompt_masks`,
@@ -1721,17 +1737,20 @@ class Sa2VAProcessor(ProcessorMixin):
             ValueError: not as many of something as texts, texts of different lengths that may not be padded, or
                 another kind of padding.
         """
+        if unknown:
+            accepted = "images, text, videos, past_text, mask_prompts, num_frames, frame_sampling, return_tensors"
+            raise TypeError(f"A call has no {sorted(unknown)}: it takes {accepted}, padding and padding_side.")
         if padding not in (True, False, "longest") or padding_side not in ("left", "right"):
             raise ValueError(f"{padding=}, {padding_side=}: padding is True or False, on the 'left' or 'right'.")
         if audio is not None:
-            raise ValueError("audio can't be heard. Leave it out.")
+            raise ValueError("audio is not supported. Leave it out.")
         shared = {"num_frames": num_frames, "frame_sampling": frame_sampling}
         given = {"images": images, "videos": videos, "past_text": past_text, "mask_prompts": mask_prompts}
         if isinstance(text, list | tuple):
             samples = _as_samples(text, **given)
             inputs = list(prepare_samples(self._prepare_words, samples, "text", **shared))
         else:
-            one = _single(images), _one_video(videos), text, past_text, mask_prompts
+            one = _one_image(images), _one_video(videos), text, past_text, mask_prompts
             inputs = [self._prepare_words(*one, **shared)]
         lengths = {x.input_ids.shape[1] for x in inputs}
         if len(lengths) > 1 and not padding:
@@ -1828,6 +1847,8 @@ class Sa2VAProcessor(ProcessorMixin):
                 raise ValueError(f"Message {number}, of the assistant, holds {sorted(parts)}. Answers are words.")
             else:
                 prompt = self._prompt_of(question, **sampling)
+                if (ended := words.rstrip("\n")).endswith(self.stop_words):
+                    words = ended
                 question["past_text"] = f"{prompt}{words}{self.missing_end(words)}\n"
         if len(conversation) % 2 == 0:
             raise ValueError("A conversation ends with what the user asks.")
@@ -1836,6 +1857,11 @@ class Sa2VAProcessor(ProcessorMixin):
     def missing_end(self, answer: str) -> str:
         """The end mark that an answer lacks, or ""."""
         return "" if answer.endswith(self.stop_words) else self.stop_words[0]
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The token in whose places the features of a picture are put; None if the tokenizer lacks it."""
+        return find_token(self.tokenizer, self.image_token)
 
     @property
     def pad_token_id(self) -> int:
@@ -2225,6 +2251,8 @@ def _run_lengths(counts: str | bytes) -> np.ndarray:
 
 
 def _as_bool_masks(masks: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(masks, list | tuple) and len(sizes := set(map(np.shape, masks))) > 1:
+        raise ValueError(f"Masks must have one size, got {sorted(sizes)}. Give those of each in a call of its own.")
     masks = np.asarray(_as_numpy(masks))
     if masks.dtype != np.bool_ or masks.ndim != 3:
         raise ValueError(f"Masks must be bool [N, height, width], got {masks.dtype} of shape {masks.shape}.")

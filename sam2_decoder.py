@@ -36,8 +36,11 @@ from sam2.modeling.sam2_base import NO_OBJ_SCORE, SAM2Base
 from sam2.modeling.sam2_utils import LayerNorm2d
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.utils import logging
 
 from .configuration_sa2va import Sa2VAGroundingConfig
+
+logger = logging.get_logger(f"transformers.{__name__}")  # so that transformers' verbosity holds for it
 
 LEVEL_STRIDES = (4, 8, 16, 32)  # of the maps of Hiera
 BLOCK_SIZE = 1024  # queries, and keys, of which `_attend_in_blocks` holds all scores at once
@@ -67,7 +70,7 @@ class RotaryAttention(RoPEAttention):
         """Attends from a map q [B or 1, side * side, C] to k, v [B, L, C_kv]: [B, side * side, C].
 
         Keys are maps of the same size, one behind another, and `num_k_exclude_rope` tokens that have no place. A single
-        row of q is everybody's.
+        row of q is shared by all objects.
         """
         table = _axial_rope_table(self.internal_dim, round(q.shape[1] ** 0.5), q.device)
         q = _rotate(self.q_proj(q), table).expand(len(k), -1, -1)
@@ -736,7 +739,12 @@ class Sam2Decoder(nn.Module):
         return [slice(start, start + size) for start in range(0, num_objects, size)]
 
     def _encode(self, frames: Tensor) -> FrameFeatures:
-        return FrameFeatures.cat([self._encode_together(some) for some in frames.split(self.most_frames)])
+        if len(frames) == 1 or torch.is_grad_enabled():  # who trains sets the size of a batch
+            return FrameFeatures.cat([self._encode_together(some) for some in frames.split(self.most_frames)])
+        encoded = in_batches(
+            lambda some: self._encode_together(torch.cat(some)), iter(frames.split(1)), self.most_frames, "frames"
+        )
+        return FrameFeatures.cat(list(encoded))
 
     def _encode_together(self, frames: Tensor) -> FrameFeatures:
         side = self.config.image_size
@@ -966,6 +974,32 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         raise
     if chunk:
         yield chunk
+
+
+def in_batches(work: Callable[[Sequence[Any]], Any], items: Iterator[Any], size: int, what: str) -> Iterator[Any]:
+    """Yields `work(batch)` for all items in order, in batches of at most `size`, which out of memory halves.
+
+    Args:
+        what: items are called in the warning.
+    """
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    waiting: list[Any] = []
+    while waiting := waiting + list(itertools.islice(items, max(0, size - len(waiting)))):
+        batch = waiting[:size]
+        try:
+            result = work(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not should_reduce_batch_size(error):
+                raise
+            result = None
+        if result is None:  # only here the error lets go of what it held
+            size = len(batch) // 2
+            logger.warning_once(f"Out of memory with {len(batch)} {what} at once. Going on with {size}.")
+            clear_device_cache(garbage_collection=True)
+        else:
+            waiting = waiting[len(batch) :]
+            yield result
 
 
 def _packed(predictions: Sequence[MaskPrediction]) -> Tensor:

@@ -16,6 +16,7 @@ from PIL import Image
 from sa2va.data.records import BROKEN, Reader
 from sa2va.data.registry import DATASETS, open_dataset
 from sa2va.data.samples import Media, Sample, Size, annotated_frames
+from sa2va.demo.predict import at_least
 
 SEG = "[SEG]"
 UNGROUPED = ("jsonl", "gcg", "region_captions", "llava", "chatunivi")  # all others draw from a sample's expressions
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("root", type=Path, help="folder of the data set")
     parser.add_argument("--split", default="train", help="(default: %(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="look at the first N samples only")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="look at the first N samples only")
     options = parser.parse_args(argv)
     problems = validate(options.name, options.root, options.split, limit=options.limit)
     print("\n".join([*problems, f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"]))

@@ -14,6 +14,7 @@ import numpy as np
 
 from sa2va.data.scenes import IMAGE_TASKS, SPLITS, VIDEO_TASKS, SceneSample, make_sample
 from sa2va.demo.media import picture_writer, replacing
+from sa2va.demo.predict import at_least
 from sa2va.processing_sa2va import masks_to_rle
 
 TASKS = IMAGE_TASKS + VIDEO_TASKS
@@ -96,11 +97,11 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seed", type=int)
-    parser.add_argument("count", type=int, help="scenes of each task")
+    parser.add_argument("count", type=at_least(1), help="scenes of each task")
     parser.add_argument("out", type=Path)
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--frames", type=int, default=8, help="length of clips (default: %(default)s)")
+    parser.add_argument("--frames", type=at_least(1), default=8, help="length of clips (default: %(default)s)")
     o = parser.parse_args()
     print(export_scenes(o.seed, o.count, o.out, split=o.split, tasks=o.tasks, num_frames=o.frames))
 

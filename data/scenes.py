@@ -1,7 +1,6 @@
 """A synthetic world for learning to point with words: coloured shapes on dull backgrounds, still or moving.
 
 * `make_sample` draws one picture or clip and writes the conversation about it, exact masks included.
-* `SceneDataset` is a map-style dataset over `make_sample` (no torch needed).
 * `corpus` lists the sentences of this world, for training a tokenizer.
 
 A sample is made in four steps: a plan (what kind of question), objects placed without hiding each other, a draft of
@@ -11,7 +10,7 @@ from its top left corner. Every reference is unambiguous by construction; answer
 The grounded-caption question and its `<p> </p> [SEG]` answer follow Sa2VA (arXiv:2501.04001).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise, product
 from typing import NamedTuple
@@ -589,12 +588,13 @@ def make_sample(
     Args:
         seed, index: whole numbers >= 0 that name the sample within its split.
         split: one of `SPLITS`.
-        task: one of `IMAGE_TASKS` or `VIDEO_TASKS`; None draws one.
+        task: a key of `KINDS`; None draws one.
         size: height and width in pixels, both >= 32; None draws each from 96..160.
         num_frames: length of clips, >= 1; pictures always have one frame.
 
     Raises:
         ValueError: an argument outside these ranges.
+        RuntimeError: no scene of this size fits what was drawn.
     """
     _check(seed, index, split, task, size, num_frames)
     rng = np.random.default_rng([SPLITS.index(split), seed, index])
@@ -629,55 +629,6 @@ def _check(seed: int, index: int, split: str, task: str | None, size: tuple[int,
         raise ValueError(f"size must be (height, width), both >= 32 pixels, got {size}.")
     if num_frames < 1:
         raise ValueError(f"num_frames must be >= 1, got {num_frames}.")
-
-
-class SceneDataset:
-    """Samples `0..length-1` of a seed and split, as a map-style dataset (`torch.utils.data` takes it as it is).
-
-    Args:
-        seed, split, size, num_frames: as in `make_sample`.
-        length: number of samples.
-        tasks: how often each task comes, as positive weights; None gives all tasks the same share.
-
-    Raises:
-        ValueError: an unknown task, weights that are negative or all zero, or what `make_sample` refuses.
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        length: int,
-        split: str = "train",
-        tasks: Mapping[str, float] | None = None,
-        size: tuple[int, int] | None = None,
-        num_frames: int = 8,
-    ) -> None:
-        weights = dict(tasks) if tasks is not None else dict.fromkeys(IMAGE_TASKS + VIDEO_TASKS, 1.0)
-        for task in weights:
-            _check(seed, 0, split, task, size, num_frames)
-        total = sum(weights.values())
-        if not total > 0 or min(weights.values()) < 0:
-            raise ValueError(f"tasks must have weights >= 0 that are not all zero, got {weights}.")
-        self.seed, self.length, self.split = seed, length, split
-        self.size, self.num_frames = size, num_frames
-        self.tasks = tuple(weights)
-        self.shares = np.array([weight / total for weight in weights.values()])
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> SceneSample:
-        """Make sample `index` (0..length-1); IndexError beyond."""
-        if not 0 <= index < self.length:
-            raise IndexError(f"index {index} is outside 0..{self.length - 1}.")
-        task = self.task_of(index)
-        options = {"split": self.split, "size": self.size, "num_frames": self.num_frames}
-        return make_sample(self.seed, int(index), task=task, **options)
-
-    def task_of(self, index: int) -> str:
-        """The task of sample `index`, without making it."""
-        rng = np.random.default_rng([SPLITS.index(self.split), self.seed, int(index), 1])
-        return self.tasks[int(rng.choice(len(self.tasks), p=self.shares))]
 
 
 # ---------- corpus

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from sa2va.data.registry import DATASETS, Dataset, open_dataset
 from sa2va.demo.media import replacing, write_json
-from sa2va.demo.predict import USER_ERROR, add_answer_options, load_model, weights_version
+from sa2va.demo.predict import USER_ERROR, add_answer_options, at_least, load_model, weights_version
 from sa2va.evaluation.captions import TEXT_ENCODER
 from sa2va.evaluation.predict import Predictions, missing, predict_dataset, subset
 from sa2va.evaluation.protocols import (
@@ -65,11 +65,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("before", metavar="TEXT", help="between a picture and the question; default: as in Sa2VA's evaluation")
     add("merge", default="official", choices=("official", "union"), help="masks of a video's answer: the first, or all")
     add("text_encoder", default=TEXT_ENCODER, help="compares phrases of gcg as GLaMM does; '' leaves it out")
-    add("limit", type=int, metavar="N", help="that many samples, drawn at random")
+    add("limit", type=at_least(1), metavar="N", help="that many samples, drawn at random")
     add("seed", type=int, default=0, help="names the draw")
     add("output", type=Path, metavar="DIR", help="default: outputs/evaluation/MODEL/DATA-SPLIT")
     add("metrics_only", action="store_true", help="score the predictions that are there, and make none")
-    add("worst", type=int, default=20, metavar="N", help="cases on the page of the worst; default: 20")
+    add("worst", type=at_least(0), default=20, metavar="N", help="cases on the page of the worst; default: 20")
     add("json", action="store_true", help="print what scores.json holds, and no table")
     return parser.parse_args(argv)
 

@@ -39,6 +39,7 @@ from transformers.utils import logging
 from sa2va.data.registry import open_dataset
 from sa2va.data.samples import MaskFile, Media, ObjectMasks, Sample
 from sa2va.demo.media import append_lines, finished_lines, replacing
+from sa2va.demo.predict import USER_ERROR, at_least, probability
 from sa2va.processing_sa2va import CORRUPT_FILE_ERRORS, masks_to_rle
 
 Captioner = Callable[[Sequence[Image.Image], str], str]
@@ -84,7 +85,6 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 VIDEO_DATA = ("mevis", "ref_youtube_vos", "revos", "ref_davis17", "ref_sav", "jsonl")
 QUESTION = "Please segment the object that this describes: {}"
-USER_ERROR = 2
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -474,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         run(arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     return 0
@@ -495,12 +495,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", default="train", help="to --data; default: train")
     add("--output", type=Path, default=Path("labels.jsonl"), metavar="FILE", help="default: labels.jsonl")
     add("--train-file", type=Path, metavar="FILE", help="write what was accepted as a jsonl data set, above its videos")
-    add("--limit", type=int, metavar="N", help="stop after so many new lines")
-    add("--num-frames", type=int, default=8, metavar="N", help="frames of the last stage; default: 8")
-    add(
-        "--min-area", type=float, default=0.001, metavar="SHARE", help="of a frame that an object fills; default: 0.001"
-    )
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer of a model; default: 256")
+    add("--limit", type=at_least(1), metavar="N", help="stop after so many new lines")
+    add("--num-frames", type=at_least(1), default=8, metavar="N", help="frames of the last stage; default: 8")
+    area = {"type": probability, "default": 0.001, "metavar": "SHARE"}
+    add("--min-area", **area, help="of a frame that an object fills; default: 0.001")
+    add("--max-new-tokens", type=at_least(1), default=256, metavar="N", help="longest answer of a model; default: 256")
     add("--dtype", default="auto", help="of both models; auto (default) is what their checkpoints have")
     add("--device-map", default="auto", help="cpu, cuda:0...; auto (default) spreads them over what is there")
     return parser

@@ -88,9 +88,15 @@ def release_adapter(folder: str | Path, base: str | None = None, output: str | P
 
 
 def read_adapter(folder: str | Path):
-    """The `peft.LoraConfig` of a folder and its weights by name, on the CPU."""
+    """The `peft.LoraConfig` of a folder and its weights by name, on the CPU.
+
+    Raises:
+        OSError: there is no such folder.
+    """
     import peft
 
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"There is no folder {str(folder)!r}. Give a checkpoint, or OUTPUT_DIR/adapter.")
     config = peft.PeftConfig.from_pretrained(str(folder))
     return config, peft.utils.load_peft_weights(str(folder), device="cpu")
 

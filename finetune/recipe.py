@@ -140,8 +140,9 @@ def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
     for name in ("frames", "objects", "max_length"):
         if (value := getattr(recipe, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1.")
-    if recipe.lora_rank < 0:
-        raise ValueError(f"--lora_rank {recipe.lora_rank} must be at least 0 (0 trains the language model in full).")
+    for name in ("lora_rank", "num_points", "preview_steps", "previews"):
+        if (value := getattr(recipe, name)) is not None and value < 0:
+            raise ValueError(f"--{name} {value} must be at least 0.")
     if training.label_smoothing_factor:
         raise ValueError(
             "--label_smoothing_factor would have Trainer take the loss of words alone, and no mask would be learned. "
@@ -335,11 +336,11 @@ def _is_sharded(training: TrainingArguments) -> bool:
 def run_idle_parts(model: Sa2VAChatModel, is_sharded: bool = False) -> None:
     """Makes `forward` give every part that learns a gradient, if only of zero, whatever is in the batch.
 
-    A process that has no picture, or no object, runs those parts on nothing, at no weight in the loss, and where the
-    others run them: else processes that train together would wait for it for ever, or mistake one part for another.
-    Clips of different lengths are segmented in turn, so the number of turns must be equal, too. One process alone does
-    as they do, without the work. So do processes with what no batch may need, as memory in pictures, unless its weights
-    are sharded: FSDP and DeepSpeed do not mind.
+    A process whose batch has no picture, or no object, runs those parts on made-up input at weight 0, at the same point
+    as the others: otherwise processes that train together would wait for ever, or take one part for another. Clips of
+    different lengths are segmented in turn, so the number of turns must be equal, too. One process alone gives the
+    gradients without the work. So do all processes for what no batch may need, as memory in pictures, unless its
+    weights are sharded: FSDP and DeepSpeed do not mind.
     """
     forward = model.forward
 

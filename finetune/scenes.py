@@ -24,6 +24,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.demo.media import replacing, write_json
+from sa2va.demo.predict import at_least
 from sa2va.finetune.batches import (
     CURRICULA_OF_PARTS,
     CURRICULUM,
@@ -170,11 +171,13 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="ten-minutes", help="how long to learn")
-    parser.add_argument("--clips_per_batch", type=int, help="clips in a step that trains on clips")
+    parser.add_argument("--clips_per_batch", type=at_least(1), help="clips in a step that trains on clips")
     parser.add_argument("--init", metavar="FOLDER", help="go on from a saved model, with the last stage's mix of tasks")
     parser.add_argument("--learn", choices=LEARNERS, help="what learns (default: all)")
     parser.add_argument("--new", choices=PARTS, help="with --init: the part that begins from nothing again")
-    parser.add_argument("--num_frames", type=int, help="frames in a clip; those after the key frames are tracked")
+    parser.add_argument(
+        "--num_frames", type=at_least(1), help="length of clips; what follows the key frames is tracked"
+    )
     options, rest = parser.parse_known_args(argv)
     preset = dict(PRESETS[options.preset])
     for name in ("init", "new", "learn", "clips_per_batch", "num_frames"):

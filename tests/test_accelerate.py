@@ -95,6 +95,12 @@ def test_released_module_names_place_a_model(tmp_path):
     assert_answers_as_recorded(model, GoldenFamily("ivl_qwen2").case("img1seg"))
 
 
+def test_a_config_may_be_a_folder_beside_a_device_map():
+    folder = str(GOLDEN / "ivl_qwen2")
+    model = AutoModel.from_pretrained(folder, config=folder, device_map={"": "cpu"}, dtype=torch.float32)
+    assert_answers_as_recorded(model, GoldenFamily("ivl_qwen2").case("img1seg"))
+
+
 RELEASED_SPLIT = {
     "vision_model.embeddings": "cpu",
     "vision_model.encoder.layers.0": "disk",

@@ -5,7 +5,8 @@ import torch
 from conftest import GOLDEN, RESIZES_AS_RECORDED, GoldenFamily
 from transformers import AutoModel, GenerationConfig, TextStreamer
 
-from sa2va.modeling_sa2va import _in_batches, _without_padding, _WrittenStates
+from sa2va.modeling_sa2va import _without_padding, _WrittenStates
+from sa2va.sam2_decoder import in_batches
 
 FAMILIES = ("ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl")
 LONG = ("vid20", "vid8")  # clips are tracked one by one anyway
@@ -196,7 +197,7 @@ def test_texts_that_cross_the_switch_of_long_rope_stay_alone(golden_model, monke
 
 def test_out_of_memory_halves_the_batch_and_says_so(monkeypatch):
     said, sizes = [], []
-    monkeypatch.setattr("sa2va.modeling_sa2va.logger.warning", said.append)
+    monkeypatch.setattr("sa2va.sam2_decoder.logger.warning_once", said.append)
 
     def work(batch):
         sizes.append(len(batch))
@@ -204,9 +205,35 @@ def test_out_of_memory_halves_the_batch_and_says_so(monkeypatch):
             torch.empty(2**50)  # a petabyte
         return list(batch)
 
-    assert list(_in_batches(work, iter(range(9)), 8)) == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+    assert list(in_batches(work, iter(range(9)), 8, "samples")) == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
     assert said == [f"Out of memory with {n} samples at once. Going on with {n // 2}." for n in (8, 4)]
+
+
+@pytest.mark.parametrize("part", ["language model", "image encoder"])
+def test_a_batch_out_of_memory_gives_the_same_answers(golden_model, golden, monkeypatch, part):
+    """Images whose words or frames don't fit together, and a clip whose frames don't."""
+    sam2 = golden_model.grounding_encoder.sam2_model
+    module = golden_model.causal_model if part == "language model" else sam2.image_encoder
+    sizes = []
+
+    def small(module, args, kwargs):
+        given = [*args, *kwargs.values()]
+        sizes.append(max(len(x) for x in given if isinstance(x, torch.Tensor)))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    samples = [golden.case(name).arguments for name in ("img1seg", "imgD1seg", "vid8_1seg")]
+    alone = [golden_model.predict_forward(**sample) for sample in samples]
+    hook = module.register_forward_pre_hook(small, with_kwargs=True)
+    try:
+        together = golden_model.predict_batch(samples, encode_batch_size=4)
+    finally:
+        hook.remove()
+    assert max(sizes) > 1
+    for one, other in zip(together, alone, strict=True):
+        assert one.prediction == other.prediction
+        assert all(iou(*pair) > 0.999 for pair in zip(one.prediction_masks, other.prediction_masks, strict=True))
 
 
 def test_a_batch_that_was_not_full_is_halved_too():
@@ -216,18 +243,18 @@ def test_a_batch_that_was_not_full_is_halved_too():
         sizes.append(len(batch))
         return torch.empty(2**50 if len(batch) > 1 else 1)
 
-    assert len(list(_in_batches(work, iter(range(3)), 8))) == 3
+    assert len(list(in_batches(work, iter(range(3)), 8, "samples"))) == 3
     assert sizes == [3, 1, 1, 1]
 
 
 def test_out_of_memory_with_one_sample_is_an_error():
     with pytest.raises(RuntimeError, match="allocate"):
-        list(_in_batches(lambda batch: torch.empty(2**50), iter(range(4)), 4))
+        list(in_batches(lambda batch: torch.empty(2**50), iter(range(4)), 4, "samples"))
 
 
 def test_other_errors_are_not_taken_for_it():
     with pytest.raises(RuntimeError, match="shape"):
-        list(_in_batches(lambda batch: torch.zeros(2).view(3), iter(range(4)), 4))
+        list(in_batches(lambda batch: torch.zeros(2).view(3), iter(range(4)), 4, "samples"))
 
 
 BAD_SAMPLES = {

@@ -792,6 +792,16 @@ BAD_STATES = {
     ),
     "a batch of nothing": (lambda have: collate_inputs([]), ValueError, "at least one"),
     "tiles of no picture": (lambda have: choose_tiling(0, 5), ValueError, "0x5"),
+    "masks of two sizes": (
+        lambda have: masks_to_rle([np.zeros((2, 3), bool), np.zeros((3, 3), bool)]),
+        ValueError,
+        "must have one size",
+    ),
+    "a prompt to be cut": (
+        lambda have: have.processor(text=ASK, truncation=True, max_length=5),
+        TypeError,
+        r"no \['max_length', 'truncation'\]",
+    ),
     "masks that are nowhere": (lambda have: masks_to_rle(torch.zeros(1, 2, 2, device="meta")), TypeError, "meta"),
     "more words than the model reads": (
         lambda have: have.ask(text="word " * 2 * have.model.config.llm_config.max_position_embeddings),
@@ -1114,6 +1124,11 @@ BAD_STATES = {
     ),
     "frames of another batch": (lambda have: have.forward(grounding_pixel_values=[None] * 2), ValueError, "2"),
     "masks of another batch": (lambda have: have.forward(mask_labels=[]), ValueError, "mask_labels of 0"),
+    "masks without frames": (
+        lambda have: have.forward(grounding_pixel_values=None, mask_labels=[torch.ones(1, 6, 8)]),
+        ValueError,
+        "mask_labels need grounding_pixel_values",
+    ),
     "masks of 255": (lambda have: have.forward(mask_labels=[torch.full((1, 6, 8), 255.0)]), ValueError, "by 255"),
     "masks in an array": (lambda have: have.forward(mask_labels=[np.ones((1, 6, 8))]), TypeError, "ndarray"),
     "a label nobody knows": (

@@ -319,6 +319,13 @@ def test_wrong_calls_say_what_to_do(run, models, capsys):
     assert "--data needs --root DIR too" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--limit=-1", "--num-frames=0", "--min-area=2", "--max-new-tokens=0"])
+def test_impossible_numbers_are_refused_by_the_command_line(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        label_video.main(["--captioner", "a", "--checker", "b", "--data", "mevis", option])
+    assert option.partition("=")[0] in capsys.readouterr().err
+
+
 def test_folders_are_looked_for_before_any_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(label_video, "load_captioner", None)  # would be called in vain
     folders = ["--videos", str(tmp_path / "clips"), "--masks", str(tmp_path)]

@@ -784,10 +784,13 @@ def random_states() -> tuple:
     return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
 
-def test_a_call_leaves_mode_dtype_and_random_state_alone(golden_model, golden):
+def test_calls_leave_mode_dtype_and_random_state_alone(golden_model, golden):
     state = random_states()
     dtypes = [p.dtype for p in golden_model.parameters()]
-    golden_model.predict_forward(**golden.case("imgD1seg").arguments)
+    image, video = (golden.case(name).arguments for name in ("imgD1seg", "vid3_1seg"))
+    golden_model.predict_forward(**image)
+    list(golden_model.predict_stream(**video))
+    golden_model.predict_batch([image, video])
     assert random_states() == state
     assert [p.dtype for p in golden_model.parameters()] == dtypes
     assert not any(module.training for module in golden_model.modules())

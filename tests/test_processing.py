@@ -341,6 +341,39 @@ def test_images_of_a_batch_may_stand_in_lists_of_one_or_none(processor, pictures
     assert torch.equal(batch["pixel_values"], processor.prepare(pictures["imgD"], text="Ho").pixel_values)
 
 
+def test_videos_of_a_batch_may_stand_in_lists_of_one(processor, pictures):
+    batch = processor(videos=[None, [np.asarray(pictures["vid3"])]], text=["Hi", "Ho"])
+    alone = processor.prepare(video=pictures["vid3"], text="Ho")
+    assert torch.equal(batch["pixel_values"], alone.pixel_values)
+
+
+def test_an_image_of_one_text_may_stand_in_lists(processor, pictures):
+    assert torch.equal(
+        processor(images=[[pictures["imgD"]]], text="Ho")["pixel_values"],
+        processor(images=pictures["imgD"], text="Ho")["pixel_values"],
+    )
+    assert "pixel_values" not in processor(images=[], text="Ho")
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "qwen3vl"])
+def test_image_tokens_are_found_as_in_other_processors(family, pictures):
+    processor = Sa2VAProcessor.from_pretrained(GOLDEN / family)
+    inputs = processor(images=pictures["imgA"], text="Hi")
+    (kinds,) = processor.create_mm_token_type_ids(inputs["input_ids"].tolist())
+    assert kinds == (inputs["input_ids"][0] == processor.image_token_id).long().tolist() and sum(kinds)
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "ivl_internlm2", "qwen3vl"])
+@pytest.mark.parametrize(
+    "answer", ["Write <image> there.", "A <vp>region</vp>.", "An <img>image</img>.", "<img></img>"]
+)
+def test_an_answer_may_speak_of_tags(family, answer, pictures):
+    processor = Sa2VAProcessor.from_pretrained(GOLDEN / family)
+    for picture in (None, pictures["imgA"]):
+        past_text = processor.prepare(picture, text="Hi").prompt + answer + processor.stop_words[0] + "\n"
+        assert processor.prepare(picture, text="Ho", past_text=past_text).prompt.startswith(past_text)
+
+
 def test_settings_of_a_sample_go_before_those_of_all(processor, pictures):
     samples = [{"video": pictures["vid8"], "text": "Hi"} | own for own in ({}, {"num_frames": 1})]
     assert [x.key_frames for x in prepare_samples(processor.prepare, samples, num_frames=2)] == [[0, 1], [0]]
@@ -356,6 +389,14 @@ def test_regions_of_a_batch_lie_on_tiles_of_their_own_sample(processor, pictures
     )
     tiles = len(processor.prepare(pictures["imgA"], text="Hi").pixel_values)
     assert batch["prompt_mask_tiles"].tolist() == [tiles - 1, tiles, tiles]
+
+
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n"])
+def test_an_answer_among_messages_is_ended_once(processor, end):
+    turns = [
+        {"role": role, "content": words} for role, words in (("user", "A"), ("assistant", f"B{end}"), ("user", "C"))
+    ]
+    assert "B<|im_end|>\n<|im_start|>user\nC" in processor.apply_chat_template(turns)
 
 
 def test_messages_are_written_as_calls_are(processor, pictures):

@@ -112,7 +112,7 @@ def test_a_dry_run_shows_everything_and_does_nothing(hub, folder):
     shown = []
     report = push(folder, hub, dry_run=True, show=shown.append)
     assert shown[0] == report and report.dry_run and report.left_out == ("optimizer.pt", "runs")
-    assert "model-00001-of-00003.safetensors" in str(report) and "stays at home    optimizer.pt" in str(report)
+    assert "model-00001-of-00003.safetensors" in str(report) and "not uploaded     optimizer.pt" in str(report)
     assert hub.repos == {} and not hub.count("PUT") and report.url is None
     assert sum(report.files.values()) > 11e6
 

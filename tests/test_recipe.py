@@ -606,6 +606,11 @@ def test_the_adapter_alone_makes_the_same_model(whole, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"There is no folder .*nowhere"):
+        merge.merge_adapter(tmp_path / "nowhere", tmp_path / "merged")
+
+
 def test_an_adapter_that_lacks_a_weight_is_not_merged(whole, tmp_path):
     broken = shutil.copytree(whole / "adapter", tmp_path / "broken")
     weights = load_file(broken / merge.WEIGHTS)

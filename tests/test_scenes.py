@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sa2va.data import scenes
-from sa2va.data.scenes import IMAGE_TASKS, SPLITS, VIDEO_TASKS, SceneDataset, make_sample
+from sa2va.data.scenes import IMAGE_TASKS, SPLITS, VIDEO_TASKS, make_sample
 
 TASKS = IMAGE_TASKS + VIDEO_TASKS
 WORDS = {**dict.fromkeys(scenes.COLORS, "color"), **dict.fromkeys(scenes.SHAPES, "shape")}
@@ -278,20 +278,6 @@ def test_absence_cannot_be_told_from_the_kind_of_question(samples):
     assert kinds("absent") - {"near_miss"} <= kinds("refer")
 
 
-def test_a_dataset_follows_its_weights_and_ends():
-    dataset = SceneDataset(5, 60, "validation", {"refer": 3.0, "caption": 1.0, "region": 0.0}, size=(64, 96))
-    tasks = Counter(sample.task for sample in dataset)
-    assert len(dataset) == sum(tasks.values()) == 60
-    assert set(tasks) == {"refer", "caption"} and tasks["refer"] > tasks["caption"]
-    with pytest.raises(IndexError):
-        dataset[60]
-
-
-def test_a_dataset_gives_the_samples_of_make_sample():
-    dataset = SceneDataset(5, 4, "test", {"multi": 1.0})
-    assert same(dataset[3], make_sample(5, 3, split="test", task="multi"))
-
-
 def test_the_corpus_holds_every_word_of_the_samples(everything):
     def words(text):
         return set(re.findall(r"[\w<>/\[\]]+|[.,?]", text))
@@ -313,13 +299,6 @@ def test_the_corpus_stops_at_its_limit_and_repeats_itself():
 def test_wrong_arguments_are_explained(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         make_sample(**{"seed": 0, "index": 0, **wrong})
-
-
-def test_weights_must_name_tasks():
-    with pytest.raises(ValueError, match="Unknown task"):
-        SceneDataset(0, 1, tasks={"draw": 1.0})
-    with pytest.raises(ValueError, match="weights"):
-        SceneDataset(0, 1, tasks={"refer": 0.0})
 
 
 @pytest.mark.parametrize("task", scenes.INTERVIEWS)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import training_batch
@@ -222,27 +223,36 @@ def test_a_killed_process_leaves_the_old_state_or_the_new(tmp_path):
 # -------------------------------------------------------------------------------------------------------- long running
 
 
-def reachable() -> tuple[int, int]:
-    """How many objects and how many tensors there are."""
+def held() -> tuple[int, int, int]:
+    """How many objects and how many tensors there are, and bytes of memory."""
     gc.collect()
     things = gc.get_objects()
-    return len(things), sum(issubclass(type(thing), torch.Tensor) for thing in things)
+    tensors = sum(issubclass(type(thing), torch.Tensor) for thing in things)
+    return len(things), tensors, psutil.Process().memory_info().rss
 
 
 @pytest.mark.slow
-def test_five_hundred_calls_leave_nothing_behind():
+def test_five_hundred_calls_leave_nothing_behind(clip):
     model = AutoModel.from_pretrained(TINY).eval()
+    image = {"image": SHAPES, "text": "Please segment the red star in this image."}
+    video = {"video": clip[:2], "text": ASK}
+    assert model.predict_forward(**image).prediction_masks
 
-    def call():
-        assert model.predict_forward(image=SHAPES, text="Please segment the red star in this image.").prediction_masks
+    def call(number):
+        if number % 25 == 0:
+            list(model.predict_stream(**video, max_new_tokens=4))
+            model.predict_batch([image, video], max_new_tokens=4)
+        else:
+            model.predict_forward(**image)
 
-    for _ in range(5):
-        call()
-    objects, tensors = reachable()
-    for _ in range(500):
-        call()
-    more_objects, more_tensors = reachable()
-    assert more_tensors == tensors and more_objects - objects < 500
+    for number in range(50):
+        call(number)
+    objects, tensors, size = held()
+    for number in range(500):
+        call(number)
+    more_objects, more_tensors, more_size = held()
+    assert more_tensors == tensors and more_objects - objects < 100
+    assert more_size - size < 20e6  # 500 masks of this picture would be 86e6
 
 
 @pytest.mark.parametrize("family", ["ivl_qwen2", "ivl_internlm2", "sa2vai_qwen2", "qwen25vl", "qwen3vl"])
@@ -266,6 +276,7 @@ def test_inference_mode_changes_no_mask_and_leaves_a_model_that_can_learn(family
 def test_calls_print_nothing(golden, golden_model, golden_processor, tmp_path, capfd):
     golden_model.predict_forward(**golden.case("imgD1seg").arguments)
     list(golden_model.predict_stream(**golden.case("vid3_1seg").arguments))
+    golden_model.predict_batch([golden.case(name).arguments for name in ("imgD1seg", "vid3_1seg")])
     assert capfd.readouterr() == ("", "")
     AutoModel.from_pretrained(golden.folder).save_pretrained(tmp_path)
     golden_processor.save_pretrained(tmp_path)

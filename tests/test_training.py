@@ -133,11 +133,21 @@ def test_frozen_parts_and_gradient_checkpointing_work():
     model.grounding_encoder.sam2_model.image_encoder.requires_grad_(False)
     model.train()
     arguments = arguments_of(batch_of(processor, "refer", "absent"))
-    plain = model(**arguments).loss
+    calls, layer = [], model.get_decoder().layers[0]
+    layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def learn():
+        calls.clear()
+        model.zero_grad()
+        loss = model(**arguments).loss
+        loss.backward()
+        return loss, layer.self_attn.q_proj.weight.grad, len(calls)
+
+    loss, gradient, once = learn()
     model.gradient_checkpointing_enable()
-    checkpointed = model(**arguments).loss
-    checkpointed.backward()
-    torch.testing.assert_close(checkpointed, plain)
+    again, same, twice = learn()
+    torch.testing.assert_close((again, same), (loss, gradient))
+    assert (once, twice) == (1, 2)
     assert model.vision_model.embeddings.cls_token.grad is None
     assert model.text_hidden_fcs[0].weight.grad is not None
 
