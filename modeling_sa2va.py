@@ -376,7 +376,8 @@ class Sa2VAStream(Generator):
 
         Returns:
             Tensors on the CPU by name, which `torch.save` and safetensors' `save_file` write as they are. Their size is
-            bounded: of tracked frames they hold the last `num_maskmem` - 1 maps and `max_object_pointers` - 1 pointers.
+            bounded: of tracked frames they hold the last `num_maskmem` - 1 maps and `max_object_pointers` - 1 pointers;
+            besides, predictions of frames before the first key frame that were not handed out yet.
 
         Raises:
             ValueError: no frame has come yet, or the stream was closed.
@@ -824,11 +825,11 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: another shape.
         """
-        pixel_values = self._as_tiles(pixel_values).to(_dtype(self.mlp1))
+        pixel_values = self._as_tiles(pixel_values).to(_dtype(self.vision_model))
         layer = self.config.select_layer
         output = self.vision_model(pixel_values, output_hidden_states=layer != -1)
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-        return self.mlp1(self._pixel_shuffle(states[:, 1:]))  # without the class token
+        return self.mlp1(self._pixel_shuffle(states[:, 1:]).to(_dtype(self.mlp1)))  # without the class token
 
     def _as_tiles(self, pixel_values: Tensor) -> Tensor:
         """Checks tiles, and takes them out of their samples: [tiles, 3, S, S]."""
@@ -1323,6 +1324,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             RuntimeError: out of memory with a single sample.
         """
         _check_count("batch_size", batch_size)
+        if any(generate_kwargs.get(name) is not None for name in (_CACHE, "past_key_values")):
+            raise ValueError("A cache belongs to one conversation. Leave it out, or call predict_forward for each.")
         options = _MaskOptions(
             mask_threshold, return_raw_masks, output_format, mask_sizes, return_mask_logits, encode_batch_size
         )
@@ -1412,6 +1415,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             ValueError, TypeError, OSError: as `predict_forward`, but then; neither image nor video; a `resume` that is
                 no stream's state, of another SAM 2 or dtype (others can't be told apart), or beyond the video's end.
         """
+        if "return_mask_logits" in generate_kwargs:
+            raise TypeError("predict_stream has no return_mask_logits. Leave it out, or call predict_forward.")
         options = _MaskOptions(
             mask_threshold, return_raw_masks, output_format, mask_sizes, encode_batch_size=encode_batch_size
         )
@@ -1591,7 +1596,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         answers = _without_padding(generated.sequences[:, given:], arguments["generation_config"])
         states = self._seg_states(prompt, answers, token_ids.seg, generated.get(_CACHE), written)
         states = [s if question.frames is not None else s[:0] for question, s in zip(inputs, states, strict=True)]
-        prompts = self.text_hidden_fcs(torch.cat(states)).split([len(s) for s in states])
+        prompts = self.text_hidden_fcs(torch.cat(states).to(_dtype(self.text_hidden_fcs)))
+        prompts = prompts.to(_dtype(self.grounding_encoder)).split([len(s) for s in states])
         return list(map(partial(_as_answer, processor), inputs, answers, prompts))
 
     def _check_vocabulary(self, input_ids: Tensor, token_ids: SpecialTokenIds) -> None:
@@ -1622,6 +1628,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             config.eos_token_id = sorted({i for i in ends if i is not None}) or None
         if config.pad_token_id is None:
             config.pad_token_id = processor.pad_token_id
+        config.stop_strings = config.stop_strings or None
         # An end mark that is several tokens (phi3_chat over a Qwen tokenizer) can only be seen in the text.
         if spelled := [word for word, i in words.items() if i is None]:
             asked = config.stop_strings
@@ -2050,7 +2057,7 @@ class _MaskOptions:
         """
         kept: dict[str, list[Any]] = {"masks": [], "logits": []}
         for logits in parts:
-            masks = logits.sigmoid() if self.raw else processor.binarize(logits, self.threshold)
+            masks = logits.sigmoid() if self.raw else processor.binarize(logits, float(self.threshold))
             kept["masks"].append(_to_host(masks))
             kept["logits"] += [_to_host(logits)] if self.logits else []
         return kept
@@ -2716,9 +2723,11 @@ def _as_answer(processor: Sa2VAProcessor, question: Sa2VAInputs, new_ids: Tensor
     """Words of an answer, and what goes with them."""
     prediction = processor.tokenizer.decode(new_ids, skip_special_tokens=False).strip()
     end = processor.missing_end(prediction)
+    # A token that stands for a picture, which sampling may write, would be filled with one in the next turn.
+    said = processor.decode_continuation(question.input_ids, new_ids).replace(processor.image_token, "")
     return Answer(
         prediction=prediction,
-        past_text=f"{question.prompt}{processor.decode_continuation(question.input_ids, new_ids)}{end}\n",
+        past_text=f"{question.prompt}{said}{end}\n",
         phrases=processor.phrases(prediction) if question.frames is not None else [],
         prompts=prompts,
     )
@@ -2817,7 +2826,7 @@ def _to_host(tensor: Tensor) -> Tensor:
     """A tensor on the CPU; off a GPU it is copied while the GPU works on, and complete once that was waited for."""
     if tensor.device.type != "cuda":
         return tensor.cpu()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 
 

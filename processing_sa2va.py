@@ -454,6 +454,8 @@ def _frames_of(video: Any) -> VideoFrames:
         return video
     if isinstance(video, str | os.PathLike):
         return _frames_of_path(_existing_path(video, "video"))
+    if isinstance(video, np.ndarray) and video.ndim == 1 and video.dtype.kind in "OU":
+        video = list(video)  # paths, or images of several sizes
     if isinstance(video, np.ndarray | Tensor) and video.ndim != 4:
         raise ValueError(f"A video array has 4 axes, TxHxWxC or TxCxHxW; got shape {tuple(video.shape)}.")
     if isinstance(video, Image.Image):
@@ -480,7 +482,12 @@ def _read_picture(picture: Image.Image, keep: bool = False) -> _Decoders:
 
 
 def _read_sequence(items: Any, keep: bool = False) -> _Decoders:
-    return (partial(load_image, items[index]) for index in range(len(items)))
+    return (partial(_read_item, items, index) for index in range(len(items)))
+
+
+def _read_item(items: Any, index: int) -> Image.Image:
+    with _told_as(f"frame {index}"):
+        return load_image(items[index])
 
 
 def _frames_of_path(path: Path) -> VideoFrames:
@@ -784,18 +791,25 @@ def prepare_samples(
         TypeError, ValueError, OSError: see `Sa2VAProcessor.prepare`.
     """
     _, *accepted = inspect.signature(Sa2VAProcessor.prepare).parameters
-    if not isinstance(samples, Iterable):
-        raise TypeError(f"{name} can't be a {type(samples).__name__}. Give dictionaries with some of {accepted}.")
+    if isinstance(samples, Mapping | str) or not isinstance(samples, Iterable):
+        raise TypeError(f"{name} can't be a {type(samples).__name__}. Give a list of dictionaries with {accepted}.")
     for number, sample in enumerate(samples):
         if wrong := [*sample.keys() - {*accepted}] if isinstance(sample, Mapping) else type(sample).__name__:
             raise TypeError(f"{name}[{number}] can't hold {wrong}. Give dictionaries with some of {accepted}.")
-        try:
+        with _told_as(f"{name}[{number}]"):
             inputs = prepare(**{**defaults, **sample})
-        except (TypeError, ValueError, OSError) as error:
-            if len(error.args) == 1:
-                error.args = (f"{name}[{number}]: {error}",)
-            raise
         yield inputs
+
+
+@contextmanager
+def _told_as(item: str) -> Iterator[None]:
+    """What is wrong in the block is told as that of an item."""
+    try:
+        yield
+    except (TypeError, ValueError, OSError) as error:
+        if len(error.args) == 1:
+            error.args = (f"{item}: {error}",)
+        raise
 
 
 def collate_inputs(

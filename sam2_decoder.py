@@ -917,18 +917,18 @@ class Sam2Decoder(nn.Module):
 
     def _attend(self, features: FrameFeatures, bank: MemoryBank, frame: int, reverse: bool) -> Tensor:
         """Fuses a frame with what the bank remembers: [N, D, h, w]."""
-        model = self.sam2_model
+        model, dtype = self.sam2_model, features.vision_features.dtype
         rows, maps = zip(*bank.spatial(frame, reverse), strict=True)
         pointers = self._pointer_tokens(bank.pointers(frame, reverse), like=maps[0])
-        # Contiguous for each object: attention takes one after another.
-        memory = torch.cat([part.transpose(0, 1) for part in (*maps, pointers)], dim=1).transpose(0, 1)
+        # Contiguous for each object: attention takes one after another. Under float16 autocast `cat` takes no bfloat16.
+        memory = torch.cat([part.to(dtype).transpose(0, 1) for part in (*maps, pointers)], dim=1).transpose(0, 1)
         position = bank.position + torch.stack([model.maskmem_tpos_enc[row] for row in rows])
         position = torch.cat([position.flatten(0, 1), torch.zeros_like(pointers[:, :1])])
         output = model.memory_attention(
             curr=_tokens(features.vision_features),
             curr_pos=_tokens(features.vision_pos_embeds),
-            memory=memory.to(features.vision_features.dtype),
-            memory_pos=position.to(features.vision_features.dtype),
+            memory=memory,
+            memory_pos=position.to(dtype),
             num_obj_ptr_tokens=len(pointers),
         )
         return output.permute(1, 2, 0).unflatten(-1, features.vision_features.shape[-2:])
