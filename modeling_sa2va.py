@@ -709,7 +709,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             hub = {**getattr(kwargs.get("load_config"), "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {})}
             hub = hub_arguments_in({**hub, **kwargs})
             config = _peft().PeftConfig.from_pretrained(peft_model_id, **hub)
-            if self.adapter_config(config) is not config:
+            if self.adapter_config(config) is not config or config.modules_to_save:  # whose tensors may be fused
                 weights = _peft().utils.load_peft_weights(peft_model_id, device="cpu", **hub)
                 peft_config, adapter_state_dict = config, weights
         if peft_config is not None and adapter_state_dict is not None:
@@ -3126,10 +3126,14 @@ def merged_with_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> Pr
 def _split_adapter(
     what: str, tensor: Tensor, names: list[str], split: ConversionOps, model: PreTrainedModel
 ) -> Sequence[Tensor]:
-    """The parts of a fused module's adapter: LoRA's A is the same for all, B has a row for each output."""
+    """The parts of a fused module's adapter: LoRA's A is the same for all, B has a row for each output.
+
+    Args:
+        what: the end of the tensor's name; nothing if it is the fused tensor itself, trained in full.
+    """
     if what.startswith((".lora_A", ".lora_embedding_A")):
         return [tensor.clone() for _ in names]
-    if not what.startswith((".lora_B", ".lora_magnitude_vector", ".weight", ".bias")):
+    if what and not what.startswith((".lora_B", ".lora_magnitude_vector")):
         raise ValueError(
             f"The adapter's {what[1:]} belongs to a tensor of the released code that is {names} here, and can't be "
             "split. Only LoRA and DoRA adapters of fused tensors can be loaded."

@@ -104,14 +104,15 @@ def read_adapter(folder: str | Path):
 def _released(model: Sa2VAChatModel, config, weights: dict[str, Tensor]):
     """Config and weights by released names; adapters of parts of one tensor become one, of their joint rank."""
     names = ModuleNames(model)
-    output: dict[str, Tensor] = {}
     adapted: dict[str, list[str]] = defaultdict(list)
+    trained: dict[str, dict[str, Tensor]] = defaultdict(dict)  # in full
     for key, tensor in weights.items():
         name = key.removeprefix(PREFIX)
         if name.endswith(LORA_A):
             adapted[names.released[name.removesuffix(LORA_A)]].append(name.removesuffix(LORA_A))
         elif not name.endswith(LORA_B):
-            output[PREFIX + names.released.get(name, name)] = tensor
+            trained[names.released.get(name, name)][name] = tensor
+    output = {PREFIX + released: _fused(model, names, released, parts) for released, parts in trained.items()}
     ranks = {}
     for released, modules in adapted.items():
         pairs = {m: (weights[PREFIX + m + LORA_A], weights[PREFIX + m + LORA_B]) for m in modules}
@@ -124,6 +125,18 @@ def _released(model: Sa2VAChatModel, config, weights: dict[str, Tensor]):
     config.alpha_pattern = {name: config.lora_alpha * rank // config.r for name, rank in joint.items()}
     config.modules_to_save = [names.released[name] for name in config.modules_to_save or ()] or None
     return config, output
+
+
+def _fused(model: Sa2VAChatModel, names: ModuleNames, released: str, parts: dict[str, Tensor]) -> Tensor:
+    """A tensor of the released code from those that it is here."""
+    if released not in names.splits:
+        (tensor,) = parts.values()
+        return tensor
+    wanted = [name for name, other in names.released.items() if other == released]
+    if parts.keys() != set(wanted):
+        raise ValueError(f"Of {wanted}, which are {released} in the released code, only {list(parts)} were trained.")
+    fuse = names.splits[released].reverse_op
+    return fuse.convert(parts, wanted, [released], config=model.config)[released]
 
 
 def _joined(

@@ -95,7 +95,7 @@ class RecipeArguments:
     )
     train_modules: list[str] = field(
         default_factory=lambda: ["embed_tokens", "lm_head", "mlp1", "text_hidden_fcs", "mask_decoder"],
-        metadata={"help": "trained in full beside the adapter; all else is frozen"},
+        metadata={"help": "trained in full beside the adapter ('': none); all else is frozen"},
     )
     mask_loss_weight: float | None = field(default=None, metadata={"help": "default: the checkpoint's (2.0)"})
     dice_loss_weight: float | None = field(default=None, metadata={"help": "default: the checkpoint's (0.5)"})
@@ -143,6 +143,13 @@ def _check(recipe: RecipeArguments, training: TrainingArguments) -> None:
     for name in ("lora_rank", "num_points", "preview_steps", "previews"):
         if (value := getattr(recipe, name)) is not None and value < 0:
             raise ValueError(f"--{name} {value} must be at least 0.")
+    mixed = {"bfloat16": training.bf16, "float16": training.fp16 and not training.use_cpu}
+    if not mixed.get(recipe.dtype, True):
+        needed = "--bf16" if recipe.dtype == "bfloat16" else "--fp16 on a GPU"
+        raise ValueError(f"--dtype {recipe.dtype} needs {needed}: what is trained is float32, and must meet the rest.")
+    for name in ("mask_loss_weight", "dice_loss_weight"):
+        if (getattr(recipe, name) or 0) < 0:
+            raise ValueError(f"--{name} {getattr(recipe, name)} would teach to make masks worse. Give 0 or more.")
     if training.label_smoothing_factor:
         raise ValueError(
             "--label_smoothing_factor would have Trainer take the loss of words alone, and no mask would be learned. "
@@ -302,11 +309,12 @@ def prepare_model(model: Sa2VAChatModel, recipe: RecipeArguments) -> nn.Module:
 def _full_modules(model: Sa2VAChatModel, names: Sequence[str]) -> list[str]:
     """Whole names of the modules that are trained in full. "mask_decoder" is the one that prompts reach."""
     prompted = "sam_mask_decoder" + "_modified" * model.config.grounding_config.separate_prompt_decoder
-    ends = [prompted if name == "mask_decoder" else name for name in names]
+    ends = [prompted if name == "mask_decoder" else name for name in names if name]
     found = {end: [name for name, _ in model.named_modules() if f".{name}".endswith(f".{end}")] for end in ends}
     if missing := [end for end in ends if not found[end] and end != "mlp1"]:  # which only the InternVL family has
         raise ValueError(f"--train_modules: the model has no {', '.join(missing)}. See model.named_modules().")
-    return sorted({name for matches in found.values() for name in matches})
+    modules = {name for matches in found.values() for name in matches}
+    return sorted(name for name in modules if not any(name.startswith(f"{outer}.") for outer in modules))
 
 
 def _with_adapter(model: Sa2VAChatModel, recipe: RecipeArguments, modules_to_save: list[str]) -> nn.Module:

@@ -644,6 +644,44 @@ def test_an_adapter_of_internlm2_is_fused_as_the_official_code_has_it(tmp_path):
         torch.testing.assert_close(ours[name], theirs[name])
 
 
+@pytest.mark.parametrize("module", ["vision_model", "self_attn"])
+def test_fused_tensors_trained_in_full_are_those_of_the_official_code(tmp_path, module):
+    base = str(GOLDEN / "ivl_internlm2")
+    original = load_file(f"{base}/model.safetensors")
+    arguments = recipe.RecipeArguments(model=base, lora_rank=2, lora_targets=["w1"], train_modules=[module])
+    wrapped = recipe.prepare_model(AutoModel.from_pretrained(base, dtype=torch.float32), arguments)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.5
+    wrapped.save_pretrained(tmp_path / "native")
+    merge.release_adapter(tmp_path / "native", output=tmp_path / "released")
+    trained = load_file(tmp_path / "released" / "adapter_model.safetensors")
+    ends = (".attn.qkv.weight", ".attn.qkv.bias") if module == "vision_model" else (".attention.wqkv.weight",)
+    found = [name for name in trained if name.endswith(ends)]
+    assert found
+    for name in found:
+        torch.testing.assert_close(trained[name], original[name.removeprefix("base_model.model.")].float() + 0.5)
+    merge.merge_adapter(tmp_path / "released", tmp_path / "merged", base)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    loaded = AutoModel.from_pretrained(base, dtype=torch.float32)
+    loaded.load_adapter(str(tmp_path / "released"))
+    for name in found:
+        name = name.removeprefix("base_model.model.")
+        torch.testing.assert_close(merged[name], original[name] + 0.5)
+    ours = {name.replace(".modules_to_save.default", ""): tensor for name, tensor in loaded.state_dict().items()}
+    theirs = AutoModel.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    part = "vision_model" if module == "vision_model" else "self_attn.k_proj"
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if part in name and "inv_freq" not in name)
+
+
+@pytest.mark.parametrize(
+    "names", [["mask_decoder", "sam_mask_decoder.transformer"], ["text_hidden_fcs", "text_hidden_fcs.0"], [""]]
+)
+def test_modules_to_train_are_taken_once(names):
+    model = AutoModel.from_pretrained(GOLDEN / "ivl_qwen2")
+    assert recipe._full_modules(model, names) == recipe._full_modules(model, [name for name in names if name][:1])
+
+
 # ---------- many GPUs, and one shot
 
 
