@@ -17,8 +17,10 @@ from sa2va.data.records import BROKEN, Reader
 from sa2va.data.registry import DATASETS, open_dataset
 from sa2va.data.samples import Media, Sample, Size, annotated_frames
 from sa2va.demo.predict import at_least
+from sa2va.processing_sa2va import Sa2VAProcessor, Sa2VAProcessorQwen
 
 SEG = "[SEG]"
+PICTURE_WORDS = (Sa2VAProcessor.image_token, Sa2VAProcessorQwen.image_token)
 UNGROUPED = ("jsonl", "gcg", "region_captions", "llava", "chatunivi")  # all others draw from a sample's expressions
 
 
@@ -66,6 +68,8 @@ def _problems(sample: Sample, learned: bool) -> Iterator[str]:
     for number, turn in enumerate(sample.turns):
         if not turn.question.strip() or "<image>" in turn.question:
             yield f"turn {number}: a question needs words, without <image>; got {turn.question[:50]!r}."
+        if used := [word for word in PICTURE_WORDS if word in f"{turn.question} {turn.answer or ''}"]:
+            yield f"turn {number}: {used} stand for parts of a picture, and can't be said."
         if turn.answer is not None and turn.answer.count(SEG) != len(turn.objects):
             yield f"turn {number}: {turn.answer.count(SEG)} {SEG} in the answer, but {len(turn.objects)} objects."
         if learned and turn.answer is None and not turn.objects:

@@ -230,6 +230,9 @@ class _GroundedCaptions:
         if not captions:
             raise ValueError(f"image {image.get('id')!r} has no caption.")
         name = str(field(image, "id", str, int))
+        phrases = field(captions[0], "labels", list)
+        if wrong := [phrase for phrase in phrases if not isinstance(phrase, str)]:
+            raise ValueError(f'"labels" must be texts, got {wrong[0]!r}.')
         objects = tuple(
             ObjectMasks({0: parse_coco_segmentation(field(mask, "segmentation", list, dict))}) for mask in masks
         )
@@ -237,7 +240,7 @@ class _GroundedCaptions:
         info = {
             "image": name,
             "captions": [field(caption, "caption", str) for caption in captions],
-            "phrases": field(captions[0], "labels", list),
+            "phrases": phrases,
         }
         return Sample(name, Media((file_in(self.folders, f"{name}.jpg"),)), (turn,), info=info)
 

@@ -1,5 +1,6 @@
 """Several data sets as one, by weights."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -69,7 +70,8 @@ def _check(datasets: Mapping[str, Dataset], weights: Mapping[str, float], length
         raise ValueError(f"Data sets without samples can't be mixed: {', '.join(empty)}.")
     if set(weights) != set(datasets):
         raise ValueError(f"There must be one weight for each of {sorted(datasets)}, got weights of {sorted(weights)}.")
-    if not weights or min(weights.values()) < 0 or not sum(weights.values()) > 0:
-        raise ValueError(f"Weights must be >= 0 and not all zero, got {weights}.")
+    total = sum(weights.values())
+    if not weights or min(weights.values()) < 0 or not 0 < total < math.inf:
+        raise ValueError(f"Weights must be >= 0, finite and not all zero, got {weights}.")
     if length < 1:
         raise ValueError(f"length is the number of samples and must be >= 1, got {length}.")

@@ -128,7 +128,11 @@ class SampleCollator:
         """All turns, at most `max_length` tokens, with the picture of the first, and their labels."""
         processor, tokenizer = self.processor, self.processor.tokenizer
         first, past_text, input_ids, labels = None, "", [], []
+        if not turns:
+            raise ValueError("there are no turns.")
         for turn in turns:
+            if processor.image_token in f"{turn.question} {turn.answer or ''}":
+                raise ValueError(f"{processor.image_token} stands for a part of a picture, and can't be said.")
             if first is None:
                 first = processor.prepare(text=turn.question, **picture)
                 prompt, asked = first.prompt, first.input_ids[0].tolist()

@@ -40,6 +40,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.data.mixture import Mixture
 from sa2va.data.registry import Dataset, open_dataset
+from sa2va.demo.media import write_json
 from sa2va.finetune.collator import Numbered, SampleCollator
 from sa2va.finetune.merge import merge_adapter, name_pattern, release_adapter
 from sa2va.finetune.previews import Previews
@@ -50,6 +51,7 @@ LOSS_PARTS = ("lm_loss", "mask_loss", "dice_loss", "iou_loss", "object_score_los
 LOSS_SETTINGS = ("mask_loss_weight", "dice_loss_weight", "num_points")
 SCORE_HEADS = {"iou_loss_weight": "iou_prediction_head", "object_score_loss_weight": "pred_obj_score_head"}
 ALL_LINEAR = "all-linear"
+RECORD = "recipe.json"  # in a checkpoint, the settings that a run must keep
 # Optimizer of the paper's recipe; betas .9 and .999, one epoch.
 TRAINING_DEFAULTS = {
     "num_train_epochs": 1,
@@ -212,6 +214,8 @@ def open_datasets(
         weight = entry.pop("weight", None)
         key = f"{entry['name']}:{entry['root']}"
         key = key if key not in datasets else f"{key}#{len(datasets)}"
+        if not isinstance(weight, int | float | None):
+            raise ValueError(f"The weight {weight!r} of {key} must be a number.")
         datasets[key], weights[key] = open_dataset(**entry), weight
     if all(weight is None for weight in weights.values()):
         return datasets, None
@@ -223,7 +227,10 @@ def _entries(word: str) -> list[dict[str, Any]]:
     if word.endswith((".yaml", ".yml", ".json")):
         import yaml
 
-        listed = yaml.safe_load(Path(word).read_text(encoding="utf-8"))  # JSON is YAML
+        try:
+            listed = yaml.safe_load(Path(word).read_text(encoding="utf-8"))  # JSON is YAML
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{word} is no YAML: {error}") from error
         entries = listed.get("datasets") if isinstance(listed, Mapping) else None
         if not (
             isinstance(entries, list) and all(isinstance(e, Mapping) and {"name", "root"} <= set(e) for e in entries)
@@ -445,10 +452,16 @@ def _see_nothing(model: Sa2VAChatModel, device: torch.device) -> Tensor:
 
 
 class RecipeTrainer(Trainer):
-    """`Trainer` that keeps the order of the mixture, weighs every mask of a step alike, and logs each loss."""
+    """`Trainer` that keeps the order of the mixture, weighs every mask of a step alike, and logs each loss.
 
-    def __init__(self, *args, **kwargs):
+    Args:
+        *args, **kwargs: as for `Trainer`.
+        settings: what a resumed run must keep, for recipe.json of its checkpoints.
+    """
+
+    def __init__(self, *args, settings: Mapping[str, Any], **kwargs):
         super().__init__(*args, **kwargs)
+        self._settings = settings
         self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._parts_since: int | None = None  # the step of the last log; a resumed run does not begin at 0
 
@@ -498,7 +511,8 @@ class RecipeTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """Checkpoints of a model without adapter keep its own layout, which is what resuming reads."""
-        if isinstance(self.model, Sa2VAChatModel) and Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR):
+        is_checkpoint = Path(output_dir or "").name.startswith(PREFIX_CHECKPOINT_DIR)
+        if isinstance(self.model, Sa2VAChatModel) and is_checkpoint:
             self.model.save_pretrained(
                 output_dir, state_dict=state_dict, is_main_process=self.args.should_save, save_original_format=False
             )
@@ -507,6 +521,8 @@ class RecipeTrainer(Trainer):
         else:
             frozen = {name: parameter.detach().cpu() for name, parameter in self._frozen_heads().items()}
             super()._save(output_dir, None if state_dict is None else {**frozen, **state_dict})
+        if self.args.should_save and is_checkpoint:
+            write_json(Path(output_dir) / RECORD, self._settings)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """As in `Trainer`; under ZeRO-3 all processes gather frozen heads meanwhile, see `_frozen_heads`."""
@@ -574,7 +590,14 @@ def named_checkpoint(training: TrainingArguments) -> str | None:
     return None
 
 
-def _find_start(training: TrainingArguments, recipe: RecipeArguments) -> str | None:
+def _settings_to_keep(recipe: RecipeArguments, training: TrainingArguments, data: Sequence[str]) -> dict[str, Any]:
+    """What decides on the samples of a run, and on the tensors of its optimizer."""
+    names = ("split", "lora_targets", "train_modules", "frames", "objects", "max_length", *LOSS_SETTINGS)
+    own = {name: getattr(recipe, name) for name in names}
+    return {**own, "data": list(data), "seed": training.seed, "optim": training.optim.value}
+
+
+def _find_start(training: TrainingArguments, recipe: RecipeArguments, settings: Mapping[str, Any]) -> str | None:
     named, output = named_checkpoint(training), Path(training.output_dir)
     checkpoint = Path(named) if named else newest_checkpoint(output)
     if checkpoint is None:
@@ -591,6 +614,11 @@ def _find_start(training: TrainingArguments, recipe: RecipeArguments) -> str | N
                 f"{checkpoint} has --{option} {before}, not {getattr(recipe, option)}. Resume with the arguments it "
                 "began with."
             )
+    record = checkpoint / RECORD
+    kept = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if changed := [name for name, value in settings.items() if name in kept and kept[name] != value]:
+        before = ", ".join(f"--{name} {kept[name]}, not {settings[name]}" for name in changed)
+        raise ValueError(f"{checkpoint} has {before}. Resume with the arguments it began with.")
     return str(checkpoint)
 
 
@@ -636,16 +664,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, or goes on training, and returns the folder with the result."""
     recipe, training, data = parse_arguments(argv)
     output = Path(training.output_dir)
-    start = _find_start(training, recipe)
+    settings = _settings_to_keep(recipe, training, data)
+    start = _find_start(training, recipe, settings)
     set_seed(training.seed)
-    model, processor = load_model(recipe, training)
     mixture = plan_mixture(*open_datasets(data, recipe.split), training)
+    model, processor = load_model(recipe, training)
     # Five frames of full HD are 10,250 tokens of Qwen2.5-VL.
     max_length = recipe.max_length or (12288 if getattr(model.config, "qwen_vl_type", "") == "qwen2_5_vl" else 8192)
     held_out = None
     if recipe.eval_split:
         held_out = Numbered(ConcatDataset(open_datasets(data, recipe.eval_split, held_out=True)[0].values()))
     trainer = RecipeTrainer(
+        settings=settings,
         model=model,
         args=training,
         train_dataset=Numbered(mixture),

@@ -695,6 +695,21 @@ def test_a_name_that_no_file_can_have_is_named_and_the_rest_is_looked_at(tmp_pat
     assert len(problems) == 2 and all("there is no file" in problem for problem in problems)
 
 
+@pytest.mark.parametrize("turn", [("Say <IMG_CONTEXT>.", "A [SEG]."), ("What?", "A <|image_pad|> [SEG].")])
+def test_words_that_stand_for_pictures_are_found(tmp_path, turn):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    question, answer = turn
+    mask = {"size": [32, 32], "counts": [0, 1024]}
+    line = {
+        "image": "a.png",
+        "objects": [{"mask": mask}],
+        "turns": [{"question": question, "answer": answer, "objects": [0]}],
+    }
+    (tmp_path / "train.jsonl").write_text(json.dumps(line) + "\n")
+    (problem,) = validate("jsonl", tmp_path, "train")
+    assert "stand for parts of a picture" in problem
+
+
 def test_the_command_lists_problems_and_fails(tmp_path, capsys):
     root = copied("finetune", tmp_path)
     (root / "images/0.jpg").unlink()

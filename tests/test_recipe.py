@@ -446,7 +446,9 @@ def test_parts_run_in_one_order_whatever_a_batch_holds(family, picture, alone):
 def test_an_adapter_is_whole_though_zero3_leaves_out_what_is_frozen(tmp_path):
     base = str(GOLDEN / "ivl_qwen2")
     model = recipe.prepare_model(AutoModel.from_pretrained(base), recipe.RecipeArguments(base, lora_rank=2))
-    trainer = recipe.RecipeTrainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    trainer = recipe.RecipeTrainer(
+        settings={}, model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    )
     trainer.is_deepspeed_enabled = True
     trainer._save(str(tmp_path / "adapter"), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
     merge.merge_adapter(tmp_path / "adapter", tmp_path / "merged", base)
@@ -526,13 +528,19 @@ def test_a_run_is_not_resumed_with_an_adapter_of_another_weight(whole, data, tmp
         train.main([*command(data, tmp_path, lora_alpha=512), "--resume"])
 
 
+def test_a_run_is_not_resumed_with_other_samples_or_other_parts(whole, data, tmp_path):
+    shutil.copytree(whole / "checkpoint-1", tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"--train_modules \[.*\], not \['mlp1'\], --seed 42, not 9"):
+        train.main([*command(data, tmp_path, seed=9, train_modules="mlp1"), "--resume"])
+
+
 @pytest.mark.parametrize("named", ["True", "checkpoint-1", None])
 def test_the_checkpoint_to_go_on_from_may_be_named_or_be_the_newest(whole, data, named):
     named = str(whole / named) if named == "checkpoint-1" else named
     arguments = ["--resume_from_checkpoint", named] if named else ["--resume"]
     own, training, _ = recipe.parse_arguments([*command(data, whole), *arguments])
     newest = str(whole / f"checkpoint-{STEPS}")
-    assert recipe._find_start(training, own) == (newest if named in ("True", None) else named)
+    assert recipe._find_start(training, own, {}) == (newest if named in ("True", None) else named)
 
 
 @pytest.mark.parametrize(
@@ -540,6 +548,10 @@ def test_the_checkpoint_to_go_on_from_may_be_named_or_be_the_newest(whole, data,
     [
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0"),
         ({"label_smoothing_factor": 0.1}, "no mask would be learned"),
+        ({"dtype": "bfloat16", "bf16": False}, "--dtype bfloat16 needs --bf16"),
+        ({"dtype": "float16", "fp16": True, "bf16": False}, "--fp16 on a GPU"),
+        ({"mask_loss_weight": -1}, "--mask_loss_weight -1.0"),
+        ({"num_points": -1}, "--num_points -1 must be at least 0"),
         ({"train_sampling_strategy": "group_by_length"}, "order that the mixture draws"),
         ({"eval_strategy": "steps"}, "--eval_strategy steps needs --eval_split"),
     ],
