@@ -523,6 +523,8 @@ class Sa2VAChatConfig(PreTrainedConfig):
             found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
             if not isinstance(found, dict):
                 raise TypeError(f"config.json must hold an object, not a {type(found).__name__}")
+        if not found:
+            raise OSError(f"{str(pretrained_model_name_or_path)!r} holds no config.json. Give a checkpoint's folder.")
         return found, unused
 
     @classmethod
@@ -543,6 +545,8 @@ class Sa2VAChatConfig(PreTrainedConfig):
         if (model_type := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"The config's model_type is {model_type!r}; that of Sa2VA is {cls.model_type!r}.")
         for name in ("dtype", "torch_dtype"):  # an argument of `from_pretrained`
+            if isinstance(kwargs.get(name), str):
+                kwargs[name] = kwargs[name].removeprefix("torch.")
             if kwargs.get(name) != "auto":
                 _check_value(name, kwargs.get(name))
         with blaming_config():

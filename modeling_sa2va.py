@@ -542,6 +542,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 kwargs.setdefault("quantization_config", BitsAndBytesConfig(**{bits: True}))
         if "torch_dtype" in kwargs:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+        if isinstance(kwargs.get("dtype"), str):
+            kwargs["dtype"] = kwargs["dtype"].removeprefix("torch.")
         chosen = kwargs.get("dtype") is not None
         hub_arguments = hub_arguments_in(kwargs)
         if isinstance(kwargs.get("device_map"), dict) or kwargs.get("quantization_config") is not None:
@@ -623,11 +625,15 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         Quantized weights can't be fused as the official code wants them, nor would it know what to do with them. This
         code is saved, too: the folder loads with `trust_remote_code`. Where an older checkpoint is replaced, it stays
-        whole until the new one is; see `replacing_files`.
+        whole until the new one is; see `replacing_files`. A subclass comes with its own code if it was registered, by
+        `register_for_auto_class`.
 
         Raises:
             NotADirectoryError: `save_directory` is a file.
+            ValueError: PEFT has wrapped layers of the model, which is not whole without it.
         """
+        if not getattr(self, "_hf_peft_config_loaded", False) and "state_dict" not in kwargs:
+            _refuse_wrapped_layers(self)
         if getattr(self, "hf_quantizer", None) is not None:
             kwargs.setdefault("save_original_format", False)
         if kwargs.get("distributed_checkpoint"):  # in which every process writes its part
@@ -637,6 +643,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with replacing_files(save_directory) as temporary:
             super().save_pretrained(temporary, *args, **kwargs)
+            if self._auto_class is not None and type(self).__module__ != __name__:
+                _name_class(temporary / CONFIG_NAME, type(self))
 
     def push_to_hub(
         self,
@@ -2228,6 +2236,23 @@ def _encode_batch_size(decoder: Sam2Decoder) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch holds for later use
     return max(1, min(_MOST_ENCODED, int(free / 3 / (_ENCODING_MEMORY * (decoder.config.image_size / 1024) ** 2))))
+
+
+def _refuse_wrapped_layers(model: PreTrainedModel) -> None:
+    """The model inside a `PeftModel` has layers of other names, without which a checkpoint can't be read again."""
+    if any(".base_layer." in name or ".modules_to_save." in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            "PEFT has wrapped layers of this model. Call save_pretrained of the PeftModel for the adapter alone, or "
+            "merge_and_unload() first for the whole model."
+        )
+
+
+def _name_class(config: Path, kind: type[PreTrainedModel]) -> None:
+    """Has a saved config name a class whose code was saved along."""
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        values["auto_map"][kind._auto_class] = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _as_sa2va_i(config: Sa2VAChatConfig) -> Sa2VAChatConfig:

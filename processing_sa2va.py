@@ -28,7 +28,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from operator import index as as_index
@@ -39,12 +39,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HFValidationError
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin, TokenizersBackend
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, logging
 
 from .configuration_sa2va import (
     FRAME_SAMPLINGS,
@@ -1372,7 +1373,7 @@ class Sa2VAProcessor(ProcessorMixin):
         """Whether a processor is of the other family: its model's config says so, or if that is not there its own."""
         if config is not None:
             return config.is_qwen_vl
-        saved, _ = super().get_processor_dict(name_or_path, **hub_kwargs)
+        saved, _ = cls.get_processor_dict(name_or_path, **hub_kwargs)
         return saved.get("processor_class") == Sa2VAProcessorQwen.__name__
 
     @staticmethod
@@ -1381,8 +1382,6 @@ class Sa2VAProcessor(ProcessorMixin):
         try:
             found, _ = Sa2VAChatConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         except OSError:
-            return None
-        if not found:
             return None
         name = str(pretrained_model_name_or_path)
         return Sa2VAChatConfig.from_dict(found, name_or_path=name, hub_arguments=hub_kwargs)
@@ -1396,8 +1395,9 @@ class Sa2VAProcessor(ProcessorMixin):
         Raises:
             OSError: neither is there.
         """
-        config = kwargs.pop("config", None)
-        saved, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        config, saved = kwargs.pop("config", None), {}
+        with suppress(HFValidationError):  # neither a folder nor a name of the Hub
+            saved, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if config is None and "grounding_image_size" not in saved:
             raise OSError(
                 f"{str(pretrained_model_name_or_path)!r} holds neither a processor_config.json nor a config.json of "
@@ -1406,8 +1406,15 @@ class Sa2VAProcessor(ProcessorMixin):
         return ({} if config is None else cls._settings_of(config)) | saved, kwargs
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored in processor_config.json, with what AutoProcessor needs to find this class."""
-        return {**super().to_dict(), "auto_map": {"AutoProcessor": f"processing_sa2va.{type(self).__name__}"}}
+        """As stored in processor_config.json, with what AutoProcessor needs to find this class.
+
+        A subclass is saved as the class of this file that it is of, but for one with `register_for_auto_class`.
+        """
+        saved = type(self)
+        if self._auto_class is None:
+            saved = next(kind for kind in type(self).__mro__ if kind.__module__ == __name__)
+        auto_map = {"AutoProcessor": f"{saved.__module__.rpartition('.')[2]}.{saved.__name__}"}
+        return {**super().to_dict(), "processor_class": saved.__name__, "auto_map": auto_map}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
         """transformers' `save_pretrained`, which also saves this code: the folder loads with `trust_remote_code`.
@@ -2107,7 +2114,9 @@ def _plain_words(text: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- saving
 
-_WEIGHT_FILE = re.compile(r"model(-\d{8})?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_WEIGHT_FILE = re.compile(
+    r"model(\.[^.]+?)?(-\d{8})?(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(\.[^.]+)?\.json"
+)
 
 
 @contextmanager
@@ -2116,9 +2125,10 @@ def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
 
     A process that is killed leaves the old weights or the new, never a mixture, and no half file. Files are replaced
     one by one, weights after the rest; shards get names that no older ones have, and one last step makes the new
-    weights those that are read: `model.safetensors` or the index. Right before it config.json is replaced: only a
-    model of another shape, saved over another by a process that dies between the two, leaves a folder that doesn't
-    load. What a killed process leaves behind, `.saving-*`, may be deleted. While saving, the disk holds both.
+    weights, or their variant, those that are read: `model.safetensors` or the index. Right before it config.json is
+    replaced: only a model of another shape, saved over another by a process that dies between the two, leaves a folder
+    that doesn't load. What a killed process leaves behind, `.saving-*`, may be deleted. While saving, the disk holds
+    both.
 
     Raises:
         NotADirectoryError: `folder` is a file.
@@ -2134,9 +2144,11 @@ def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
 
 def _publish(new: Path, folder: Path) -> None:
     """Moves a finished save into place, and removes the weights that it replaces."""
-    if (new / SAFE_WEIGHTS_INDEX_NAME).exists():
-        _rename_shards(new / SAFE_WEIGHTS_INDEX_NAME, folder)
-    order = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+    variants = {variant for path in new.iterdir() if (variant := _variant_of(path.name)) is not None}
+    order = [name for variant in variants for name in _names_of_weights(variant)]
+    for name in order:
+        if name.endswith(".json") and (new / name).exists():
+            _rename_shards(new / name, folder)
     files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
     # The config last but for what makes the weights current: so close that hardly anything ends a process between them.
     for file in sorted(files, key=lambda f: (str(f) in order, str(f) == CONFIG_NAME, f.suffix == ".safetensors")):
@@ -2144,11 +2156,22 @@ def _publish(new: Path, folder: Path) -> None:
         (new / file).replace(folder / file)
     names = {str(file) for file in files}
     if names.isdisjoint(order):
-        return  # an adapter, a variant or a processor
-    # model.safetensors is what readers prefer to an index, so it goes first.
-    stale = {path.name for path in folder.iterdir() if _WEIGHT_FILE.fullmatch(path.name)} - names
-    for name in sorted(stale, key=lambda name: (name != SAFE_WEIGHTS_NAME, name != SAFE_WEIGHTS_INDEX_NAME)):
+        return  # an adapter or a processor
+    # A single file is what readers prefer to an index, so it goes first.
+    stale = {path.name for path in folder.iterdir() if _variant_of(path.name) in variants} - names
+    for name in sorted(stale, key=lambda name: order.index(name) if name in order else len(order)):
         (folder / name).unlink()
+
+
+def _variant_of(name: str) -> str | None:
+    """Of the name of a file with weights, or their index, the variant: "" if it has none; None of other files."""
+    found = _WEIGHT_FILE.fullmatch(name)
+    return None if found is None else (found[1] or found[4] or "")
+
+
+def _names_of_weights(variant: str) -> tuple[str, str]:
+    """The file, and the index, that make weights of a variant, such as ".fp16", those that are read."""
+    return f"model{variant}.safetensors", f"model.safetensors.index{variant}.json"
 
 
 def _rename_shards(index: Path, folder: Path) -> None:
@@ -2157,8 +2180,8 @@ def _rename_shards(index: Path, folder: Path) -> None:
     shards = sorted(set(values["weight_map"].values()))
     if not any((folder / shard).exists() for shard in shards):
         return
-    own_part = f"model-{secrets.randbelow(10**8):08d}-"
-    own = {shard: shard.replace("model-", own_part, 1) for shard in shards}
+    number = f"{secrets.randbelow(10**8):08d}"
+    own = {shard: re.sub(r"-(?=\d{5}-of-)", f"-{number}-", shard) for shard in shards}
     for shard, name in own.items():
         (index.parent / shard).rename(index.parent / name)
     values["weight_map"] = {key: own[shard] for key, shard in values["weight_map"].items()}

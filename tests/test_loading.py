@@ -1,5 +1,6 @@
 """Both doors: the installed package `sa2va`, and transformers' module loader on a flat folder; layouts; configs."""
 
+import importlib
 import json
 import os
 import pickle
@@ -393,3 +394,53 @@ def test_saving_a_config_replaces_links_and_follows_none(golden, tmp_path):
     for name in ("config.json", "modeling_sa2va.py"):
         assert (tmp_path / f"other {name}").read_text() == "untouched" and not (tmp_path / name).is_symlink()
     assert AutoConfig.from_pretrained(tmp_path).model_type == "sa2va_chat" and not list(tmp_path.glob(".*"))
+
+
+def test_a_subclass_of_the_processor_is_saved_as_the_one_it_is_of(tmp_path):
+    class OwnProcessor(Sa2VAProcessor):
+        pass
+
+    OwnProcessor.from_pretrained(ROOT / "tests" / "golden" / "ivl_qwen2").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert saved["processor_class"] == "Sa2VAProcessor"
+    assert saved["auto_map"] == {"AutoProcessor": "processing_sa2va.Sa2VAProcessor"}
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is Sa2VAProcessor
+
+
+OWN_CODE = """
+from sa2va import Sa2VAChatModel, Sa2VAProcessor
+class OwnModel(Sa2VAChatModel): pass
+class OwnProcessor(Sa2VAProcessor): pass
+"""
+
+
+def test_registered_code_comes_with_what_is_saved(tmp_path, monkeypatch):
+    (tmp_path / "own_code.py").write_text(OWN_CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_code")
+    own.OwnModel.register_for_auto_class("AutoModel")
+    own.OwnProcessor.register_for_auto_class("AutoProcessor")
+    for kind in (own.OwnModel, own.OwnProcessor):
+        kind.from_pretrained(ROOT / "tests" / "golden" / "ivl_qwen2").save_pretrained(tmp_path / "saved")
+    config, processor = (
+        json.loads((tmp_path / "saved" / name).read_text()) for name in ("config.json", "processor_config.json")
+    )
+    assert config["auto_map"]["AutoModel"] == "own_code.OwnModel"
+    assert processor["auto_map"]["AutoProcessor"] == "own_code.OwnProcessor"
+    assert (tmp_path / "saved" / "own_code.py").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "bfloat16"])
+def test_a_dtype_may_be_spelled_as_torch_prints_it(dtype):
+    assert AutoModel.from_pretrained(ROOT / "tests" / "golden" / "ivl_qwen2", dtype=dtype).dtype is torch.bfloat16
+
+
+def test_a_folder_without_config_is_told(tmp_path):
+    with pytest.raises(OSError, match=r"holds no config\.json"):
+        Sa2VAChatModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../nowhere", "a/b/c"])
+def test_a_processor_that_is_nowhere_is_told(name):
+    with pytest.raises(OSError, match="holds neither"):
+        Sa2VAProcessor.from_pretrained(name)

@@ -283,3 +283,14 @@ def test_a_damaged_config_of_an_adapter_is_named(tmp_path, words):
     (tmp_path / "adapter_config.json").write_text(words)
     with pytest.raises(OSError, match=r"adapter_config\.json can't be read"):
         Sa2VAChatModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["ivl_qwen2", "ivl_internlm2", "qwen3vl"])
+def test_a_model_inside_a_peft_model_is_not_saved_over_a_whole_one(family, tmp_path):
+    model = AutoModel.from_pretrained(GOLDEN / family)
+    model.save_pretrained(tmp_path)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        model.save_pretrained(tmp_path)
+    wrapped.merge_and_unload().save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path)

@@ -199,6 +199,22 @@ for name, work in works.items():
 """
 
 
+@pytest.mark.parametrize("sizes", [("1GB", "3MB"), ("3MB", "1GB"), ("3MB", "2MB")])
+def test_a_variant_that_is_saved_again_is_read_and_others_stay(sizes, tmp_path):
+    model = AutoModel.from_pretrained(GOLDEN / "ivl_qwen2")
+    model.save_pretrained(tmp_path)
+    weight = model.text_hidden_fcs[0].bias.data
+    for number, size in enumerate(sizes, 1):
+        weight.fill_(number)
+        model.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    found = AutoModel.from_pretrained(tmp_path, variant="fp16")
+    assert (found.text_hidden_fcs[0].bias == 2).all()
+    assert not (AutoModel.from_pretrained(tmp_path).text_hidden_fcs[0].bias == weight).all()
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    shards = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.fp16.safetensors"]
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"model.safetensors", *shards}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
 def test_a_killed_process_leaves_the_old_state_or_the_new(tmp_path):
