@@ -6,6 +6,7 @@ OUT gets `<split>.jsonl`, lossless pictures and, for clips, a folder of frames e
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from sa2va.data.scenes import IMAGE_TASKS, SPLITS, VIDEO_TASKS, SceneSample, make_sample
 from sa2va.demo.media import picture_writer, replacing
-from sa2va.demo.predict import at_least
+from sa2va.demo.predict import at_least, exit_code
 from sa2va.processing_sa2va import masks_to_rle
 
 TASKS = IMAGE_TASKS + VIDEO_TASKS
@@ -107,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

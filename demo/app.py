@@ -10,10 +10,12 @@ answers programs: see docs/app.md.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from sa2va.demo.predict import USER_ERROR, add_model_options, load_model, predict_options
+from sa2va.demo.predict import add_model_options, at_least, exit_code, load_model, predict_options
 
 LOCALHOST = "127.0.0.1"
 
@@ -28,13 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, or 2 after an error that the user can mend, which is told on stderr.
     """
     arguments = parse(argv)
-    try:
-        launch(arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        hint = " Install the page's packages: pip install -e '.[app]'" if isinstance(error, ModuleNotFoundError) else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+    return exit_code(partial(launch, arguments), "app")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,13 +38,42 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add_model_options(parser)
-    add("--port", type=int, help="default: the first free one from 7860 on")
+    add("--port", type=port, help="default: the first free one from 7860 on")
     add("--share", action="store_true", help="make a public link through gradio's servers")
-    add("--max-file-size", default="200mb", metavar="SIZE", help="of an upload; default: 200mb")
-    add("--max-frames", type=int, default=300, metavar="N", help="of a video; default: 300")
-    add("--concurrency", type=int, default=1, metavar="N", help="questions answered at the same time; default: 1")
-    add("--queue", type=int, default=20, metavar="N", help="questions that may wait; default: 20")
+    add("--max-file-size", type=file_size, default="200mb", metavar="N", help="of an upload; default: 200mb")
+    add("--max-frames", type=at_least(1), default=300, metavar="N", help="of a video; default: 300")
+    add(
+        "--concurrency",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="questions answered at the same time; default: 1",
+    )
+    add("--queue", type=at_least(1), default=20, metavar="N", help="questions that may wait; default: 20")
     return parser.parse_args(argv)
+
+
+def port(text: str) -> int:
+    """The number of a port.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such port.
+    """
+    number = at_least(1)(text)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"{number} is no port; the greatest is 65535")
+    return number
+
+
+def file_size(text: str) -> str:
+    """A size as gradio takes it, such as 200mb.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    if not re.fullmatch(r"\d+ *[kmgt]?b", text, flags=re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text} is no size; give one such as 200mb")
+    return text
 
 
 def launch(arguments: argparse.Namespace, wait: bool = True) -> str:
@@ -65,9 +90,6 @@ def launch(arguments: argparse.Namespace, wait: bool = True) -> str:
         ValueError, TypeError, OSError: the model, an option or the port can't be used.
         ImportError: gradio is missing.
     """
-    for name in ("max_frames", "concurrency", "queue"):
-        if (value := getattr(arguments, name)) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} makes no sense: give 1 or more.")
     from sa2va.demo.page import CSS, THEME, Page  # gradio takes seconds to import, and --help needs it not
 
     options = predict_options(arguments)

@@ -357,7 +357,7 @@ class Page:
     ) -> dict[str, Any]:
         """Answers one question about an image or a video; see docs/app.md."""
         with told():
-            if picture is None or not 0 < threshold < 1:
+            if picture is None or not isinstance(threshold, int | float) or not 0 < threshold < 1:
                 raise ValueError("An image or a video is needed, and a threshold between 0 and 1.")
             session = open_session(_uploaded(picture), self.max_frames)
             reading = {"num_frames": num_frames, "frame_sampling": parse_sampling(frame_sampling)}

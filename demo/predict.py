@@ -21,6 +21,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, or 2 after an error that the user can mend, which is told on stderr.
     """
     arguments = _parser().parse_args(argv)
+    return exit_code(partial(run, arguments), "demo")
+
+
+def exit_code(work: Callable[[], Any], extra: str | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        work: what it does.
+        extra: the optional dependencies that it needs.
+
+    Returns:
+        0, or 2 after an error that the user can mend, which is told on stderr.
+    """
     try:
-        run(arguments)
+        work()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        hint = (
-            '. The demo needs more packages: pip install "sa2va[demo]"'
-            if isinstance(error, ModuleNotFoundError)
-            else ""
-        )
+        missing = extra is not None and isinstance(error, ModuleNotFoundError)
+        hint = f'. More packages are needed: pip install "sa2va[{extra}]"' if missing else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return USER_ERROR
     return 0
@@ -165,6 +176,8 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError, TypeError, OSError: what was given can't be used; nothing is left half-written.
     """
     source, options = open_source(arguments.picture), predict_options(arguments)
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise NotADirectoryError(f"--output {arguments.output} is a file. Name a folder.")
     if source.is_video and isinstance(options.get("frame_sampling"), list):
         select_key_frames(source.frames, 1, options["frame_sampling"])  # raises before the model, which takes longer
     model = load_model(arguments.model, arguments.device, arguments.dtype)
@@ -199,16 +212,25 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Sa2VACha
         ValueError: no such device here.
         OSError: no such checkpoint, or the Hub can't be reached.
     """
-    if not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(
-            f"There is no model folder {name!r}. As --model give the folder of a checkpoint, or its name on the "
-            "Hugging Face Hub such as ByteDance/Sa2VA-1B."
-        )
+    check_model_name(name)
     place = _device(device)
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"
     onto = None if place.type == "cpu" else place  # straight onto a GPU: weights never stand in this computer's memory
     return AutoModel.from_pretrained(name, dtype=dtype, device_map=onto).to(place).eval()
+
+
+def check_model_name(name: str) -> None:
+    """Refuses what is neither a folder nor can be a name on the Hub, of which that would complain in its own words.
+
+    Raises:
+        FileNotFoundError: that is so.
+    """
+    if not Path(name).is_dir() and not HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(
+            f"There is no model folder {name!r}. As --model give the folder of a checkpoint, or its name on the "
+            "Hugging Face Hub such as ByteDance/Sa2VA-1B."
+        )
 
 
 def _device(name: str) -> torch.device:

@@ -189,13 +189,14 @@ def parse_marks(value: Any) -> tuple[Mark, ...]:
     """
     try:
         marks = tuple(Mark(one["kind"], tuple((float(x), float(y)) for x, y in one["points"])) for one in value or ())
-        usable = all(kind in MARK_KINDS and points and np.isfinite(points).all() for kind, points in marks)
+        most = {"point": 1, "box": 2, "brush": math.inf}
+        usable = all(0 < len(points) <= most[kind] and np.isfinite(points).all() for kind, points in marks)
     except (TypeError, ValueError, KeyError, OverflowError):
         marks, usable = (), False
     if not usable or len(marks) > MAX_MARKS:
         raise ValueError(
-            f'Marks are a list of at most {MAX_MARKS} {{"kind": one of {MARK_KINDS}, "points": [[x, y], ...]}}; got '
-            f"{value!r:.100}."
+            f'Marks are a list of at most {MAX_MARKS} {{"kind": one of {MARK_KINDS}, "points": [[x, y], ...]}}, a point '
+            f"of one point, a box of two; got {value!r:.100}."
         )
     return marks
 
@@ -213,11 +214,17 @@ def region_masks(marks: Sequence[Mark], size: tuple[int, int], grid: int) -> np.
 
     Returns:
         bool [marks, grid, grid]: the cells that are covered at least by half, or else the most covered ones.
+
+    Raises:
+        ValueError: a mark lies beside the picture.
     """
     scale = CANVAS / max(size)
     width, height = (math.ceil(side * scale) for side in size)
     regions = []
     for mark in marks:
+        low, high = np.min(mark.points, axis=0), np.max(mark.points, axis=0)
+        if (high < 0).any() or (low > size).any():
+            raise ValueError(f"{mark.kind} {mark.points} lies beside the picture of {size[0]}x{size[1]} pixels.")
         canvas = np.zeros((height, width), dtype=np.float32)
         points = np.clip(np.array(mark.points) * scale, 0, (width - 1, height - 1)).astype(np.int32)
         if mark.kind == "box":

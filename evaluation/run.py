@@ -87,6 +87,8 @@ def run(arguments: argparse.Namespace, state: PartialState) -> dict[str, Any] | 
     dataset = open_dataset(arguments.data, arguments.root, arguments.split)
     indices = subset(len(dataset), arguments.limit, arguments.seed)
     output = arguments.output or OUTPUTS / Path(arguments.model).name / f"{arguments.data}-{arguments.split}"
+    if protocol in (PROTOCOLS["gcg"], PROTOCOLS["words"]):
+        import pycocoevalcap  # noqa: F401 (told before predictions are made, which take long)
     if not arguments.metrics_only:
         before = BEFORE_QUESTIONS.get(arguments.data, "") if arguments.before is None else arguments.before
         asked = {"dialogue": protocol.dialogue, **({"before": before} if before else {})}
@@ -204,7 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = run(arguments, state)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = '. More packages are needed: pip install "sa2va[eval]"' if missing else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         return USER_ERROR
     if result and arguments.json:
         print(json.dumps(result))

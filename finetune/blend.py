@@ -10,6 +10,7 @@ side by side. Without, every weight is the mean of both, which often does better
 
 import argparse
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sa2va import Sa2VAChatModel
 from sa2va.demo.media import replacing
+from sa2va.demo.predict import exit_code
 from sa2va.finetune.scenes import HEADS
 
 
@@ -47,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--take", metavar="PATTERN", help="weights of the second: how their names begin")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(argv)
-    model, other = (Sa2VAChatModel.from_pretrained(folder / "final") for folder in options.sittings)
+    finals = [folder / "final" for folder in options.sittings]
+    if missing := [str(folder) for folder in finals if not folder.is_dir()]:
+        raise NotADirectoryError(f"There is no {' and no '.join(missing)}. Give OUTPUT_DIRs of finished sittings.")
+    model, other = map(Sa2VAChatModel.from_pretrained, finals)
     model.load_state_dict(blend(model.state_dict(), other.state_dict(), options.take))
     final = options.output / "final"
     model.load_processor().save_pretrained(final)
@@ -60,4 +65,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "train"))

@@ -39,7 +39,7 @@ from transformers.utils import logging
 from sa2va.data.registry import open_dataset
 from sa2va.data.samples import MaskFile, Media, ObjectMasks, Sample
 from sa2va.demo.media import append_lines, finished_lines, replacing
-from sa2va.demo.predict import USER_ERROR, at_least, probability
+from sa2va.demo.predict import at_least, exit_code, probability
 from sa2va.processing_sa2va import CORRUPT_FILE_ERRORS, masks_to_rle
 
 Captioner = Callable[[Sequence[Image.Image], str], str]
@@ -471,13 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 2 after an error that the user can mend, which is told on stderr.
     """
-    arguments = _parser().parse_args(argv)
-    try:
-        run(arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+    return exit_code(partial(run, _parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ official code does, so that `peft.PeftModel.from_pretrained` works there, and `m
 
 import argparse
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sa2va import Sa2VAChatModel
+from sa2va.demo.predict import exit_code
 from sa2va.modeling_sa2va import ModuleNames, merged_with_adapter, native_adapter_weights
 from sa2va.processing_sa2va import replacing_files
 
@@ -48,7 +50,7 @@ def merge_adapter(folder: str | Path, output: str | Path, base: str | None = Non
     if is_whole_model(folder):
         model = Sa2VAChatModel.from_pretrained(folder, dtype="auto")
     else:
-        base = base or read_adapter(folder)[0].base_model_name_or_path
+        base = base or _base_of(folder)
         model = Sa2VAChatModel.from_pretrained(base, dtype="auto")
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         model = merged_with_adapter(model, folder)
@@ -56,6 +58,14 @@ def merge_adapter(folder: str | Path, output: str | Path, base: str | None = Non
             parameter.data = parameter.data.to(dtypes[name])  # modules trained in full were float32
     model.save_pretrained(output)
     model.load_processor().save_pretrained(output)
+
+
+def _base_of(folder: str | Path) -> str:
+    """What an adapter was trained on: a folder, or a name on the Hub."""
+    base = read_adapter(folder)[0].base_model_name_or_path or ""
+    if not Path(base).is_dir() and base.count("/") != 1:
+        raise FileNotFoundError(f"{folder} was trained on {base!r}, which is not here. Say with --model where it is.")
+    return base
 
 
 def is_whole_model(folder: str | Path) -> bool:
@@ -175,4 +185,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "train"))

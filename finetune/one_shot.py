@@ -12,6 +12,7 @@ old tasks on scenes of another seed. Everything follows from the seeds. It is on
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count as numbers
@@ -25,7 +26,7 @@ from sa2va.data.make_samples import outline
 from sa2va.data.scenes import IMAGE_REQUESTS, SceneSample, Turn
 from sa2va.data.shapes import COLORS, SHAPES, SceneObject, draw_clip, place_objects, shown_well, shuffled
 from sa2va.demo.media import picture_writer, write_json
-from sa2va.demo.predict import DEFAULT_MODEL
+from sa2va.demo.predict import DEFAULT_MODEL, exit_code
 from sa2va.evaluation.scenes import converse, evaluate, load, measure_overlap, summarize_overlaps
 from sa2va.finetune.recipe import parse_arguments as parse_recipe
 from sa2va.finetune.train import main as train
@@ -184,4 +185,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "train"))

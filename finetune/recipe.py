@@ -14,6 +14,7 @@ processes and accumulated: each loss is summed over tokens, or over objects and 
 are in all of the step.
 """
 
+import argparse
 import functools
 import json
 import math
@@ -41,6 +42,7 @@ from sa2va import Sa2VAChatModel, Sa2VAProcessor
 from sa2va.data.mixture import Mixture
 from sa2va.data.registry import Dataset, open_dataset
 from sa2va.demo.media import write_json
+from sa2va.demo.predict import check_model_name
 from sa2va.finetune.collator import Numbered, SampleCollator
 from sa2va.finetune.merge import merge_adapter, name_pattern, release_adapter
 from sa2va.finetune.previews import Previews
@@ -86,8 +88,8 @@ class RecipeArguments:
     )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in OUTPUT_DIR, if any"})
     lora_rank: int = field(default=256, metadata={"help": "of the language model's adapter; 0 trains it in full"})
-    lora_alpha: int = 512
-    lora_dropout: float = 0.05
+    lora_alpha: int = field(default=512, metadata={"help": "scale of the adapter, over its rank"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "share of the adapter's inputs that is left out"})
     lora_targets: list[str] = field(
         default_factory=lambda: [ALL_LINEAR],
         metadata={
@@ -116,6 +118,14 @@ class RecipeArguments:
     )
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, but for those that are None or told already."""
+
+    def _get_help_string(self, action):
+        is_told = action.default is None or "default" in (action.help or "")
+        return action.help if is_told else super()._get_help_string(action)
+
+
 def parse_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[RecipeArguments, TrainingArguments, list[str]]:
@@ -124,8 +134,11 @@ def parse_arguments(
     Raises:
         ValueError: a number out of range, or several GPUs without a launcher.
     """
-    parser = HfArgumentParser((RecipeArguments, TrainingArguments), description=__doc__)
-    parser.add_argument("--data", action="extend", nargs="+", required=True, metavar="NAME:FOLDER[:WEIGHT]|FILE")
+    parser = HfArgumentParser((RecipeArguments, TrainingArguments), description=__doc__, formatter_class=_Help)
+    listed = "data sets, see docs/data.md, or a .yaml or .json file that lists them"
+    parser.add_argument(
+        "--data", action="extend", nargs="+", required=True, metavar="NAME:FOLDER[:WEIGHT]|FILE", help=listed
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     defaults = dict(TRAINING_DEFAULTS)
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -275,6 +288,7 @@ def plan_mixture(
 
 def load_model(recipe: RecipeArguments, training: TrainingArguments) -> tuple[nn.Module, Sa2VAProcessor]:
     """The checkpoint, with an adapter or without, in which only what the recipe names learns."""
+    check_model_name(recipe.model)
     half = training.bf16 and recipe.lora_rank and not _is_sharded(training)
     dtype = ("bfloat16" if half else "float32") if recipe.dtype == "auto" else recipe.dtype
     model = Sa2VAChatModel.from_pretrained(recipe.model, dtype=getattr(torch, dtype))
@@ -660,6 +674,18 @@ def save_result(trainer: RecipeTrainer, base: str, output: Path) -> Path:
     return final
 
 
+@contextmanager
+def _without_tracebacks_of_workers() -> Iterator[None]:
+    """An error of a process that loads data says what it is, where torch would put its traceback into the message."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _, found, reason = str(error).rpartition(f"\n{type(error).__name__}: ")
+        if not found or not str(error).startswith("Caught "):
+            raise
+        raise type(error)(reason.strip()) from error
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, or goes on training, and returns the folder with the result."""
     recipe, training, data = parse_arguments(argv)
@@ -688,5 +714,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         trainer.add_callback(
             Previews(samples, processor, output / "previews", recipe.preview_steps, trainer.accelerator)
         )
-    trainer.train(resume_from_checkpoint=start)
+    with _without_tracebacks_of_workers():
+        trainer.train(resume_from_checkpoint=start)
     return save_result(trainer, recipe.model, output)

@@ -29,4 +29,6 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
 
 
 if __name__ == "__main__":
-    main()
+    from sa2va.demo.predict import exit_code
+
+    sys.exit(exit_code(main, "train"))

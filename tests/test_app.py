@@ -172,10 +172,17 @@ def test_a_click_with_the_brush_marks_what_a_point_does():
     assert brush.any() and (brush == point).all()
 
 
+@pytest.mark.parametrize("points", [((401, 50),), ((-9, -9), (-1, 300)), ((10, 500), (20, 600))])
+def test_a_mark_beside_the_picture_is_refused(points):
+    with pytest.raises(ValueError, match="beside the picture of 400x400"):
+        region_masks([Mark("brush", points)], (400, 400), 16)
+
+
 BAD_MARKS = [
     "box", [1], [{"kind": "box"}], [{"kind": "lasso", "points": [[1, 2]]}], [{"kind": "point", "points": []}],
     [{"kind": "point", "points": [[1, 2, 3]]}], [{"kind": "point", "points": [[1, float("nan")]]}],
-    [{"kind": "point", "points": [[1, 2]]}] * 17,
+    [{"kind": "point", "points": [[1, 2]]}] * 17, [{"kind": "point", "points": [[1, 2], [3, 4]]}],
+    [{"kind": "box", "points": [[1, 2], [3, 4], [5, 6]]}],
 ]  # fmt: skip
 
 
