@@ -195,8 +195,8 @@ def parse_marks(value: Any) -> tuple[Mark, ...]:
         marks, usable = (), False
     if not usable or len(marks) > MAX_MARKS:
         raise ValueError(
-            f'Marks are a list of at most {MAX_MARKS} {{"kind": one of {MARK_KINDS}, "points": [[x, y], ...]}}, a point '
-            f"of one point, a box of two; got {value!r:.100}."
+            f'Marks are a list of at most {MAX_MARKS} {{"kind": one of {MARK_KINDS}, "points": [[x, y], ...]}}, a '
+            f"point of one, a box of two; got {value!r:.100}."
         )
     return marks
 

@@ -350,9 +350,15 @@ def test_page_is_for_this_computer_only(address):
     assert app.parse([]).share is False
 
 
-@pytest.mark.parametrize("option", [["--model", "no-such-folder"], ["--concurrency", "0"]])
-def test_unusable_option_is_told(capsys, option):
-    assert app.main(option) == 2
+def test_a_model_that_is_nowhere_is_told(capsys):
+    assert app.main(["--model", "no-such-folder"]) == 2
+    assert "no-such-folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--concurrency", "0"), ("--port", "99999"), ("--max-file-size", "many")])
+def test_unusable_options_are_told(capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        app.main(list(option))
     assert option[1] in capsys.readouterr().err
 
 
