@@ -57,7 +57,7 @@ def test_colabs_torchao_goes(notebook, monkeypatch, is_colab):
         monkeypatch.setitem(sys.modules, "google.colab", None)
     with pytest.raises(ValueError, match="REPOSITORY"):  # nobody knows yet where this will be
         exec(install, {})
-    exec(install.replace("/OWNER/", "/somebody/"), {})
+    exec(install.replace("com/OWNER", "com/somebody"), {})
     assert [words[-1] for words in ran] == ["sa2va", "./sa2va[demo,train]", *["torchao"] * is_colab]
     assert not is_colab or "uninstall" in ran[-1]
 
