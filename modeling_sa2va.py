@@ -993,7 +993,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
         if logits.shape[1] != labels.shape[1]:
             raise ValueError("The text loss needs all logits. Leave logits_to_keep out, or labels.")
         return self.causal_model.loss_function(
-            logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
+            logits=logits, labels=labels.long(), vocab_size=logits.shape[-1], num_items_in_batch=num_items_in_batch
         )
 
     def _read(
@@ -1263,7 +1263,8 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
                 mark the first key frame.
             tokenizer, processor: default is the checkpoint's own; either may be passed as either.
             num_frames, frame_sampling: how many key frames the language model sees, and which: "first", "uniform" or
-                explicit indices. Defaults from the config (released: the first 5).
+                explicit indices, beside which `num_frames` has no effect. Defaults from the config (released: the
+                first 5).
             mask_threshold: probability in (0, 1) above which a pixel belongs to the object.
             return_raw_masks: float32 probabilities instead of booleans.
             return_mask_logits: fill `mask_logits`.

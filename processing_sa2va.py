@@ -494,7 +494,7 @@ def _read_item(items: Any, index: int) -> Image.Image:
 def _frames_of_path(path: Path) -> VideoFrames:
     if path.is_dir():
         files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURE_SUFFIXES and file.name[0] != "."]
-        return _frames_of_sequence(sorted(files, key=_natural_order))
+        return _frames_of_sequence(sorted(files, key=natural_order))
     read = _read_animation if path.suffix.lower() in _PICTURE_SUFFIXES else _read_video_file
     problems: list[str] = []
     return VideoFrames(partial(read, path, problems), problems=problems)
@@ -507,7 +507,7 @@ def _report(problems: list[str], problem: str) -> None:
         logger.warning_once(problem)
 
 
-def _natural_order(file: Path) -> tuple[list[int | str], str]:
+def natural_order(file: Path) -> tuple[list[int | str], str]:
     """Sort key that puts frame 2 before frame 10."""
     parts = re.split(r"(\d+)", file.name.lower())
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], file.name
@@ -2434,6 +2434,7 @@ __all__ = [
     "find_token",
     "load_image",
     "masks_to_rle",
+    "natural_order",
     "object_color",
     "open_video",
     "prepare_samples",

@@ -622,7 +622,11 @@ class Sam2Decoder(nn.Module):
                 module._hf_hook.post_forward(module, None)
 
     def encode(self, frames: Tensor) -> FrameFeatures:
-        """Runs the image encoder on normalised frames [T, 3, S, S], of the dtype and device of the weights."""
+        """Runs the image encoder on normalised frames [T, 3, S, S], of the dtype and device of the weights.
+
+        Returns:
+            `FrameFeatures` of the T frames. Out of memory, fewer are encoded together, with a warning.
+        """
         return self("encode", frames)
 
     def decode(self, features: FrameFeatures, prompts: Tensor, output_all_masks: bool = False) -> MaskPrediction:
@@ -632,6 +636,9 @@ class Sam2Decoder(nn.Module):
             features: of one frame, shared by all objects.
             prompts: [N, D], one language vector per object, N at least 1.
             output_all_masks: also return the three candidates of each object.
+
+        Returns:
+            `MaskPrediction` of the N objects.
         """
         groups = self._groups(len(prompts))
         return MaskPrediction.cat([self("decode", features, prompts[g], output_all_masks) for g in groups])
@@ -650,6 +657,9 @@ class Sam2Decoder(nn.Module):
             prompts: [N, D], N at least 1.
             frame_size: (h, w) of the video, at which Sa2VA-i cuts masks out before it tracks them; None takes S x S.
             encode_batch_size: how many frames go through the image encoder together.
+
+        Returns:
+            `TrackingState` with the memory and the predictions of the key frames.
         """
         groups = self._groups(len(prompts))
         state = TrackingState([MemoryBank.of(self.config) for _ in groups])
@@ -678,6 +688,9 @@ class Sam2Decoder(nn.Module):
             frames: all frames from `state.next_frame` on, in any form; read lazily, once.
             preprocess: turns T frames into [T, 3, S, S]; gets no key frames, which are encoded already.
             encode_batch_size: how many frames are read and go through the image encoder together.
+
+        Yields:
+            (frame index, `MaskPrediction` of the N objects), frame by frame.
         """
         frames = iter(frames)
         if state.next_frame not in state.predictions and state.next_frame < (first := min(state.banks[0].conditioning)):

@@ -16,10 +16,10 @@ from PIL import Image
 from sa2va.data.records import BROKEN, Reader
 from sa2va.data.registry import DATASETS, open_dataset
 from sa2va.data.samples import Media, Sample, Size, annotated_frames
+from sa2va.data.templates import SEG
 from sa2va.demo.predict import at_least
 from sa2va.processing_sa2va import Sa2VAProcessor, Sa2VAProcessorQwen
 
-SEG = "[SEG]"
 PICTURE_WORDS = (Sa2VAProcessor.image_token, Sa2VAProcessorQwen.image_token)
 UNGROUPED = ("jsonl", "gcg", "region_captions", "llava", "chatunivi")  # all others draw from a sample's expressions
 

@@ -86,6 +86,8 @@ def run(arguments: argparse.Namespace, state: PartialState) -> list[dict[str, An
     Raises:
         ValueError, OSError: the folder, the output or the model can't be used.
     """
+    if not arguments.text.strip():
+        raise ValueError("TEXT says nothing. Ask something, such as 'Please segment the red car.'")
     names = _file_names(arguments.folder, arguments.output)
     settings = _settings(arguments)  # once: the weights may be replaced meanwhile
     done = {name for name, record in _results(arguments, settings).items() if "error" not in record}
@@ -105,7 +107,8 @@ def _file_names(folder: Path, output: Path) -> list[str]:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise NotADirectoryError(f"There is no folder {str(folder)!r}. Give one that holds images and videos.")
-    files = [f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")]
+    # A link that leads nowhere stays: it gets an error of its own.
+    files = [f for f in folder.iterdir() if not f.is_dir() and not f.name.startswith(".")]
     names = sorted(file.name for file in files if file.resolve() != output.resolve())
     if not names:
         raise FileNotFoundError(f"The folder {str(folder)!r} holds no files. Folders inside it are not searched.")

@@ -109,7 +109,7 @@ def _predict(
 ) -> None:
     """Adds what is missing to the predictions, shared among the processes."""
     names = ("num_frames", "frame_sampling", "max_new_tokens")
-    options |= {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    options = options | {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     asked = {name: getattr(arguments, name) for name in ("data", "split", "dtype")} | options
     folder = Path(arguments.model).expanduser()
     asked |= {"model": str(folder.resolve()) if folder.is_dir() else arguments.model}

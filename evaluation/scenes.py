@@ -41,6 +41,7 @@ from tqdm import tqdm
 import sa2va
 from sa2va import Sa2VAChatModel, Sa2VAOutput, Sa2VAProcessor
 from sa2va.data.scenes import IMAGE_TASKS, SPLITS, VIDEO_TASKS, SceneSample, Turn, make_sample
+from sa2va.data.templates import SEG
 from sa2va.demo.media import replacing
 from sa2va.demo.predict import DTYPES, USER_ERROR, at_least, load_model
 from sa2va.evaluation.metrics import (
@@ -56,7 +57,6 @@ from sa2va.evaluation.metrics import (
 )
 
 TASKS = IMAGE_TASKS + VIDEO_TASKS
-SEG = "[SEG]"
 MAX_NEW_TOKENS = 128  # the longest true answer takes half of it; a model that rambles is cut short
 
 # ---------- criteria: what is measured of one turn, and what many turns come to

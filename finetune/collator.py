@@ -18,10 +18,9 @@ from sa2va import Sa2VAProcessor
 from sa2va.data import templates
 from sa2va.data.registry import Dataset
 from sa2va.data.samples import Media, ObjectMasks, Sample, Turn, annotated_frames
+from sa2va.data.templates import SEG
 from sa2va.modeling_sa2va import IGNORE_INDEX
 from sa2va.processing_sa2va import Sa2VAInputs, collate_inputs
-
-SEG = "[SEG]"
 
 
 class Numbered:

@@ -40,7 +40,7 @@ from sa2va.data.registry import open_dataset
 from sa2va.data.samples import MaskFile, Media, ObjectMasks, Sample
 from sa2va.demo.media import append_lines, finished_lines, replacing
 from sa2va.demo.predict import at_least, exit_code, probability
-from sa2va.processing_sa2va import CORRUPT_FILE_ERRORS, masks_to_rle
+from sa2va.processing_sa2va import CORRUPT_FILE_ERRORS, masks_to_rle, natural_order
 
 Captioner = Callable[[Sequence[Image.Image], str], str]
 Checker = Callable[[str], str]
@@ -175,17 +175,11 @@ def _video(videos: Path, name: str) -> Media:
         frames = [path for path in (videos / name).iterdir() if path.suffix.lower() in FRAME_SUFFIXES]
         if not frames:
             raise ValueError(f"{str(videos / name)!r} holds no frames ({', '.join(FRAME_SUFFIXES)}).")
-        return Media(tuple(sorted(frames, key=_natural_order)), is_video=True)
+        return Media(tuple(sorted(frames, key=natural_order)), is_video=True)
     files = [path for path in videos.iterdir() if path.stem == name and path.suffix.lower() in VIDEO_SUFFIXES]
     if len(files) != 1:
         raise ValueError(f"For the masks {name!r}, {str(videos)!r} holds {len(files)} videos of that name: give one.")
     return Media((files[0],), is_video=True)
-
-
-def _natural_order(path: Path) -> list[int | str]:
-    """Sort key that puts frame 2 before frame 10."""
-    parts = re.split(r"(\d+)", path.stem)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def _objects(folder: Path) -> dict[str, list[MaskFile]]:

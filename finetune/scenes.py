@@ -204,8 +204,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         "prediction_loss_only": True,
         **preset,
     }
-    given = {word[2:].split("=")[0] for word in rest if word.startswith("--")}
-    words = [word for k, v in defaults.items() if k not in given for word in (f"--{k}", str(v))]
+    words = [word for k, v in defaults.items() for word in (f"--{k}", str(v))]  # later ones win
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words + rest)
     check_gpus(arguments)
     return options, arguments
