@@ -632,7 +632,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
             NotADirectoryError: `save_directory` is a file.
             ValueError: PEFT has wrapped layers of the model, which is not whole without it.
         """
-        if not getattr(self, "_hf_peft_config_loaded", False) and "state_dict" not in kwargs:
+        if not getattr(self, "_hf_peft_config_loaded", False) and kwargs.get("state_dict") is None:
             _refuse_wrapped_layers(self)
         if getattr(self, "hf_quantizer", None) is not None:
             kwargs.setdefault("save_original_format", False)
@@ -1330,6 +1330,7 @@ class Sa2VAChatModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError, TypeError, OSError: as `predict_forward`, with the number of the sample.
+            ValueError: a `cache`, which belongs to one conversation.
             RuntimeError: out of memory with a single sample.
         """
         _check_count("batch_size", batch_size)

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoTokenizer, GenerationConfig
+from transformers import AutoModel, AutoTokenizer, DynamicCache, GenerationConfig
 
 from sa2va import Sa2VAChatConfig, Sa2VAChatModel
 from sa2va.hub_upload import CheckpointError, check_checkpoint, convert_pickles
@@ -792,6 +792,18 @@ BAD_STATES = {
     ),
     "a batch of nothing": (lambda have: collate_inputs([]), ValueError, "at least one"),
     "tiles of no picture": (lambda have: choose_tiling(0, 5), ValueError, "0x5"),
+    "a cache for many": (
+        lambda have: have.model.predict_batch([{"text": ASK}], cache=DynamicCache()),
+        ValueError,
+        "belongs to one conversation",
+    ),
+    "a sample for samples": (lambda have: have.model.predict_batch({"text": ASK}), TypeError, "list of dictionaries"),
+    "logits of a stream": (
+        lambda have: have.model.predict_stream(image=plain(), text=ASK, return_mask_logits=True),
+        TypeError,
+        "predict_forward",
+    ),
+    "a frame that is none": (lambda have: have.ask(image=None, video=[plain(), None]), TypeError, "frame 1: "),
     "masks of two sizes": (
         lambda have: masks_to_rle([np.zeros((2, 3), bool), np.zeros((3, 3), bool)]),
         ValueError,

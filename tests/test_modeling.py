@@ -817,3 +817,33 @@ def test_generate_passes_over_labels_and_forward_takes_masks_of_four_axes(family
         causal = torch.full((1, 1, length, length), -torch.inf).triu(1)
         logits = model(**batch).logits
         torch.testing.assert_close(model(**{**batch, "attention_mask": causal}).logits, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_videos_are_tracked_under_autocast(golden_model, clip, dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        out = golden_model.predict_forward(video=clip[:7], text="x", **answer_with(golden_model, "[SEG]<|im_end|>"))
+    assert out.prediction_masks[0].shape == (7, 87, 121)
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_model", "mlp1", "text_hidden_fcs", "grounding_encoder"])
+def test_parts_may_differ_in_dtype(golden_model, picture, part):
+    mixed = copy.deepcopy(golden_model)
+    getattr(mixed, part).to(torch.bfloat16)
+    out = mixed.predict_forward(image=picture, text="x", **answer_with(golden_model, "[SEG]<|im_end|>"))
+    assert out.prediction_masks[0].shape == (1, 61, 97)
+
+
+def test_an_answer_that_holds_a_picture_token_can_be_gone_on_with(golden_model, picture):
+    script = answer_with(golden_model, "So <IMG_CONTEXT> it is<|im_end|>")
+    first = golden_model.predict_forward(image=picture, text="x", **script)
+    assert "<IMG_CONTEXT>" in first.prediction
+    assert golden_model.predict_forward(image=picture, text="y", past_text=first.past_text, max_new_tokens=1)
+
+
+def test_an_empty_list_of_stop_strings_stops_nothing(golden_model, picture):
+    plain = golden_model.predict_forward(image=picture, text="x", max_new_tokens=3)
+    assert (
+        golden_model.predict_forward(image=picture, text="x", max_new_tokens=3, stop_strings=[]).prediction
+        == plain.prediction
+    )
