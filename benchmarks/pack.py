@@ -66,7 +66,11 @@ def write_sparse_checkpoint(config: dict, folder: Path, layout: str) -> int:
 
 
 def measure(config: dict, layout: str, max_shard_size: str) -> dict:
-    """Packs a sparse checkpoint in a process of its own; sizes are in bytes."""
+    """Packs a sparse checkpoint in a process of its own; sizes are in bytes.
+
+    Raises:
+        OSError: the disk has no room, or packing failed.
+    """
     with tempfile.TemporaryDirectory() as place:
         source, out = Path(place) / "source", Path(place) / "out"
         source.mkdir()

@@ -190,6 +190,9 @@ def open_reasonseg(root: Path, split: str, **options: Any) -> Reader:
     Evaluation asks the first question of every image, as LISA does; `info["kind"]` is "long" for whole sentences and
     "short" for phrases, `info["ignore"]` the area that does not count. Training draws from all questions. For the
     options see `referring.make_style`.
+
+    Raises:
+        ValueError, OSError: no such split, or no pictures in it.
     """
     folder = find_below(root, (split, f"ReasonSeg/{split}", f"reason_seg/ReasonSeg/{split}"), f"split {split!r}")
     images = sorted(folder.glob("*.jpg"))

@@ -116,7 +116,7 @@ class Polygons:
         return cls(((left, top, right, top, right, bottom, left, bottom),))
 
     def decode(self, size: Size) -> np.ndarray:
-        """Bool [h, w]."""
+        """Bool [h, w]; ValueError for a polygon of less than three corners."""
         from pycocotools import mask as coco
 
         if short := [len(points) for points in self.points if len(points) < 6 or len(points) % 2]:

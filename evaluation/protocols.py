@@ -361,7 +361,11 @@ class SceneTurn(NamedTuple):
 
 
 def measure_scene(asked: Asked) -> tuple[float, tuple[str, str, Any]]:
-    """The criterion of `evaluation/scenes.py`, the label of its details and its measurement."""
+    """The criterion of `evaluation/scenes.py`, the label of its details and its measurement.
+
+    Raises:
+        ValueError: the sample is no scene.
+    """
     info = asked.sample.info
     try:
         task, expected, kind = info["task"], info["expected"][asked.index], info["kind"][asked.index]

@@ -229,7 +229,10 @@ def open_datasets(
         key = key if key not in datasets else f"{key}#{len(datasets)}"
         if not isinstance(weight, int | float | None):
             raise ValueError(f"The weight {weight!r} of {key} must be a number.")
-        datasets[key], weights[key] = open_dataset(**entry), weight
+        try:
+            datasets[key], weights[key] = open_dataset(**entry), weight
+        except TypeError as error:
+            raise ValueError(f"{key} can't be opened with {entry}: {error}") from error
     if all(weight is None for weight in weights.values()):
         return datasets, None
     return datasets, {key: 1.0 if weight is None else float(weight) for key, weight in weights.items()}
@@ -266,6 +269,9 @@ def plan_mixture(
 
     An epoch is as many samples as the data sets have together, whatever their weights. What is to happen after each is
     set to happen after so many steps: to `Trainer`, the mixture is a single one.
+
+    Raises:
+        ValueError: no steps and no epochs, or what `Mixture` refuses.
     """
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     samples = sum(len(dataset) for dataset in datasets.values())
