@@ -108,7 +108,7 @@ def _file_names(folder: Path, output: Path) -> list[str]:
     if not folder.is_dir():
         raise NotADirectoryError(f"There is no folder {str(folder)!r}. Give one that holds images and videos.")
     # A link that leads nowhere stays: it gets an error of its own.
-    files = [f for f in folder.iterdir() if not f.is_dir() and not f.name.startswith(".")]
+    files = [f for f in folder.iterdir() if (f.is_file() or not f.exists()) and not f.name.startswith(".")]
     names = sorted(file.name for file in files if file.resolve() != output.resolve())
     if not names:
         raise FileNotFoundError(f"The folder {str(folder)!r} holds no files. Folders inside it are not searched.")

@@ -39,7 +39,7 @@ from transformers.utils import logging
 from sa2va.data.registry import open_dataset
 from sa2va.data.samples import MaskFile, Media, ObjectMasks, Sample
 from sa2va.demo.media import append_lines, finished_lines, replacing
-from sa2va.demo.predict import at_least, exit_code, probability
+from sa2va.demo.predict import at_least, exit_code
 from sa2va.processing_sa2va import CORRUPT_FILE_ERRORS, masks_to_rle, natural_order
 
 Captioner = Callable[[Sequence[Image.Image], str], str]
@@ -485,12 +485,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-file", type=Path, metavar="FILE", help="write what was accepted as a jsonl data set, above its videos")
     add("--limit", type=at_least(1), metavar="N", help="stop after so many new lines")
     add("--num-frames", type=at_least(1), default=8, metavar="N", help="frames of the last stage; default: 8")
-    area = {"type": probability, "default": 0.001, "metavar": "SHARE"}
-    add("--min-area", **area, help="of a frame that an object fills; default: 0.001")
+    area = "of a frame that an object fills; default: 0.001"
+    add("--min-area", type=_share, default=0.001, metavar="SHARE", help=area)
     add("--max-new-tokens", type=at_least(1), default=256, metavar="N", help="longest answer of a model; default: 256")
     add("--dtype", default="auto", help="of both models; auto (default) is what their checkpoints have")
     add("--device-map", default="auto", help="cpu, cuda:0...; auto (default) spreads them over what is there")
     return parser
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share of a frame; give a number from 0 to below 1")
+    return number
 
 
 def run(arguments: argparse.Namespace) -> None:

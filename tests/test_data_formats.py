@@ -710,6 +710,12 @@ def test_words_that_stand_for_pictures_are_found(tmp_path, turn):
     assert "stand for parts of a picture" in problem
 
 
+def test_the_command_refuses_to_look_at_nothing(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        check.main(["finetune", str(EXAMPLES / "finetune"), "--limit", "0"])
+    assert "--limit" in capsys.readouterr().err
+
+
 def test_the_command_lists_problems_and_fails(tmp_path, capsys):
     root = copied("finetune", tmp_path)
     (root / "images/0.jpg").unlink()

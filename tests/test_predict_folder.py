@@ -178,6 +178,19 @@ def test_a_file_of_something_else_is_not_touched(folder, tmp_path, capsys, conte
     assert output.read_text(errors="surrogateescape") == content
 
 
+def test_a_link_that_leads_nowhere_gets_an_error_and_a_pipe_is_passed_over(folder, tmp_path):
+    (folder / "e.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(folder / "f.png")
+    assert main([str(folder), QUESTION, "--output", str(tmp_path / "out.jsonl"), "--device", "cpu"]) == 1
+    found = {record["file"]: "error" in record for record in lines_of(tmp_path / "out.jsonl")}
+    assert found == {"a.gif": False, "b.png": False, "c.mp4": True, "d.jpg": False, "e.png": True}
+
+
+def test_an_empty_question_is_refused_before_the_model_is_loaded(folder, tmp_path, capsys):
+    assert main([str(folder), " ", "--output", str(tmp_path / "out.jsonl"), "--device", "cpu"]) == 2
+    assert "TEXT says nothing" in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+
+
 def test_folders_without_files_are_named(tmp_path, capsys):
     for folder, message in ((tmp_path, "holds no files"), (tmp_path / "none", "no folder")):
         assert main([str(folder), QUESTION]) == 2
