@@ -78,6 +78,7 @@ _EMPTY_VIDEO = f"The video is empty. Give {_ACCEPTED_VIDEOS}, with at least one 
 CORRUPT_FILE_ERRORS = (  # what Pillow's decoders raise
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError),
     *(AssertionError, IndexError, KeyError, TypeError, OverflowError, NotImplementedError),
+    AttributeError,  # older ones, of a file that was closed
 )
 _PICTURE_SUFFIXES = {  # of files that Pillow reads; some hold several frames
     *(".jpg", ".jpeg", ".jfif", ".jp2", ".png", ".apng", ".bmp", ".ppm", ".pgm"),

@@ -793,7 +793,7 @@ BAD_STATES = {
     "a batch of nothing": (lambda have: collate_inputs([]), ValueError, "at least one"),
     "tiles of no picture": (lambda have: choose_tiling(0, 5), ValueError, "0x5"),
     "a cache for many": (
-        lambda have: have.model.predict_batch([{"text": ASK}], cache=DynamicCache()),
+        lambda have: have.model.predict_batch([{"text": ASK}], past_key_values=DynamicCache()),
         ValueError,
         "belongs to one conversation",
     ),
