@@ -1748,7 +1748,8 @@ class Sa2VAProcessor(ProcessorMixin):
             padding: True or "longest" fills shorter texts up; False refuses a batch that would need it.
             padding_side: "left" to `generate`, "right" for `forward`.
             audio: None, as transformers' pipelines pass it.
-            **unknown: must be empty. Prompts are never cut (`truncation`), since that would cut their picture.
+            **unknown: whatever else transformers' processors take must be None. Prompts are never cut (`truncation`),
+                since that would cut their picture.
 
         Returns:
             `input_ids`, `attention_mask` and what there is of `pixel_values`, `image_grid_thw`, `prompt_masks`,
@@ -1759,9 +1760,9 @@ class Sa2VAProcessor(ProcessorMixin):
             ValueError: not as many of something as texts, texts of different lengths that may not be padded, or
                 another kind of padding.
         """
-        if unknown:
+        if given := sorted(name for name, value in unknown.items() if value is not None):
             accepted = "images, text, videos, past_text, mask_prompts, num_frames, frame_sampling, return_tensors"
-            raise TypeError(f"A call has no {sorted(unknown)}: it takes {accepted}, padding and padding_side.")
+            raise TypeError(f"A call has no {given}: it takes {accepted}, padding and padding_side.")
         if padding not in (True, False, "longest") or padding_side not in ("left", "right"):
             raise ValueError(f"{padding=}, {padding_side=}: padding is True or False, on the 'left' or 'right'.")
         if audio is not None:

@@ -374,6 +374,11 @@ def test_an_answer_may_speak_of_tags(family, answer, pictures):
         assert processor.prepare(picture, text="Ho", past_text=past_text).prompt.startswith(past_text)
 
 
+def test_arguments_of_other_processors_may_be_none(processor):
+    found = processor(text="Hi", video=None, max_length=None)
+    assert torch.equal(found["input_ids"], processor(text="Hi")["input_ids"])
+
+
 def test_settings_of_a_sample_go_before_those_of_all(processor, pictures):
     samples = [{"video": pictures["vid8"], "text": "Hi"} | own for own in ({}, {"num_frames": 1})]
     assert [x.key_frames for x in prepare_samples(processor.prepare, samples, num_frames=2)] == [[0, 1], [0]]
