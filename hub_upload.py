@@ -973,7 +973,7 @@ def _merge_adapter(folder: Path, merged: Path, token: str | None) -> tuple[str, 
     from .processing_sa2va import Sa2VAProcessor
 
     values = _parse_json((folder / ADAPTER).read_bytes(), ADAPTER)
-    base = _find_base(folder, values.get("base_model_name_or_path"))
+    base = find_base(folder, values.get("base_model_name_or_path"))
     hub = {"token": token}
     if values.get("revision") and not Path(base).is_dir():
         hub["revision"] = values["revision"]  # of the base model, as PEFT means it
@@ -1003,8 +1003,16 @@ def _without_adapter(folder: Path, out: Path) -> str:
     return str(out)
 
 
-def _find_base(folder: Path, named: Any) -> str:
-    """What an adapter belongs to: the model in its own folder, a folder by its name, else that name on the Hub."""
+def find_base(folder: Path, named: Any) -> str:
+    """What an adapter belongs to: the model in its own folder, a folder by its name, else that name on the Hub.
+
+    Args:
+        folder: of the adapter.
+        named: its `base_model_name_or_path`.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a name of the Hub.
+    """
     if any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         return str(folder)
     is_name = isinstance(named, str) and named != ""
@@ -1014,7 +1022,7 @@ def _find_base(folder: Path, named: Any) -> str:
     if not is_name or LOCAL_PATH.match(named) or named.count("/") != 1:
         raise FileNotFoundError(
             f"{folder / ADAPTER} names the base model {named!r}, which is not here. Put the folder or the name on the "
-            "Hub of what the adapter was trained on into base_model_name_or_path."
+            "Hub of what the adapter was trained on into base_model_name_or_path, or give merge.py --model."
         )
     return named
 

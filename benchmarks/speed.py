@@ -36,7 +36,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -137,7 +136,7 @@ class Answering:
             The state after so many seconds; None at the end of the video.
         """
         begun, asked = time.perf_counter(), {"text": QUESTION} if state is None else {"resume": state}
-        with prescribed(self.model, self.words), closing(self.model.predict_stream(**self.media, **asked)) as frames:
+        with prescribed(self.model, self.words), self.model.predict_stream(**self.media, **asked) as frames:
             for _ in frames:
                 if time.perf_counter() - begun > seconds:
                     return frames.state()

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from sa2va.data.registry import DATASETS, Dataset, open_dataset
 from sa2va.demo.media import replacing, write_json
-from sa2va.demo.predict import USER_ERROR, add_answer_options, at_least, load_model, weights_version
+from sa2va.demo.predict import add_answer_options, at_least, exit_code, load_model, weights_version
 from sa2va.evaluation.captions import TEXT_ENCODER
 from sa2va.evaluation.predict import Predictions, missing, predict_dataset, subset
 from sa2va.evaluation.protocols import (
@@ -203,21 +203,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     on_cpu = arguments.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
-    try:
-        result = run(arguments, state)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        hint = '. More packages are needed: pip install "sa2va[eval]"' if missing else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
-        return USER_ERROR
-    if result and arguments.json:
+    return exit_code(lambda: _tell(run(arguments, state), arguments.json), "eval")
+
+
+def _tell(result: dict[str, Any] | None, as_json: bool) -> None:
+    """Prints what `run` gave."""
+    if result and as_json:
         print(json.dumps(result))
     elif result:
         count = result["samples"]
         nothing = NO_TRUTH if count["predicted"] else NO_PREDICTIONS
         print(format_table(result["scores"]) if result["scores"] else nothing)
         print(f"{count['predicted']} of {count['data_set']} samples")
-    return 0
 
 
 if __name__ == "__main__":

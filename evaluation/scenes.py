@@ -43,7 +43,7 @@ from sa2va import Sa2VAChatModel, Sa2VAOutput, Sa2VAProcessor
 from sa2va.data.scenes import IMAGE_TASKS, SPLITS, VIDEO_TASKS, SceneSample, Turn, make_sample
 from sa2va.data.templates import SEG
 from sa2va.demo.media import replacing
-from sa2va.demo.predict import DTYPES, USER_ERROR, at_least, load_model
+from sa2va.demo.predict import DTYPES, at_least, exit_code, load_model
 from sa2va.evaluation.metrics import (
     Overlaps,
     PhraseMasks,
@@ -323,13 +323,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 after an error that the user can mend."""
     options = parse_arguments(argv)
-    try:
+
+    def work() -> None:
         report, table = run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    print(report if options.json else table)
-    return 0
+        print(report if options.json else table)
+
+    return exit_code(work)
 
 
 def run(options: argparse.Namespace) -> tuple[str, str]:

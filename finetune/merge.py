@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sa2va import Sa2VAChatModel
 from sa2va.demo.predict import exit_code
+from sa2va.hub_upload import find_base
 from sa2va.modeling_sa2va import ModuleNames, merged_with_adapter, native_adapter_weights
 from sa2va.processing_sa2va import replacing_files
 
@@ -50,7 +51,7 @@ def merge_adapter(folder: str | Path, output: str | Path, base: str | None = Non
     if is_whole_model(folder):
         model = Sa2VAChatModel.from_pretrained(folder, dtype="auto")
     else:
-        base = base or _base_of(folder)
+        base = base or find_base(Path(folder), _adapter_config(folder).base_model_name_or_path)
         model = Sa2VAChatModel.from_pretrained(base, dtype="auto")
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         model = merged_with_adapter(model, folder)
@@ -58,14 +59,6 @@ def merge_adapter(folder: str | Path, output: str | Path, base: str | None = Non
             parameter.data = parameter.data.to(dtypes[name])  # modules trained in full were float32
     model.save_pretrained(output)
     model.load_processor().save_pretrained(output)
-
-
-def _base_of(folder: str | Path) -> str:
-    """What an adapter was trained on: a folder, or a name on the Hub."""
-    base = read_adapter(folder)[0].base_model_name_or_path or ""
-    if not Path(base).is_dir() and base.count("/") != 1:
-        raise FileNotFoundError(f"{folder} was trained on {base!r}, which is not here. Say with --model where it is.")
-    return base
 
 
 def is_whole_model(folder: str | Path) -> bool:
@@ -105,10 +98,15 @@ def read_adapter(folder: str | Path):
     """
     import peft
 
+    return _adapter_config(folder), peft.utils.load_peft_weights(str(folder), device="cpu")
+
+
+def _adapter_config(folder: str | Path):
+    import peft
+
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"There is no folder {str(folder)!r}. Give a checkpoint, or OUTPUT_DIR/adapter.")
-    config = peft.PeftConfig.from_pretrained(str(folder))
-    return config, peft.utils.load_peft_weights(str(folder), device="cpu")
+    return peft.PeftConfig.from_pretrained(str(folder))
 
 
 def _released(model: Sa2VAChatModel, config, weights: dict[str, Tensor]):

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import closing
 
 import numpy as np
 import pytest
@@ -222,7 +221,7 @@ def test_its_own_name_for_the_number_of_key_frames_is_understood(model, clip):
     output = model.predict_forward(**call, sample_num_frames=3)
     (in_a_batch,) = model.predict_batch([call], sample_num_frames=3)
     assert output.sample_idx == in_a_batch.sample_idx == [0, 3, 7]
-    with closing(model.predict_stream(**call, sample_num_frames=3)) as stream:
+    with model.predict_stream(**call, sample_num_frames=3) as stream:
         assert next(stream).past_text == output.past_text
 
 
